@@ -1,0 +1,1 @@
+"""Backends: one interface, a 0-db client, a store in memory, and wrappers of the same interface."""
