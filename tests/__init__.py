@@ -1,0 +1,1 @@
+"""The tests of qsfs; `tests.support` holds what they share."""

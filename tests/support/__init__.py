@@ -1,0 +1,1 @@
+"""What several tests share: scratch places, simulated power loss, workloads, a daemon under test."""
