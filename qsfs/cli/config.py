@@ -1,0 +1,101 @@
+"""`qsfs config check` and `qsfs config show`: is the configuration right, and what does it say."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qsfs.config import Config
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `config` and its subcommands."""
+    parser = subparsers.add_parser(
+        "config", help="check or show the configuration", description="Check or show the configuration."
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser(
+        "check",
+        help="read it and say what is wrong",
+        description="Read the configuration; exit 3 when it cannot be used. Warnings do not change that.",
+    )
+    actions.add_parser(
+        "show",
+        help="print every setting, defaults too",
+        description="Print every setting, defaults too, without passwords.",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks or shows; raises `ConfigError` for what cannot be used."""
+    from qsfs.cli.output import print_json
+    from qsfs.config import Config
+
+    config = Config.load(args.config)
+    if args.action == "show":
+        if args.json:
+            print_json(settings(config))
+        else:
+            for line in _lines(settings(config)):
+                print(line)
+        return 0
+    found = warnings(config)
+    if args.json:
+        print_json({"file": str(config.path), "backends": len(config.backends), "warnings": found})
+        return 0
+    for warning in found:
+        print(f"warning: {warning}")
+    print(f"{config.path}: in order, {len(config.backends)} backends")
+    return 0
+
+
+def warnings(config: Config) -> list[str]:
+    """What can be used but is probably not meant."""
+    found = []
+    k, m = config.code.data_shards, config.code.parity_shards
+    count, shards = len(config.backends), k + m
+    if count < shards:
+        found.append(f"{k}+{m} shards need {shards} backends, {count} are listed: `qsfs format` will refuse")
+    elif count < k + m + (m + 1) // 2:
+        found.append(f"with {count} backends nothing can be flushed while {m} of them are down")
+    elif count < shards + m:
+        found.append(f"with {count} backends new packs are not full while {m} are down; that takes {shards + m}")
+    for key, promised in (
+        ("group", config.filesystem.redundant_groups),
+        ("node", config.filesystem.redundant_nodes),
+    ):
+        if promised and any(not getattr(backend, key) for backend in config.backends):
+            found.append(f"redundant_{key}s is {promised}, but some backends name no {key}")
+    key_file = config.filesystem.key_file
+    if not key_file.exists():
+        found.append(f"key file {key_file} does not exist")
+    elif key_file.stat().st_mode & 0o077:
+        found.append(f"key file {key_file} can be read by others; run `chmod 600 {key_file}`")
+    return found
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Every setting by section and attribute, passwords replaced by "***"."""
+    import dataclasses
+
+    plain = dataclasses.asdict(config)
+    for backend in plain["backends"]:
+        for key in ("password", "admin_password"):
+            if backend[key]:
+                backend[key] = "***"
+    return plain
+
+
+def _lines(plain: dict[str, Any]) -> list[str]:
+    lines = []
+    for section, value in plain.items():
+        if isinstance(value, dict):
+            lines += [f"{section}.{key} = {inner}" for key, inner in value.items()]
+        elif isinstance(value, tuple | list):
+            for index, entry in enumerate(value, 1):
+                told = (f"{key}={inner}" for key, inner in entry.items() if inner not in ("", None, False))
+                lines.append(f"{section}[{index}]: {', '.join(told)}")
+        else:
+            lines.append(f"{section} = {value}")
+    return lines

@@ -1,0 +1,119 @@
+"""`qsfs init` and `qsfs config`: what they write, what they refuse, what they warn of."""
+
+from __future__ import annotations
+
+import stat
+
+import pytest
+
+from qsfs.config import Config
+
+
+class TestInit:
+    def test_it_writes_what_loads_and_tells_the_next_step(self, qsfs, tmp_path):
+        result = qsfs("init", "demo")
+        assert result.code == 0, result.err
+        config = Config.load(tmp_path / "demo")
+        assert len(config.backends) == 24
+        assert config.filesystem.mountpoint == tmp_path / "demo" / "mnt"
+        assert config.filesystem.mountpoint.is_dir()
+        assert config.cache.directory.is_dir()
+        assert "format" in result.out
+
+    def test_the_key_file_opens_and_only_its_owner_reads_it(self, qsfs, tmp_path):
+        from qsfs.format.keys import parse_key_file
+
+        qsfs("init", ".")
+        key = tmp_path / "qsfs.key"
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        assert len(parse_key_file(key.read_text())) == 32
+        assert stat.S_IMODE((tmp_path / "qsfs.toml").stat().st_mode) == 0o600
+        assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
+
+    @pytest.mark.parametrize("name", ["qsfs.toml", "qsfs.key"])
+    def test_nothing_is_overwritten(self, qsfs, tmp_path, name):
+        """A key file that is lost loses the file system."""
+        (tmp_path / name).write_text("precious")
+        result = qsfs("init")
+        assert result.code == 3
+        assert name in result.err
+        assert (tmp_path / name).read_text() == "precious"
+        assert {path.name for path in tmp_path.iterdir()} == {name}
+
+    def test_a_small_fleet(self, qsfs, tmp_path):
+        result = qsfs("init", "--backends", 6, "--data-shards", 4, "--parity-shards", 2, "--port", 7000)
+        assert result.code == 0, result.err
+        config = Config.load(tmp_path)
+        assert [backend.port for backend in config.backends] == list(range(7000, 7006))
+        assert (config.code.data_shards, config.code.parity_shards) == (4, 2)
+
+    def test_backends_by_address(self, qsfs, tmp_path):
+        words = [word for index in range(3) for word in ("--backend", f"h{index}:9900/n{index}")]
+        result = qsfs("init", "--data-shards", 2, "--parity-shards", 1, *words)
+        assert result.code == 0, result.err
+        assert [backend.name for backend in Config.load(tmp_path).backends] == [
+            "h0:9900/n0", "h1:9900/n1", "h2:9900/n2"
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("argv", "word"),
+        [
+            (["--backends", "19"], "20"),
+            (["--backends", "24", "--backend", "a:1"], "--backends"),
+            (["--backend", "nonsense"], "nonsense"),
+            (["--data-shards", "0"], "data_shards"),
+            (["--data-shards", "300"], "data_shards"),
+            (["--cache-size", "huge"], "huge"),
+            (["--port", "65530"], "65535"),
+        ],
+    )
+    def test_what_cannot_work_is_refused_before_anything_is_written(self, qsfs, tmp_path, argv, word):
+        result = qsfs("init", *argv)
+        assert result.code == 3
+        assert word in result.err
+        assert list(tmp_path.iterdir()) == []
+
+    def test_json(self, qsfs, tmp_path):
+        assert qsfs("init", "--json").json["config"] == str(tmp_path / "qsfs.toml")
+
+
+class TestConfig:
+    def test_check_of_a_fresh_configuration_warns_of_nothing(self, qsfs):
+        qsfs("init", ".")
+        result = qsfs("config", "check")
+        assert (result.code, result.err) == (0, "")
+        assert "warning" not in result.out
+        assert qsfs("config", "check", "--json").json["warnings"] == []
+
+    @pytest.mark.parametrize(
+        ("count", "words"),
+        [
+            (19, "will refuse"),
+            (20, "nothing can be flushed"),
+            (22, "not full"),
+        ],
+    )
+    def test_check_says_what_too_few_backends_mean(self, qsfs, tmp_path, count, words):
+        fleet = "".join(f"[[backend]]\naddress = 'h:{port}'\n" for port in range(1, count + 1))
+        (tmp_path / "qsfs.toml").write_text(fleet)
+        assert words in qsfs("config", "check").out
+
+    def test_check_warns_of_a_key_that_others_can_read(self, qsfs, tmp_path):
+        qsfs("init", ".")
+        (tmp_path / "qsfs.key").chmod(0o644)
+        assert "chmod 600" in qsfs("config", "check").out
+
+    def test_check_refuses_a_wrong_file(self, qsfs, tmp_path):
+        (tmp_path / "qsfs.toml").write_text("[cache]\nszie = 1\n")
+        result = qsfs("config", "check")
+        assert result.code == 3
+        assert "'size'" in result.err
+
+    def test_show_prints_every_setting_but_no_password(self, qsfs, tmp_path):
+        (tmp_path / "qsfs.toml").write_text("[[backend]]\naddress = 'h:1'\npassword = 'hunter2'\n")
+        shown = qsfs("config", "show", "--json").json
+        assert shown["cache"]["size_bytes"] == 20 << 30
+        assert shown["backends"][0]["password"] == "***"
+        text = qsfs("config", "show").out
+        assert "cache.size_bytes" in text
+        assert "hunter2" not in text
