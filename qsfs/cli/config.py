@@ -60,7 +60,7 @@ def warnings(config: Config) -> list[str]:
     elif count < k + m + (m + 1) // 2:
         found.append(f"with {count} backends nothing can be flushed while {m} of them are down")
     elif count < shards + m:
-        found.append(f"with {count} backends new packs are not full while {m} are down; that takes {shards + m}")
+        found.append(f"with {count} backends packs are not full while {m} are down; that takes {shards + m}")
     for key, promised in (
         ("group", config.filesystem.redundant_groups),
         ("node", config.filesystem.redundant_nodes),
