@@ -126,6 +126,12 @@ class SplitHeads(QsfsError):
     exit_code: ClassVar[int] = 18
 
 
+class LimitExceeded(QsfsError):
+    """What was asked for is larger than the format or a backend can hold.  Nothing was written."""
+
+    exit_code: ClassVar[int] = 19
+
+
 class QsfsBug(QsfsError):
     """An assertion of qsfs itself failed.  Please report it with the log."""
 
