@@ -1,0 +1,193 @@
+"""Measures a directory, alone or against others, in turn; see `scripts/bench --help`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from measures import MEASURES, MIB, Measure
+
+from qsfs.cli.output import format_table
+from qsfs.values import format_size, parse_size
+
+FLOOR = "floor"
+
+
+def main() -> int:
+    arguments = parse()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    chosen = select(arguments.only)
+    with contextlib.ExitStack() as stack:
+        targets = {"DIR": stack.enter_context(workspace(Path(arguments.directory)))}
+        if arguments.against:
+            targets["AGAINST"] = stack.enter_context(workspace(Path(arguments.against)))
+        if arguments.floor:
+            disk = Path(arguments.floor_disk or arguments.against or arguments.directory)
+            targets[FLOOR] = stack.enter_context(floor(disk))
+        rounds = arguments.rounds or (3 if len(targets) > 1 else 1)
+        results = measure(chosen, targets, arguments.size, rounds, quiet=arguments.json)
+    report = {
+        "directory": arguments.directory,
+        "against": arguments.against,
+        "size": arguments.size,
+        "rounds": rounds,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "measures": results,
+    }
+    print(json.dumps(report, indent=2) if arguments.json else table(arguments, rounds, results))
+    return 0 if all(None not in result["median"].values() for result in results) else 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench",
+        description="Measure the file system that holds DIR. Machines differ from day to day, so what "
+        "counts is the ratio within one run: to the floor (an empty file system in memory behind the same "
+        "binding) and to the local disk. Each round measures all in turn; medians are printed.",
+        epilog="measures: " + "; ".join(f"{measure.name} ({measure.what})" for measure in MEASURES),
+    )
+    add = parser.add_argument
+    add("directory", metavar="DIR", nargs="?", default=".", help="default: here")
+    add("--against", metavar="OTHERDIR", help="a directory to compare with, such as one on the disk")
+    add("--floor", action="store_true", help="compare with the floor")
+    add("--floor-disk", metavar="PATH", help="where the floor's fsync appends (default: OTHERDIR, else DIR)")
+    add("--rounds", type=int, default=0, metavar="N", help="default: 1, or 3 when comparing")
+    add("--size", type=parse_size, default=256 * MIB, metavar="SIZE", help="of the files; default: 256MiB")
+    add("--only", metavar="NAME,...", help="only these measures")
+    add("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args()
+    if arguments.size < MIB:
+        parser.error("--size: at least 1MiB")
+    if not Path(arguments.directory).is_dir():
+        parser.error(f"{arguments.directory} is not a directory")
+    return arguments
+
+
+def select(only: str | None) -> list[Measure]:
+    if not only:
+        return list(MEASURES)
+    wanted = [name.strip() for name in only.split(",")]
+    known = {measure.name: measure for measure in MEASURES}
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        sys.exit(f"bench: no measure '{unknown[0]}'; there are: {', '.join(known)}")
+    return [known[name] for name in wanted]
+
+
+@contextlib.contextmanager
+def workspace(directory: Path) -> Iterator[Path]:
+    """A directory of our own below `directory`, removed at the end."""
+    place = Path(tempfile.mkdtemp(prefix="qsfs-bench-", dir=directory))
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def floor(disk: Path) -> Iterator[Path]:
+    """The mounted floor; its append file lies on `disk`."""
+    with workspace(disk) as aside, tempfile.TemporaryDirectory(prefix="qsfs-floor-") as parent:
+        mountpoint = Path(parent) / "mnt"
+        mountpoint.mkdir()
+        program = Path(__file__).with_name("floor.py")
+        process = subprocess.Popen(
+            [sys.executable, str(program), str(mountpoint), str(aside / "appended")],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            if process.stdout.readline() != "ready\n":
+                sys.exit("bench: the floor could not be mounted; see above")
+            yield mountpoint
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if mountpoint.is_mount():
+                subprocess.run(["fusermount3", "-uz", str(mountpoint)], check=False)
+
+
+def measure(
+    chosen: list[Measure], targets: dict[str, Path], size: int, rounds: int, *, quiet: bool
+) -> list[dict[str, object]]:
+    """Every measure, `rounds` times on each target in turn; a target that fails a measure gets none."""
+    results = []
+    for item in chosen:
+        runs: dict[str, list[float]] = {name: [] for name in targets}
+        failed: dict[str, str] = {}
+        for turn in range(rounds):
+            order = list(targets.items())
+            for name, directory in order[turn % len(order) :] + order[: turn % len(order)]:
+                if not quiet and sys.stderr.isatty():
+                    sys.stderr.write(f"\r\033[K{item.name} round {turn + 1}/{rounds} {name}")
+                with workspace(directory) as place:
+                    try:
+                        runs[name].append(item.run(place, size))
+                    except OSError as error:
+                        failed[name] = str(error)
+        if not quiet and sys.stderr.isatty():
+            sys.stderr.write("\r\033[K")
+        medians = {
+            name: None if name in failed else statistics.median(values) for name, values in runs.items()
+        }
+        mine = medians["DIR"]
+        ratios = {
+            name: mine / other if mine is not None and other else None
+            for name, other in medians.items()
+            if name != "DIR"
+        }
+        results.append(
+            {
+                "name": item.name, "unit": item.unit, "what": item.what,
+                "median": medians, "ratio": ratios, "runs": runs, "errors": failed,
+            }
+        )  # fmt: skip
+    return results
+
+
+def table(arguments: argparse.Namespace, rounds: int, results: list[dict]) -> str:
+    """The report for people."""
+    names = list(results[0]["median"]) if results else []
+    headers = ["measure", "unit"]
+    for name in names:
+        headers += [name.lower() if name == FLOOR else name] + ([] if name == "DIR" else ["ratio"])
+    rows = []
+    for result in results:
+        row: list[object] = [result["what"], result["unit"]]
+        for name in names:
+            row.append(number(result["median"][name]))
+            if name != "DIR":
+                ratio = result["ratio"][name]
+                row.append(None if ratio is None else f"{ratio:.2f}")
+        rows.append(row)
+    lines = [f"DIR      {Path(arguments.directory).absolute()}"]
+    if arguments.against:
+        lines.append(f"AGAINST  {Path(arguments.against).absolute()}")
+    lines += [f"{rounds} rounds, files of {format_size(arguments.size)}; a ratio above 1: DIR is faster", ""]
+    lines.append(format_table(headers, rows))
+    for result in results:
+        lines += [f"{result['name']} on {name}: {error}" for name, error in result["errors"].items()]
+    return "\n".join(lines)
+
+
+def number(value: float | None) -> str | None:
+    return None if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
