@@ -208,6 +208,14 @@ def wrap_key(secret: bytes, master: MasterKey, *, fsid: bytes, slot_number: int,
     return KeySlot(slot_number, KEYFILE, params, master.number, nonce, wrapped)
 
 
+def wrap_keys(secret: bytes, keys: KeyRing, *, slot_number: int, clock: Clock) -> tuple[KeySlot, ...]:
+    """A slot for every master key of `keys` under one secret: for a new key file, and after a rotation."""
+    return tuple(
+        wrap_key(secret, keys.get(number), fsid=keys.fsid, slot_number=slot_number, clock=clock)
+        for number in keys.numbers
+    )
+
+
 def unwrap_key(slot: KeySlot, secret: bytes, *, fsid: bytes) -> MasterKey:
     """The master key in `slot`; `KeyFileError` if this secret does not open it."""
     salt = slot.params.get("salt")

@@ -86,6 +86,11 @@ class ExtentEntry:
     plain_length: int
     codec: int
 
+    def shards(self, ref: PackRef) -> range:
+        """The numbers of the data shards of `ref` that hold this extent."""
+        last = self.offset + max(self.sealed_length, 1) - 1
+        return range(self.offset // ref.shard_size, last // ref.shard_size + 1)
+
 
 @dataclass(frozen=True, slots=True)
 class PackRef:
@@ -126,6 +131,7 @@ def build_pack(
 ) -> Pack:
     """Compresses and seals `extents` into one pack under the current master key.
 
+    Their data must not change during the call: the key of the pack comes from them.
     `LimitExceeded` if its shards would be larger than a backend should hold.
     """
     plain = list(extents)
@@ -154,8 +160,7 @@ def build_pack(
             zip(plain, packed, offsets, lengths, strict=True)
         )
     )
-    for entry in entries:
-        _require_entry(kind, entry)
+    _require_entries(kind, entries)
     index_offset = body_length - TRAILER_SIZE - index_length
     index = _encode_index(entries, code.k, shard_size, owner_epoch)
     trailer = _TRAILER.pack(index_offset, index_length, len(entries))
@@ -169,19 +174,18 @@ def build_pack(
     ref = PackRef(pack_id, digest, kind, number, owner_epoch, body_length, shard_size)
 
     cipher = keys.cipher(number, FORMAT_VERSION, kind, pack_id, digest)
-    body = bytearray(body_length)
-    view = memoryview(body)
+    parts: list[bytes] = []
+    end = 0
     for entry, (_, data) in zip(entries, packed, strict=True):
+        if entry.offset > end:
+            parts.append(bytes(entry.offset - end))
+        end = entry.offset + entry.sealed_length
         position = nonce(_FIRST_EXTENT_POSITION + entry.ordinal)
-        place = view[entry.offset : entry.offset + entry.sealed_length]
-        cipher.encrypt_into(position, data, _extent_aad(keys.fsid, ref, entry), place)
-    for part, offset, plaintext in (
-        (_INDEX_POSITION, index_offset, index),
-        (_TRAILER_POSITION, body_length - TRAILER_SIZE, trailer),
-    ):
-        place = view[offset : offset + len(plaintext) + TAG_SIZE]
-        cipher.encrypt_into(nonce(part), plaintext, _part_aad(keys.fsid, ref, part), place)
-    return Pack(ref, bytes(body), entries)
+        parts.append(cipher.encrypt(position, data, _extent_aad(keys.fsid, ref, entry)))
+    parts.append(bytes(index_offset - end))
+    for part, plaintext in ((_INDEX_POSITION, index), (_TRAILER_POSITION, trailer)):
+        parts.append(cipher.encrypt(nonce(part), plaintext, _part_aad(keys.fsid, ref, part)))
+    return Pack(ref, b"".join(parts), entries)
 
 
 def open_extent(keys: KeyRing, ref: PackRef, entry: ExtentEntry, sealed: Buffer) -> bytes:
@@ -276,13 +280,23 @@ def _place(lengths: Sequence[int], tail: int, k: int, shard_size: int) -> tuple[
 
 
 def _encode_index(entries: Sequence[ExtentEntry], k: int, shard_size: int, owner_epoch: int) -> bytes:
-    parts = [_INDEX_HEADER.pack(_INDEX_SCHEMA, k, shard_size, owner_epoch, len(entries))]
-    parts.extend(
-        _INDEX_ENTRY.pack(
-            e.inode, e.first_page, e.pages, e.write_number, e.offset, e.sealed_length, e.plain_length, e.codec
+    try:
+        parts = [_INDEX_HEADER.pack(_INDEX_SCHEMA, k, shard_size, owner_epoch, len(entries))]
+        parts.extend(
+            _INDEX_ENTRY.pack(
+                e.inode,
+                e.first_page,
+                e.pages,
+                e.write_number,
+                e.offset,
+                e.sealed_length,
+                e.plain_length,
+                e.codec,
+            )
+            for e in entries
         )
-        for e in entries
-    )
+    except struct.error as error:
+        raise QsfsBug(f"an extent has a number that the index cannot hold: {error}") from error
     return b"".join(parts)
 
 
@@ -346,7 +360,7 @@ def _open_sealed(keys: KeyRing, ref: PackRef, entry: ExtentEntry, sealed: Buffer
     position = nonce(_FIRST_EXTENT_POSITION + entry.ordinal)
     try:
         return cipher.decrypt(position, sealed, _extent_aad(keys.fsid, ref, entry))
-    except InvalidTag:
+    except (InvalidTag, struct.error, OverflowError):
         raise Corrupt(f"{_name(ref)}: extent {entry.ordinal} does not authenticate") from None
 
 
@@ -371,13 +385,15 @@ def _part_aad(fsid: bytes, ref: PackRef, position: int) -> bytes:
     return _PART_AAD.pack(FORMAT_VERSION, ref.kind, fsid, ref.pack_id, position)
 
 
-def _require_entry(kind: PackKind, entry: ExtentEntry) -> None:
-    if kind is PackKind.DATA:
-        good = entry.pages >= 1 and entry.plain_length == entry.pages * PAGE
-    else:
-        good = entry.inode == 0 and entry.pages == 0
-    if not good:
-        raise QsfsBug(f"{entry} cannot be in a {kind.name} pack")
+def _require_entries(kind: PackKind, entries: Sequence[ExtentEntry]) -> None:
+    data = kind is PackKind.DATA
+    for entry in entries:
+        if data:
+            good = entry.pages >= 1 and entry.plain_length == entry.pages * PAGE
+        else:
+            good = entry.inode == 0 and entry.pages == 0
+        if not good:
+            raise QsfsBug(f"{entry} cannot be in a {kind.name} pack")
 
 
 def _require_zeros(ref: PackRef, gap: memoryview) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgpack
 
-from qsfs.errors import Corrupt, FormatMismatch
+from qsfs.errors import Corrupt, FormatMismatch, QsfsBug
 from qsfs.format.units import Buffer
 
 U16 = 2**16 - 1
@@ -19,8 +19,14 @@ U64 = 2**64 - 1
 
 
 def pack(value: object) -> bytes:
-    """The msgpack encoding, with strings and bytes kept apart."""
-    encoded: bytes = msgpack.packb(value, use_bin_type=True)
+    """The msgpack encoding, with strings and bytes kept apart.
+
+    `QsfsBug` for a value that it cannot express: integers beyond 64 bits, strings that are not Unicode.
+    """
+    try:
+        encoded: bytes = msgpack.packb(value, use_bin_type=True)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise QsfsBug(f"a value cannot be encoded: {error}") from error
     return encoded
 
 
@@ -99,10 +105,6 @@ class Fields:
         if type(value) is not dict or not all(type(key) is str for key in value):
             raise self.bad("a map with strings as keys")
         return value
-
-    def optional(self) -> object | None:
-        """The next element, where nil stands for none."""
-        return self.any()
 
     def bad(self, expected: str) -> Corrupt:
         """The error for the element taken last."""

@@ -33,7 +33,7 @@ from qsfs.format.keys import (
     MasterKey,
     SlotParams,
     unwrap_key,
-    wrap_key,
+    wrap_keys,
 )
 from qsfs.format.seal import open_sealed, seal
 from qsfs.format.units import (
@@ -82,9 +82,9 @@ def create_superblock(
     """A new file system with master key 1, wrapped in slot 1 under a key file's `secret`."""
     fsid = clock.random_bytes(FSID_SIZE)
     master = MasterKey(1, clock.random_bytes(SECRET_SIZE))
-    slot = wrap_key(secret, master, fsid=fsid, slot_number=1, clock=clock)
-    superblock = Superblock(fsid, FORMAT_VERSION, code, block_size, (slot,), clock.time_ns(), label)
-    return superblock, KeyRing(fsid, [master])
+    keys = KeyRing(fsid, [master])
+    slots = wrap_keys(secret, keys, slot_number=1, clock=clock)
+    return Superblock(fsid, FORMAT_VERSION, code, block_size, slots, clock.time_ns(), label), keys
 
 
 def encode_superblock(superblock: Superblock, keys: KeyRing, clock: Clock) -> bytes:
