@@ -41,8 +41,10 @@ class Table(IntEnum):
     VALUES = 35  # inode u64, block u64 -> the block's first VALUE_SIZE bytes
     DIRTY = 36  # inode u64, block u64 -> b""
     CHANGED = 37  # table u8, key -> commit number u64 (changed since the last generation)
-    UNCOVERED = 38  # inode u64, page u64 -> write number u64, page bytes (spilled, dropped by a mount)
-    LOCAL = 39  # name -> value: schema, file system id, journal number, heads, owner
+    SPILL_BLOCKS = 38  # inode u64, block u64 -> Block row: uncovered pages that left memory
+    SPILL_VALUES = 39  # inode u64, block u64 -> the block's first VALUE_SIZE bytes
+    SPILL_COVERED = 40  # inode u64 -> write number u64: the inode's spilled pages were covered by it
+    LOCAL = 41  # name -> value: schema, file system id, journal number, heads, owner
 
 
 REMOTE_TABLES = frozenset(t for t in Table if t < 32)
@@ -98,7 +100,7 @@ class InodeFlag(IntFlag):
 _INODE = struct.Struct("<BIIIIQIqqqQQQQ")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Inode:
     """One inode.  `size`, `allocated` and a file's `mtime_ns` belong to its data; the rest to the namespace.
 

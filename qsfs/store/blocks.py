@@ -1,0 +1,350 @@
+"""Pages of files: resident, dirty, clean, evicted; always judged by the newest layer.
+
+A page of a block is in one of four states (docs/architecture.md, "Pages"): a hole, remote only,
+resident clean, resident dirty.  Everything that changes a state goes through the open group,
+also the daemon's own work (clean marks, installs, evictions, truncations worked off).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from xxhash import xxh3_64_intdigest
+
+from qsfs.errors import Corrupt
+from qsfs.store.extents import Extents
+from qsfs.store.group import Block, InodeLog, block_key
+from qsfs.store.inodes import Inodes
+from qsfs.store.layers import Layers
+from qsfs.store.recency import RecentSet
+from qsfs.store.schema import (
+    BLOCK_PAGES,
+    PAGE,
+    VALUE_SIZE,
+    BlockRow,
+    ExtentRow,
+    Inode,
+    InodeFlag,
+    Table,
+    Truncation,
+    add_truncation,
+    decode_truncations,
+    encode_truncations,
+    is_cut,
+    split_u64,
+    u64,
+    u64_pair,
+)
+
+Page = bytes | memoryview
+
+
+class Blocks:
+    """The local pages of all files."""
+
+    def __init__(self, layers: Layers, inodes: Inodes, extents: Extents) -> None:
+        self._layers = layers
+        self._inodes = inodes
+        self._extents = extents
+        self.used = RecentSet()
+        self.written = RecentSet()
+        self.pending: dict[int, tuple[Truncation, ...]] = {
+            split_u64(key): decode_truncations(row)
+            for key, row in layers.scan(Table.TRUNCATIONS, b"", None)
+        }
+
+    def pages(self, inode: int, first: int, count: int) -> list[Page | None]:
+        """The resident pages from `first` on; None where a page is a hole or remote only.
+
+        Memoryviews among them die with the next commit: join or copy at once.  Raises `Corrupt`
+        if stored bytes fail their checksum.
+        """
+        found: list[Page | None] = []
+        page, stop = first, first + count
+        while page < stop:
+            index = page % BLOCK_PAGES
+            here = min(BLOCK_PAGES - index, stop - page)
+            self._read_block(found, inode, page // BLOCK_PAGES, index, here)
+            page += here
+        return found
+
+    def _read_block(self, found: list[Page | None], inode: int, number: int, index: int, count: int) -> None:
+        key = block_key(inode, number)
+        self.used.add(key)
+        committing = self._layers.committing
+        lower = committing.blocks.get(key) if committing is not None else None
+        top = self._layers.open.blocks.get(key) or lower
+        if top is None:
+            found += self._stored_pages(key, index, count)[index : index + count]
+            return
+        for i in range(index, index + count):
+            if not top.resident & 1 << i or self._is_cut(inode, number, i, top):
+                found.append(None)
+                continue
+            page: Page | None = top.pages[i]
+            if page is None and lower is not None:
+                page = lower.pages[i]
+            if page is None:
+                page = self._stored_pages(key, i, 1, raw=True)[i]
+            found.append(page)
+
+    def _is_cut(self, inode: int, number: int, index: int, block: Block) -> bool:
+        pending = self.pending.get(inode)
+        page = number * BLOCK_PAGES + index
+        return pending is not None and is_cut(pending, page, block.writes[index])
+
+    def _stored_pages(self, key: int, index: int, count: int, raw: bool = False) -> list[Page | None]:
+        """The pages of a block in LMDB; `raw`: those under a pending truncation too."""
+        name = key.to_bytes(16, "big")
+        pages: list[Page | None] = [None] * BLOCK_PAGES
+        view = self._layers.view
+        encoded = view.get(Table.BLOCKS, name)
+        if encoded is None:
+            return pages
+        row = BlockRow.decode(encoded)
+        inode, number = key >> 64, key & (1 << 64) - 1
+        pending = None if raw else self.pending.get(inode)
+        value = view.get(Table.VALUES, name)
+        for i in range(index, index + count):
+            if not row.resident & 1 << i:
+                continue
+            page_number = number * BLOCK_PAGES + i
+            if pending is not None and is_cut(pending, page_number, row.writes[i]):
+                continue
+            page: Page
+            if value is None or len(value) != VALUE_SIZE:
+                raise Corrupt(f"inode {inode}, page {page_number}: its local bytes are gone; run 'qsfs fsck'")
+            if i < BLOCK_PAGES - 1:
+                page = value[i * PAGE : (i + 1) * PAGE]
+            else:
+                page = bytes(value[i * PAGE :]) + row.tail
+            if xxh3_64_intdigest(page) != row.sums[i]:
+                raise Corrupt(
+                    f"inode {inode}, page {page_number}: local bytes fail their checksum; "
+                    "run 'qsfs fsck --repair'"
+                )
+            pages[i] = page
+        return pages
+
+    def state(self, inode: int, number: int) -> Block | None:
+        """Bitmaps and write numbers of a block as of now, or None; read only."""
+        key = block_key(inode, number)
+        block = self._layers.open.blocks.get(key) or self._inherit(inode, number, key)
+        if block is None:
+            return None
+        if inode in self.pending and block is self._layers.open.blocks.get(key):
+            owner = self._inodes.get(inode)
+            block = block if owner is None else self.writable(owner, number)
+        self._cut(inode, number, block)
+        return block if block.resident else None
+
+    def _inherit(self, inode: int, number: int, key: int) -> Block | None:
+        committing = self._layers.committing
+        lower = committing.blocks.get(key) if committing is not None else None
+        if lower is not None:
+            return Block(lower.resident, lower.dirty, list(lower.writes))
+        encoded = self._layers.view.get(Table.BLOCKS, u64_pair(inode, number))
+        if encoded is None:
+            return None
+        row = BlockRow.decode(encoded)
+        return Block(row.resident, row.dirty, list(row.writes))
+
+    def _cut(self, inode: int, number: int, block: Block) -> int:
+        """Clears the pages of `block` that a pending truncation cuts; returns their bits."""
+        pending = self.pending.get(inode)
+        if pending is None:
+            return 0
+        bits = 0
+        for i in range(BLOCK_PAGES):
+            if block.resident & 1 << i and is_cut(pending, number * BLOCK_PAGES + i, block.writes[i]):
+                bits |= 1 << i
+                block.writes[i] = 0
+                block.pages[i] = None
+        block.resident &= ~bits
+        block.dirty &= ~bits
+        return bits
+
+    def writable(self, inode: Inode, number: int) -> Block:
+        """The block in the open group, with pending truncations worked off in it."""
+        key = block_key(inode.number, number)
+        block = self._layers.open.blocks.get(key)
+        if block is None:
+            block = self._inherit(inode.number, number, key) or Block(0, 0, [0] * BLOCK_PAGES)
+            self._layers.open.blocks[key] = block
+        if inode.number in self.pending:
+            bits = self._cut(inode.number, number, block)
+            if bits:
+                self._count_holes(inode, number, bits)
+        return block
+
+    def _count_holes(self, inode: Inode, number: int, bits: int) -> None:
+        """Pages that ceased to be resident are holes now, unless an extent row holds them."""
+        for i in range(BLOCK_PAGES):
+            if bits & 1 << i and self._extents.at(inode.number, number * BLOCK_PAGES + i) is None:
+                inode.allocated -= 1
+        self._inodes.touch(inode)
+
+    def put(self, inode: Inode, first: int, data: memoryview, write_number: int) -> None:
+        """Writes whole pages from page `first` on; they become resident and, unless local only, dirty."""
+        group = self._layers.open
+        log = group.data_log.get(inode.number)
+        if log is None:
+            log = group.data_log[inode.number] = InodeLog()
+        local = bool(inode.flags & InodeFlag.LOCAL_ONLY)
+        has_extents = self._extents.any(inode.number)
+        page, offset, size = first, 0, len(data)
+        while offset < size:
+            number, index = divmod(page, BLOCK_PAGES)
+            block = self.writable(inode, number)
+            self.written.add(block_key(inode.number, number))
+            for i in range(index, min(BLOCK_PAGES, index + (size - offset) // PAGE)):
+                bit = 1 << i
+                if not block.resident & bit and not (
+                    has_extents and self._extents.at(inode.number, page) is not None
+                ):
+                    inode.allocated += 1
+                block.resident |= bit
+                if not local:
+                    block.dirty |= bit
+                block.writes[i] = write_number
+                block.pages[i] = bytes(data[offset : offset + PAGE])
+                log.pages[page] = write_number
+                page += 1
+                offset += PAGE
+        self._inodes.touch(inode)
+
+    def install(self, inode: Inode, page: int, data: bytes, source: ExtentRow) -> bool:
+        """Makes a fetched page resident clean, if it is still remote only by the extent it came from."""
+        number, index = divmod(page, BLOCK_PAGES)
+        state = self.state(inode.number, number)
+        if state is not None and state.resident & 1 << index:
+            return False
+        extent = self.remote_extent(inode.number, page)
+        if extent is None or (extent.pack, extent.ordinal) != (source.pack, source.ordinal):
+            return False
+        block = self.writable(inode, number)
+        block.resident |= 1 << index
+        block.writes[index] = source.write_number
+        block.pages[index] = data
+        self.used.add(block_key(inode.number, number))
+        return True
+
+    def remote_extent(self, inode: int, page: int) -> ExtentRow | None:
+        """The extent that holds `page`, unless a pending truncation makes it a hole."""
+        row = self._extents.at(inode, page)
+        if row is None:
+            return None
+        pending = self.pending.get(inode)
+        if pending is not None and is_cut(pending, page, row.write_number):
+            return None
+        return row
+
+    def clean(self, inode: Inode, page: int, write_number: int) -> bool:
+        """Marks a page clean if it is resident dirty with this write number; returns whether."""
+        number, index = divmod(page, BLOCK_PAGES)
+        bit = 1 << index
+        state = self.state(inode.number, number)
+        if state is None or not state.dirty & bit or state.writes[index] != write_number:
+            return False
+        self.writable(inode, number).dirty &= ~bit
+        return True
+
+    def mark_dirty(self, inode: Inode) -> Iterator[int]:
+        """Marks every resident page dirty, block by block (a file that leaves `local_only`)."""
+        for number in list(self.numbers(inode.number, 0)):
+            block = self.writable(inode, number)
+            block.dirty = block.resident
+            yield number
+
+    def evict(self, inode: Inode, number: int, bits: int) -> int:
+        """Drops the clean pages `bits` of a block; returns how many went."""
+        state = self.state(inode.number, number)
+        if state is None:
+            return 0
+        bits &= state.resident & ~state.dirty
+        if not bits:
+            return 0
+        block = self.writable(inode, number)
+        block.resident &= ~bits
+        for i in range(BLOCK_PAGES):
+            if bits & 1 << i:
+                block.pages[i] = None
+                block.writes[i] = 0
+        return bits.bit_count()
+
+    def numbers(self, inode: int, first: int, limit: int | None = None) -> list[int]:
+        """Numbers of the blocks from `first` on that have a row in any layer, in order, at most `limit`."""
+        start = u64_pair(inode, first)
+        found = []
+        for key, _ in self._layers.view.scan(Table.BLOCKS, start, u64(inode + 1)):
+            found.append(int.from_bytes(key[8:], "big"))
+            if limit is not None and len(found) >= limit:
+                break
+        low, high = block_key(inode, first), block_key(inode + 1, 0)
+        groups = (self._layers.open, self._layers.committing)
+        extra = {key & (1 << 64) - 1 for g in groups if g for key in g.blocks if low <= key < high}
+        if not extra:
+            return found
+        merged = sorted(extra.union(found))
+        return merged if limit is None else merged[:limit]
+
+    def truncate(self, inode: Inode, first: int, write_number: int) -> None:
+        """Makes every page from `first` on a hole: recorded at once, worked off by `work_off`."""
+        new = Truncation(first, write_number)
+        self._set_pending(inode.number, add_truncation(self.pending.get(inode.number, ()), new))
+
+    def _set_pending(self, inode: int, pending: tuple[Truncation, ...]) -> None:
+        if pending:
+            self.pending[inode] = pending
+            self._layers.put(Table.TRUNCATIONS, u64(inode), encode_truncations(pending))
+        else:
+            self.pending.pop(inode, None)
+            self._layers.delete(Table.TRUNCATIONS, u64(inode))
+
+    def work_off(self, inode: Inode, steps: int) -> bool:
+        """Works off pending truncations of a file, at most `steps` blocks and extents; True when done.
+
+        `inode` may be a stand-in for one that is gone: only its number counts then.
+        """
+        pending = self.pending.get(inode.number)
+        if not pending:
+            return True
+        first = min(t.first for t in pending)
+        steps -= self._work_off_blocks(inode, first // BLOCK_PAGES, steps)
+        if steps <= 0:
+            return False
+        for row in list(self._extents.overlapping(inode.number, first, 1 << 63)):
+            for t in pending:
+                if row.write_number < t.write_number and row.first + row.pages > t.first:
+                    self._drop_extent(inode, row, max(row.first, t.first))
+            steps -= 1
+            if steps <= 0:
+                return False
+        self._set_pending(inode.number, ())
+        return True
+
+    def _work_off_blocks(self, inode: Inode, number: int, steps: int) -> int:
+        """Works off at most `steps` blocks; returns how many were touched."""
+        touched = 0
+        key_of = inode.number
+        for n in self.numbers(key_of, number):
+            if touched >= steps:
+                break
+            state = self._layers.open.blocks.get(block_key(key_of, n)) or self._inherit(
+                key_of, n, block_key(key_of, n)
+            )
+            if state is not None and any(
+                state.resident & 1 << i and self._is_cut(key_of, n, i, state) for i in range(BLOCK_PAGES)
+            ):
+                self.writable(inode, n)
+                touched += 1
+        return touched
+
+    def _drop_extent(self, inode: Inode, row: ExtentRow, first: int) -> None:
+        stop = row.first + row.pages
+        for page in range(first, stop):
+            state = self.state(inode.number, page // BLOCK_PAGES)
+            if state is None or not state.resident & 1 << page % BLOCK_PAGES:
+                inode.allocated -= 1
+        self._extents.take(inode.number, first, stop)
+        self._inodes.touch(inode)

@@ -1,0 +1,128 @@
+"""Namespace operations as changes of rows and single inode fields: applied live, journaled, replayed.
+
+One operation is one `Change`: it takes effect at the end of its `with` block, wholly, under one
+write number, and becomes one journal record.  A record holds single fields of inodes, never whole
+rows: a file's size and times belong to its data, so that each file keeps a prefix of its writes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from qsfs.errors import Corrupt, QsfsBug
+from qsfs.store.schema import Inode, Table, u64
+
+if TYPE_CHECKING:
+    from qsfs.store.store import Store
+
+_FIELDS = (
+    "mode",
+    "uid",
+    "gid",
+    "nlink",
+    "rdev",
+    "flags",
+    "atime_ns",
+    "mtime_ns",
+    "ctime_ns",
+    "next_cookie",
+    "parent",
+)
+_FIELD_NUMBER = {name: number for number, name in enumerate(_FIELDS)}
+_PUT, _DELETE, _CREATE, _PATCH, _REMOVE = range(5)
+
+
+class Change:
+    """What one namespace operation changes; collected, then applied by `Store.change`."""
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[Any, ...]] = []
+        self.data_of: tuple[int, ...] = ()
+
+    def put(self, table: Table, key: bytes, value: bytes) -> None:
+        """Sets a row."""
+        self.operations.append((_PUT, int(table), key, value))
+
+    def delete(self, table: Table, key: bytes) -> None:
+        """Deletes a row."""
+        self.operations.append((_DELETE, int(table), key))
+
+    def create(self, inode: Inode) -> None:
+        """Adds an inode, empty of data."""
+        fields = [getattr(inode, name) for name in _FIELDS]
+        self.operations.append((_CREATE, inode.number, fields))
+
+    def patch(self, number: int, **fields: int) -> None:
+        """Sets single fields of an inode; size and allocation are the data's and not among them."""
+        try:
+            self.operations.append((_PATCH, number, {_FIELD_NUMBER[k]: v for k, v in fields.items()}))
+        except KeyError as error:
+            raise QsfsBug(f"inode field {error} cannot be patched") from None
+
+    def remove(self, number: int) -> None:
+        """Removes an inode with its symlink, xattrs and orphan row; its data are worked off later."""
+        self.operations.append((_REMOVE, number))
+
+    def with_data(self, number: int) -> None:
+        """Whenever this change is journaled, the data of inode `number` are journaled with it."""
+        self.data_of = (*self.data_of, number)
+
+    def encode(self, write_number: int) -> bytes:
+        """The journal record's body."""
+        packed: bytes = msgpack.packb([write_number, self.operations])
+        return packed
+
+
+def decode(body: bytes) -> tuple[int, list[tuple[Any, ...]]]:
+    """Write number and operations of a namespace record; raises `Corrupt`."""
+    try:
+        write_number, operations = msgpack.unpackb(body, strict_map_key=False, use_list=False)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise Corrupt(f"a journal record cannot be read: {error}") from error
+    return write_number, operations
+
+
+def apply(store: Store, operations: list[tuple[Any, ...]], write_number: int) -> None:
+    """Makes the changes of one operation in the open group."""
+    layers = store.layers
+    for operation in operations:
+        kind = operation[0]
+        if kind == _PUT:
+            layers.put(Table(operation[1]), operation[2], operation[3])
+        elif kind == _DELETE:
+            layers.delete(Table(operation[1]), operation[2])
+        elif kind == _CREATE:
+            inode = Inode(operation[1], **dict(zip(_FIELDS, operation[2], strict=True)))
+            store.inodes.add(inode)
+            store.extents.expect_none(inode.number)
+            store.note_inode_number(inode.number)
+        elif kind == _PATCH:
+            _patch(store, operation[1], operation[2])
+        elif kind == _REMOVE:
+            _remove(store, operation[1], write_number)
+
+
+def _patch(store: Store, number: int, fields: dict[int, int]) -> None:
+    inode = store.inodes.get(number)
+    if inode is None:
+        raise QsfsBug(f"inode {number} is changed but does not exist")
+    for field, value in fields.items():
+        setattr(inode, _FIELDS[field], value)
+    store.inodes.touch(inode)
+
+
+def _remove(store: Store, number: int, write_number: int) -> None:
+    inode = store.inodes.get(number)
+    if inode is None:
+        return
+    layers = store.layers
+    key = u64(number)
+    store.forget_data(inode, write_number)
+    store.inodes.remove(number)
+    layers.delete(Table.ORPHANS, key)
+    if layers.get(Table.SYMLINKS, key) is not None:
+        layers.delete(Table.SYMLINKS, key)
+    for name in [name for name, _ in layers.scan(Table.XATTRS, key, u64(number + 1))]:
+        layers.delete(Table.XATTRS, name)

@@ -1,0 +1,148 @@
+"""The LMDB environment: opening, named databases, versions, used space.
+
+LMDB runs with its durable defaults: no `writemap`, no `nosync`, locks on.  The map is sized once,
+from the configured bound, so that LMDB itself can never grow past it.  One environment is open in
+a process; write transactions live on one thread; a read transaction is renewed with every commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from qsfs.errors import CacheError, Corrupt, FormatMismatch
+from qsfs.store.schema import PAGE, SCHEMA_VERSION, Table
+
+_SCHEMA_KEY = b"schema"
+_FSID_KEY = b"fsid"
+
+
+class Environment:
+    """An open LMDB environment with one named database per table."""
+
+    def __init__(self, directory: Path, map_bytes: int, *, readonly: bool = False) -> None:
+        """Opens (and unless `readonly` creates) the environment in `directory`.
+
+        Raises `CacheError` if LMDB cannot open it, `FormatMismatch` if its schema is newer.
+        """
+        self.directory = directory
+        self.map_bytes = map_bytes - map_bytes % PAGE
+        try:
+            self.env: lmdb.Environment = lmdb.open(
+                str(directory),
+                map_size=self.map_bytes,
+                max_dbs=64,
+                max_readers=64,
+                readahead=False,
+                meminit=False,
+                readonly=readonly,
+                create=not readonly,
+            )
+            self.databases: dict[Table, Any] = {}
+            if readonly:
+                for table in Table:
+                    self.databases[table] = self.env.open_db(table.name.lower().encode(), create=False)
+            else:
+                with self.env.begin(write=True) as txn:
+                    for table in Table:
+                        self.databases[table] = self.env.open_db(table.name.lower().encode(), txn=txn)
+        except lmdb.Error as error:
+            raise CacheError(f"{directory}: LMDB cannot open the local store: {error}") from error
+        self._check_schema(readonly)
+
+    def _check_schema(self, readonly: bool) -> None:
+        local = self.databases[Table.LOCAL]
+        with self.env.begin(db=local, write=not readonly) as txn:
+            row = txn.get(_SCHEMA_KEY)
+            if row is None and not readonly:
+                txn.put(_SCHEMA_KEY, SCHEMA_VERSION.to_bytes(4, "little"))
+                return
+        version = int.from_bytes(row or b"", "little")
+        if version != SCHEMA_VERSION:
+            self.close()
+            raise FormatMismatch(
+                f"{self.directory}: the local store has schema {version}, this qsfs knows {SCHEMA_VERSION}; "
+                "use the qsfs version that wrote it"
+            )
+
+    def read(self) -> ReadView:
+        """A new read view of the last commit.  The caller closes it within seconds."""
+        return ReadView(self, self.env.begin(buffers=True))
+
+    @contextmanager
+    def write(self) -> Iterator[Any]:
+        """A write transaction; commits durably at the end of the block, or aborts on an exception.
+
+        Raises `CacheError` for whatever LMDB reports (a full map, a failing disk); nothing of the
+        transaction is in the store then.
+        """
+        try:
+            with self.env.begin(write=True) as txn:
+                yield txn
+        except lmdb.CorruptedError as error:
+            raise Corrupt(f"{self.directory}: LMDB: {error}; run 'qsfs fsck'") from error
+        except (lmdb.Error, OSError) as error:
+            raise CacheError(f"{self.directory}: the local commit failed: {error}") from error
+
+    def used_bytes(self) -> int:
+        """Bytes of LMDB pages that hold something: the tables' pages, not the free list."""
+        with self.env.begin() as txn:
+            pages = 0
+            for database in self.databases.values():
+                stat = txn.stat(database)
+                pages += stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+            return int(pages) * PAGE
+
+    def close(self) -> None:
+        """Closes the environment; every view must be closed before."""
+        self.env.close()
+
+
+class ReadView:
+    """One read transaction.  Values are memoryviews into the map: copy what must outlive the view."""
+
+    def __init__(self, environment: Environment, txn: Any) -> None:
+        self._databases = environment.databases
+        self.txn = txn
+
+    def get(self, table: Table, key: bytes) -> memoryview | None:
+        """The row at `key`, or None."""
+        row: memoryview | None = self.txn.get(key, db=self._databases[table])
+        return row
+
+    def scan(
+        self, table: Table, start: bytes, stop: bytes | None, reverse: bool = False
+    ) -> Iterator[tuple[bytes, memoryview]]:
+        """Rows with start <= key < stop (None: to the end), in key order or its reverse."""
+        with self.txn.cursor(self._databases[table]) as cursor:
+            if not reverse:
+                if not cursor.set_range(start):
+                    return
+                for key, value in cursor.iternext():
+                    name = bytes(key)
+                    if stop is not None and name >= stop:
+                        return
+                    yield name, value
+                return
+            if stop is None or not cursor.set_range(stop):
+                if not cursor.last():
+                    return
+            elif not cursor.prev():
+                return
+            for key, value in cursor.iterprev():
+                name = bytes(key)
+                if name < start:
+                    return
+                yield name, value
+
+    def count(self, table: Table) -> int:
+        """Number of rows in `table`."""
+        return int(self.txn.stat(self._databases[table])["entries"])
+
+    def close(self) -> None:
+        """Ends the transaction; views of its values are dead from here on."""
+        self.txn.abort()

@@ -1,0 +1,190 @@
+"""A transaction group: every change between two local commits, in memory until it is committed.
+
+The thread of the file system fills the open group; a sealed group is never changed again, so the
+writer thread may read it while the next one fills.  `commit` applies a sealed group to LMDB in key
+order within one transaction, which also stores what replay needs: the write number at which the
+group was sealed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sortedcontainers import SortedDict
+from xxhash import xxh3_64_intdigest
+
+from qsfs import failpoints
+from qsfs.store.environment import Environment
+from qsfs.store.schema import (
+    BLOCK_PAGES,
+    BLOCK_SIZE,
+    PAGE,
+    REMOTE_TABLES,
+    VALUE_SIZE,
+    BlockRow,
+    Table,
+    plain_u64,
+    u64,
+)
+
+COMMIT_KEY = b"commit"
+WRITE_NUMBER_KEY = b"write-number"
+ALL_PAGES = (1 << BLOCK_PAGES) - 1
+ZERO_PAGE = bytes(PAGE)
+
+
+class Block:
+    """What a group knows of one block: bitmaps, write numbers, and the pages that the group holds.
+
+    `pages[i]` is None where the page is not resident, or where its bytes lie in an older layer
+    (the committing group, then LMDB).
+    """
+
+    __slots__ = ("dirty", "pages", "resident", "writes")
+
+    def __init__(self, resident: int, dirty: int, writes: list[int]) -> None:
+        self.resident = resident
+        self.dirty = dirty
+        self.writes = writes
+        self.pages: list[bytes | None] = [None] * BLOCK_PAGES
+
+
+class InodeLog:
+    """What the journal has not got yet of one file: truncations in order, pages, and its times."""
+
+    __slots__ = ("pages", "touched", "truncations")
+
+    def __init__(self) -> None:
+        self.truncations: list[tuple[int, int]] = []
+        self.pages: dict[int, int] = {}
+        self.touched = 0
+
+
+class Group:
+    """All changes between two commits."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.rows: dict[Table, SortedDict] = {table: SortedDict() for table in Table}
+        self.blocks: dict[int, Block] = {}
+        self.spill: dict[int, Block] = {}
+        self.inodes: set[int] = set()
+        self.namespace_log: list[tuple[int, bytes, tuple[int, ...]]] = []
+        self.data_log: dict[int, InodeLog] = {}
+        self.covers: set[int] = set()
+        self.sealed_at = 0
+        self.opened_at: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Upper bound of what the group rewrites in LMDB: whole blocks count."""
+        return (len(self.blocks) + len(self.spill)) * BLOCK_SIZE
+
+    @property
+    def empty(self) -> bool:
+        """Whether committing it would change nothing."""
+        return not (self.blocks or self.spill or self.inodes or any(self.rows.values()))
+
+
+def block_key(inode: int, block: int) -> int:
+    """The key of a block as one number; its 16 big-endian bytes are the LMDB key."""
+    return inode << 64 | block
+
+
+def commit(environment: Environment, group: Group, local: Mapping[bytes, bytes]) -> None:
+    """Applies a sealed group durably, in one transaction.
+
+    `local` rows go into LOCAL with it.  Raises `CacheError` with nothing applied.
+    """
+    with environment.write() as txn:
+        mark = u64(group.number)
+        changed = environment.databases[Table.CHANGED]
+        for table, overlay in group.rows.items():
+            database = environment.databases[table]
+            remote = table in REMOTE_TABLES
+            prefix = bytes((table,))
+            for key, value in overlay.items():
+                if value is None:
+                    txn.delete(key, db=database)
+                else:
+                    txn.put(key, value, db=database)
+                if remote:
+                    txn.put(prefix + key, mark, db=changed)
+        databases = environment.databases
+        _apply_blocks(
+            txn, group.blocks, databases[Table.BLOCKS], databases[Table.VALUES], databases[Table.DIRTY]
+        )
+        _apply_blocks(txn, group.spill, databases[Table.SPILL_BLOCKS], databases[Table.SPILL_VALUES], None)
+        failpoints.hit("commit.applied")
+        database = databases[Table.LOCAL]
+        txn.put(COMMIT_KEY, plain_u64(group.number), db=database)
+        txn.put(WRITE_NUMBER_KEY, plain_u64(group.sealed_at), db=database)
+        for key, value in local.items():
+            txn.put(key, value, db=database)
+        failpoints.hit("commit.before")
+    failpoints.hit("commit.done")
+
+
+def _apply_blocks(txn: Any, blocks: Mapping[int, Block], rows: Any, values: Any, dirty: Any) -> None:
+    """Stores `blocks` in the databases `rows` and `values`; `dirty`, if given, indexes the dirty ones."""
+    for number in sorted(blocks):
+        block = blocks[number]
+        key = number.to_bytes(16, "big")
+        old_row = txn.get(key, db=rows)
+        if not block.resident:
+            if old_row is not None:
+                txn.delete(key, db=rows)
+                txn.delete(key, db=values)
+                if dirty is not None:
+                    txn.delete(key, db=dirty)
+            continue
+        old = BlockRow.decode(old_row) if old_row is not None else None
+        pages = block.pages
+        row, value = _merge(block, old, None if old is None else _old_value(txn, values, key, old, pages))
+        if value is not None:
+            txn.put(key, value, db=values)
+        txn.put(key, row.encode(), db=rows)
+        if dirty is None:
+            continue
+        if block.dirty:
+            if old is None or not old.dirty:
+                txn.put(key, b"", db=dirty)
+        elif old is not None and old.dirty:
+            txn.delete(key, db=dirty)
+
+
+def _old_value(
+    txn: Any, values: Any, key: bytes, old: BlockRow, pages: list[bytes | None]
+) -> bytes | None:
+    """The block's old bytes, read only where the group does not hold every page itself."""
+    if None not in pages or all(page is None for page in pages):
+        return None
+    stored = txn.get(key, db=values)
+    return None if stored is None else bytes(stored) + old.tail
+
+
+def _merge(block: Block, old: BlockRow | None, old_bytes: bytes | None) -> tuple[BlockRow, bytes | None]:
+    """The row to store, and the value, or None where the stored value can stay."""
+    pages = block.pages
+    sums = list(old.sums) if old is not None else [0] * BLOCK_PAGES
+    parts: list[bytes] = []
+    fresh = False
+    for index, page in enumerate(pages):
+        if page is not None:
+            sums[index] = xxh3_64_intdigest(page)
+            parts.append(page)
+            fresh = True
+        elif old_bytes is not None:
+            parts.append(old_bytes[index * PAGE : (index + 1) * PAGE])
+        else:
+            parts.append(ZERO_PAGE)
+    if not fresh:
+        assert old is not None, "a resident block without pages must be in LMDB already"
+        tail, value = old.tail, None
+    else:
+        whole = b"".join(parts)
+        tail, value = whole[VALUE_SIZE:], whole[:VALUE_SIZE]
+    s, w = sums, block.writes
+    row = BlockRow(block.resident, block.dirty, (s[0], s[1], s[2], s[3]), (w[0], w[1], w[2], w[3]), tail)
+    return row, value

@@ -1,0 +1,195 @@
+"""The journal: two preallocated files of appends that make an fsync cost one write and one flush.
+
+While a group fills, its fsyncs append to one file; with the next group the other is used, whose
+appends a commit has made superfluous by then.  An append is a sector-aligned frame:
+
+    offset  size  field
+    0       4     magic "QJF1"
+    4       4     payload length, u32
+    8       8     sequence number, u64
+    16      16    the mount's journal number (random; LMDB holds it; each mount renews it)
+    32      8     xxh3-64 of header bytes 0..31 and the payload, u64
+    40      ...   payload: records
+    ...           zeros up to the next multiple of 512
+
+all little-endian.  A record is kind u8, length u32, then as many bytes.  Replay takes the frames
+in sequence and ends at the first that is torn, foreign, or out of sequence.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from xxhash import xxh3_64
+
+from qsfs import failpoints
+from qsfs.errors import CacheError
+
+_HEADER = struct.Struct("<4sIQ16s")
+_SUM = struct.Struct("<Q")
+_HEAD = _HEADER.size + _SUM.size
+_MAGIC = b"QJF1"
+SECTOR = 512
+_RECORD = struct.Struct("<BI")
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """An append as it was read back."""
+
+    sequence: int
+    records: tuple[tuple[int, bytes], ...]
+
+
+def encode_record(kind: int, body: bytes) -> bytes:
+    """One record of a payload."""
+    return _RECORD.pack(kind, len(body)) + body
+
+
+def encode_frame(sequence: int, number: bytes, records: Sequence[bytes]) -> bytes:
+    """An append of encoded records, padded to whole sectors."""
+    payload = b"".join(records)
+    header = _HEADER.pack(_MAGIC, len(payload), sequence, number)
+    digest = xxh3_64(header)
+    digest.update(payload)
+    size = _HEAD + len(payload)
+    return b"".join((header, _SUM.pack(digest.intdigest()), payload, bytes(-size % SECTOR)))
+
+
+def decode_frames(content: bytes, number: bytes) -> Iterator[Frame]:
+    """The frames at the start of a journal file that are whole, ours and in sequence."""
+    offset, expected = 0, None
+    while offset + _HEAD <= len(content):
+        magic, length, sequence, owner = _HEADER.unpack_from(content, offset)
+        end = offset + _HEAD + length
+        if magic != _MAGIC or owner != number or end > len(content):
+            return
+        if expected is not None and sequence != expected:
+            return
+        digest = xxh3_64(content[offset : offset + _HEADER.size])
+        digest.update(content[offset + _HEAD : end])
+        if digest.intdigest() != _SUM.unpack_from(content, offset + _HEADER.size)[0]:
+            return
+        yield Frame(sequence, tuple(_decode_records(content[offset + _HEAD : end])))
+        expected = sequence + 1
+        offset = end + -end % SECTOR
+
+
+def _decode_records(payload: bytes) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    while offset < len(payload):
+        kind, length = _RECORD.unpack_from(payload, offset)
+        offset += _RECORD.size
+        yield kind, payload[offset : offset + length]
+        offset += length
+
+
+def in_order(first: Sequence[Frame], second: Sequence[Frame]) -> list[Frame]:
+    """The frames of both files in sequence, up to the first gap between them."""
+    files = sorted((f for f in (first, second) if f), key=lambda f: f[0].sequence)
+    if len(files) < 2 or files[1][0].sequence == files[0][-1].sequence + 1:
+        return [frame for file in files for frame in file]
+    # Between the files a frame is missing.  What lies before the gap is the older file; the newer
+    # one's first frames were never acknowledged, since an earlier append was not durable yet.
+    return list(files[0])
+
+
+class Journal:
+    """The two files, open for appending.  Not thread-safe: one writer at a time."""
+
+    def __init__(self, directory: Path, size: int, number: bytes) -> None:
+        """Opens or creates `journal.0` and `journal.1` of `size` / 2 bytes each, written through.
+
+        `number` is the mount's own; frames of other numbers are never replayed.
+        """
+        self.number = number
+        self.capacity = size // 2 - size // 2 % SECTOR
+        self._files = [_open_file(directory / f"journal.{i}", self.capacity) for i in range(2)]
+        self._active = 0
+        self._offset = 0
+        self._sequence = 1
+        self._unflushed: set[int] = set()
+
+    def room(self) -> int:
+        """Payload bytes that the active file can still take."""
+        return max(0, self.capacity - self._offset - _HEAD - SECTOR)
+
+    def frame(self, records: Sequence[bytes]) -> tuple[int, int, bytes]:
+        """Places an append: (file, offset, bytes) for `write`; the payload must fit `room`."""
+        data = encode_frame(self._sequence, self.number, records)
+        place = (self._active, self._offset, data)
+        self._sequence += 1
+        self._offset += len(data)
+        return place
+
+    def write(self, frames: Sequence[tuple[int, int, bytes]]) -> None:
+        """Writes placed frames in order and flushes them.  Raises `CacheError` if the disk fails.
+
+        An acknowledged frame implies that every frame before it is durable too.
+        """
+        try:
+            for file, offset, data in frames:
+                os.pwrite(self._files[file], data, offset)
+                self._unflushed.add(file)
+            failpoints.hit("journal.written")
+            for file in sorted(self._unflushed):
+                os.fdatasync(self._files[file])
+            self._unflushed.clear()
+        except OSError as error:
+            raise CacheError(f"the journal cannot be written: {error}; check the cache's disk") from error
+        failpoints.hit("journal.flushed")
+
+    def switch(self) -> None:
+        """Goes on in the other file; what that held is superfluous since the last commit.
+
+        A file without appends of this group is kept on with, so that the two files always hold
+        consecutive frames and a gap between them means a torn append.
+        """
+        if self._offset:
+            self._active ^= 1
+            self._offset = 0
+
+    def close(self) -> None:
+        """Closes both files."""
+        for file in self._files:
+            os.close(file)
+
+
+def read_frames(directory: Path, number: bytes) -> list[Frame]:
+    """The frames that replay must consider; an absent file holds none."""
+    files = []
+    for i in range(2):
+        path = directory / f"journal.{i}"
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            content = b""
+        except OSError as error:
+            raise CacheError(f"{path}: the journal cannot be read: {error}") from error
+        files.append(list(decode_frames(content, number)))
+    return in_order(files[0], files[1])
+
+
+def _open_file(path: Path, capacity: int) -> int:
+    """Opens a file whose blocks are all written, so that an append changes no metadata."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        size = os.fstat(file).st_size
+        chunk = bytes(1 << 20)
+        for offset in range(size - size % SECTOR, capacity, len(chunk)):
+            os.pwrite(file, chunk[: capacity - offset], offset)
+        if size > capacity:
+            os.ftruncate(file, capacity)
+        os.fsync(file)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise CacheError(f"{path}: the journal cannot be made: {error}") from error
+    return file

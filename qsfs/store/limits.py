@@ -1,0 +1,57 @@
+"""How the bound on the cache directory is divided, and what follows from it for groups and waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qsfs.config import CacheConfig
+from qsfs.errors import CacheError
+from qsfs.store.schema import PAGE
+
+_SLACK = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds in bytes.  `map_bytes` + `journal_bytes` + `spool_bytes` + slack make the configured size."""
+
+    map_bytes: int
+    journal_bytes: int
+    spool_bytes: int
+    group_bytes: int
+    uncovered_bytes: int
+    largest_append: int
+    high_bytes: int
+    low_bytes: int
+    full_bytes: int
+
+    @classmethod
+    def of(cls, cache: CacheConfig, spool_bytes: int) -> Limits:
+        """Divides `cache.size_bytes`; small caches get smaller groups, journal and spool.
+
+        `high_bytes` and `low_bytes` of used LMDB pages start and end eviction; at `full_bytes`
+        writers wait.  The rest of the map is what commits may need before LMDB can reuse what they
+        freed: pages are copied on write, and a transaction cannot reuse what it frees itself.
+        """
+        size = cache.size_bytes
+        journal = min(cache.journal_bytes, size // 8)
+        spool = min(spool_bytes, size // 4)
+        mapped = size - journal - spool - _SLACK
+        group = max(1 << 20, min(cache.group_bytes, mapped // 16))
+        reserve = 4 * group + (1 << 20)
+        full = mapped - reserve
+        if full < 4 * group:
+            raise CacheError(
+                f"[cache] size of {size} bytes is too small to work with; give it at least 32MiB"
+            )
+        return cls(
+            map_bytes=mapped - mapped % PAGE,
+            journal_bytes=journal - journal % PAGE,
+            spool_bytes=spool,
+            group_bytes=group,
+            uncovered_bytes=min(cache.uncovered_bytes, mapped // 16),
+            largest_append=min(4 << 20, journal // 4),
+            high_bytes=int(full * cache.high_watermark),
+            low_bytes=int(full * cache.low_watermark),
+            full_bytes=full,
+        )
