@@ -8,6 +8,8 @@ pass a `qsfs.clock.Clock`.  `docs/format.md` describes every byte.
     seal         one small object under a key of its own
     compression  zstd unless it does not pay
     erasure      Reed-Solomon codes
+    extent       the names of extents and packs, as other layers keep them
+    layout       where extents lie in a pack
     pack         sealed extents and their index: the unit of upload
     shard        one piece of a pack, one value on one backend
     rows         metadata rows as chunks for metadata packs

@@ -11,6 +11,7 @@ from blake3 import blake3
 from qsfs.clock import Clock
 from qsfs.errors import Corrupt, QsfsBug
 from qsfs.format import schema
+from qsfs.format.extent import PackKind, PackRef
 from qsfs.format.fleet import Fleet, FleetEntry, pack_fleet, take_fleet
 from qsfs.format.keys import KeyRing
 from qsfs.format.owner import (
@@ -23,7 +24,6 @@ from qsfs.format.owner import (
     seal_owner_record,
     take_owner,
 )
-from qsfs.format.pack import PackKind, PackRef
 from qsfs.format.seal import open_sealed, seal
 from qsfs.format.units import DIGEST_SIZE, FSID_SIZE, ID_SIZE, KEY_PREFIX, PAGE, Buffer, ObjectKind
 

@@ -18,7 +18,6 @@ import hmac
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 from blake3 import blake3
 from cryptography.exceptions import InvalidTag
@@ -27,9 +26,11 @@ from qsfs.clock import Clock
 from qsfs.errors import Corrupt, FormatMismatch, LimitExceeded, QsfsBug
 from qsfs.format import compression
 from qsfs.format.erasure import CodeParams
+from qsfs.format.extent import ExtentEntry, PackKind, PackRef, PlainExtent
 from qsfs.format.keys import KeyRing
+from qsfs.format.layout import place_extents
 from qsfs.format.seal import new_object_id, nonce
-from qsfs.format.units import FORMAT_VERSION, MAX_SHARD, PAGE, TAG_SIZE, Buffer, ObjectKind
+from qsfs.format.units import FORMAT_VERSION, MAX_SHARD, PAGE, TAG_SIZE, Buffer
 
 _TRAILER = struct.Struct(">QII")
 TRAILER_SIZE = _TRAILER.size + TAG_SIZE
@@ -44,70 +45,6 @@ _INDEX_SCHEMA = 1
 _TRAILER_POSITION = 0
 _INDEX_POSITION = 1
 _FIRST_EXTENT_POSITION = 2
-
-_SHARD_ROUNDING = 64
-_ALIGNING_SHARE = 64
-_ALIGNING_EXTENTS_PER_SHARD = 4
-
-
-class PackKind(IntEnum):
-    """What a pack holds."""
-
-    DATA = ObjectKind.DATA_PACK
-    METADATA = ObjectKind.METADATA_PACK
-
-
-@dataclass(frozen=True, slots=True)
-class PlainExtent:
-    """What goes into a pack as one unit.
-
-    DATA: `pages` pages of `inode` from `first_page`, `len(data) == pages * 4096`.
-    METADATA: inode 0, `first_page` the chunk's number, pages 0, any length.
-    """
-
-    inode: int
-    first_page: int
-    pages: int
-    write_number: int
-    data: Buffer
-
-
-@dataclass(frozen=True, slots=True)
-class ExtentEntry:
-    """Where a sealed extent lies in its pack's body, and what it is.  Lengths and offset in bytes."""
-
-    ordinal: int
-    inode: int
-    first_page: int
-    pages: int
-    write_number: int
-    offset: int
-    sealed_length: int
-    plain_length: int
-    codec: int
-
-    def shards(self, ref: PackRef) -> range:
-        """The numbers of the data shards of `ref` that hold this extent."""
-        last = self.offset + max(self.sealed_length, 1) - 1
-        return range(self.offset // ref.shard_size, last // ref.shard_size + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class PackRef:
-    """All that is needed to find, key and open a pack.  `body_length == k * shard_size`."""
-
-    pack_id: bytes
-    digest: bytes
-    kind: PackKind
-    key_number: int
-    owner_epoch: int
-    body_length: int
-    shard_size: int
-
-    @property
-    def k(self) -> int:
-        """The number of data shards."""
-        return self.body_length // self.shard_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +75,7 @@ def build_pack(
     packed = [compression.compress(extent.data, level) for extent in plain]
     lengths = [len(data) + TAG_SIZE for _, data in packed]
     index_length = _INDEX_HEADER.size + len(plain) * _INDEX_ENTRY.size + TAG_SIZE
-    offsets, shard_size = _layout(lengths, index_length + TRAILER_SIZE, code.k)
+    offsets, shard_size = place_extents(lengths, index_length + TRAILER_SIZE, code.k)
     if shard_size > MAX_SHARD:
         raise LimitExceeded(
             f"shards of {shard_size} bytes exceed the limit of {MAX_SHARD}: use smaller packs"
@@ -243,42 +180,6 @@ def verify_body(keys: KeyRing, ref: PackRef, body: Buffer) -> tuple[ExtentEntry,
     return tuple(entry for entry, _ in open_body(keys, ref, body))
 
 
-def _layout(lengths: Sequence[int], tail: int, k: int) -> tuple[list[int], int]:
-    """Offsets of the sealed extents, and the shard size.
-
-    With few extents a shard, gaps of up to 1/64 of the body are spent if they at least halve the
-    number of extents that cross a shard boundary: each crossing is a second GET for a cold read.
-    """
-    total = sum(lengths) + tail
-    tight = _place(lengths, tail, k, _shard_size(total, k))
-    if not 0 < len(lengths) <= _ALIGNING_EXTENTS_PER_SHARD * k:
-        return tight[:2]
-    spread = _place(lengths, tail, k, _shard_size(total + total // _ALIGNING_SHARE, k))
-    return (spread if 2 * spread[2] <= tight[2] and spread[2] < tight[2] else tight)[:2]
-
-
-def _shard_size(total: int, k: int) -> int:
-    size = -(-total // k)
-    return -(-size // _SHARD_ROUNDING) * _SHARD_ROUNDING
-
-
-def _place(lengths: Sequence[int], tail: int, k: int, shard_size: int) -> tuple[list[int], int, int]:
-    spare = shard_size * k - sum(lengths) - tail
-    offsets: list[int] = []
-    position = crossings = 0
-    for length in lengths:
-        room = -position % shard_size
-        if 0 < room < length <= shard_size:
-            if room <= spare:
-                spare -= room
-                position += room
-            else:
-                crossings += 1
-        offsets.append(position)
-        position += length
-    return offsets, shard_size, crossings
-
-
 def _encode_index(entries: Sequence[ExtentEntry], k: int, shard_size: int, owner_epoch: int) -> bytes:
     try:
         parts = [_INDEX_HEADER.pack(_INDEX_SCHEMA, k, shard_size, owner_epoch, len(entries))]
@@ -317,6 +218,10 @@ def _decode_index(ref: PackRef, index: bytes, count: int) -> tuple[ExtentEntry, 
         entry = ExtentEntry(ordinal, *row)
         if not position <= entry.offset or entry.sealed_length < TAG_SIZE:
             raise Corrupt(f"{_name(ref)}: extents {ordinal - 1} and {ordinal} overlap in its index")
+        if ref.kind is PackKind.DATA and entry.plain_length != entry.pages * PAGE:
+            raise Corrupt(
+                f"{_name(ref)}: extent {ordinal} has {entry.plain_length} bytes in {entry.pages} pages"
+            )
         position = entry.offset + entry.sealed_length
         found.append(entry)
     if position > end:
@@ -403,3 +308,19 @@ def _require_zeros(ref: PackRef, gap: memoryview) -> None:
 
 def _name(ref: PackRef) -> str:
     return f"pack {ref.pack_id.hex()}"
+
+
+__all__ = [
+    "TRAILER_SIZE",
+    "ExtentEntry",
+    "Pack",
+    "PackKind",
+    "PackRef",
+    "PlainExtent",
+    "build_pack",
+    "index_offset",
+    "open_body",
+    "open_extent",
+    "open_index",
+    "verify_body",
+]

@@ -28,8 +28,9 @@ from blake3 import blake3
 
 from qsfs.errors import Corrupt, QsfsBug
 from qsfs.format.erasure import CODEC_NAMES, CODEC_NUMBERS, Code
+from qsfs.format.extent import PackKind, PackRef
 from qsfs.format.keys import KeyRing
-from qsfs.format.pack import Pack, PackKind, PackRef
+from qsfs.format.pack import Pack
 from qsfs.format.seal import require_version
 from qsfs.format.units import FORMAT_VERSION, KEY_PREFIX, PREAMBLE_SIZE, Buffer, ObjectKind, Preamble
 
