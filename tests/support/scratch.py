@@ -12,6 +12,7 @@ import ctypes
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import subprocess
@@ -127,13 +128,30 @@ def describe_process(process: int) -> str:
     return str(process)
 
 
+def kill_process(process: int, patience: float = 30.0) -> None:
+    """Ends a process with SIGKILL and waits until it is gone; nothing happens if it is already.
+
+    A process that has died but that its parent has not asked for yet counts as gone.  Raises
+    `CleanupError` if it hangs in the kernel for longer than `patience` seconds.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        handle = os.pidfd_open(process)
+        try:
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            if not select.select([handle], [], [], patience)[0]:
+                raise CleanupError(f"process {describe_process(process)} does not die")
+        finally:
+            os.close(handle)
+
+
 def end_session() -> list[str]:
     """Clears away what is left of this run, and says what that was: each entry is a test's mistake."""
     left = []
-    for process in session_processes():
-        left.append(f"process {describe_process(process)}")
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+    # A process may have started another before it died.
+    while processes := session_processes():
+        for process in processes:
+            left.append(f"process {describe_process(process)}")
+            kill_process(process)
     directory = session_directory()
     left += [f"mount {mountpoint}" for mountpoint in mounts_below(directory)]
     left += [f"directory {path}" for path in sorted(directory.iterdir())]

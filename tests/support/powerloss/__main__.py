@@ -75,7 +75,7 @@ async def _serve(operations: Operations, options: argparse.Namespace) -> None:
 
 async def _follow_input(mountpoint: Path) -> None:
     """Ends the process, without making anything durable, when nobody holds the other end of its input."""
-    while await trio.to_thread.run_sync(sys.stdin.buffer.read1, abandon_on_cancel=True):
+    while await trio.to_thread.run_sync(os.read, sys.stdin.fileno(), 4096, abandon_on_cancel=True):
         pass
     detach(mountpoint)
     os._exit(1)

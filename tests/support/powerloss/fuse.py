@@ -5,9 +5,6 @@ mapping when it is synced or written back; reads and mappings are cached and coh
 `O_SYNC` and `O_DSYNC` writes are followed by an FSYNC of the kernel's own.  Locks are the kernel's.
 """
 
-# ruff: noqa: PTH
-# Names are bytes here, which pathlib cannot hold.
-
 from __future__ import annotations
 
 import contextlib
@@ -19,7 +16,7 @@ import os
 import signal
 import stat
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -69,7 +66,7 @@ class Fault:
     remaining: int = -1
 
 
-def _boundary(handler: Callable[_P, Awaitable[_T]]) -> Callable[_P, Awaitable[_T]]:
+def _boundary(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
     """Turns what a handler raises into what FUSE can answer."""
 
     @functools.wraps(handler)

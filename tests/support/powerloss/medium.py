@@ -1,8 +1,5 @@
 """The medium of the forgetting disk: making durable, in the backing directory, what was only seen before."""
 
-# ruff: noqa: PTH
-# Names are bytes here, which pathlib cannot hold.
-
 from __future__ import annotations
 
 import os
@@ -33,7 +30,7 @@ class Operation:
         return [self.node, *(directory for directory, _ in self.names), *([self.other] if self.other else [])]
 
     def touches(self) -> set[tuple[int, bytes]]:
-        """What it changes: entries as (directory, name), inodes as (number, ""), listings as (number, "/")."""
+        """What it changes: entries as (directory, name), inodes as (number, ""), lists as (number, "/")."""
         return self._changes() | {(directory.number, b"/") for directory, _ in self.names}
 
     def needs(self) -> set[tuple[int, bytes]]:

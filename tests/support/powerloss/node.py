@@ -1,8 +1,5 @@
 """An inode of the forgetting disk: what running programs see, and what of it the medium lacks."""
 
-# ruff: noqa: PTH
-# Names are bytes here, which pathlib cannot hold.
-
 from __future__ import annotations
 
 import os
