@@ -22,6 +22,7 @@ from qsfs.errors import QsfsError
 COMMANDS = (
     "init",
     "config",
+    "zdb",
 )
 
 _BUG = 70
