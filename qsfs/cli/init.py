@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from qsfs.config import BackendConfig
 
 FIRST_PORT = 9900
-CONFIG_NAME = "qsfs.toml"
-KEY_NAME = "qsfs.key"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,8 +20,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "init",
         help="write a configuration and a key file",
-        description="Write DIR/qsfs.toml and DIR/qsfs.key and make DIR/mnt and DIR/cache. "
-        "Nothing that exists is overwritten; no backend is asked.",
+        description="Write DIR/NAME.toml and DIR/NAME.key and make the mount point and the cache "
+        "directory. Nothing that exists is overwritten; no backend is asked.",
     )
     parser.add_argument("directory", metavar="DIR", nargs="?", default=".", help="default: here")
     parser.add_argument(
@@ -38,6 +36,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--port", metavar="P", type=int, default=FIRST_PORT,
         help=f"port of the first embedded backend, the others follow (default: {FIRST_PORT})",
     )  # fmt: skip
+    parser.add_argument("--name", default="qsfs", help="of the two files (default: qsfs)")
+    parser.add_argument("--mountpoint", metavar="PATH", default="mnt", help="default: DIR/mnt")
+    parser.add_argument("--cache", metavar="PATH", default="cache", help="default: DIR/cache")
     parser.add_argument("--namespace", metavar="NAME", default="qsfs", help="default: qsfs")
     parser.add_argument("--data-shards", metavar="K", type=int, default=16, help="default: 16")
     parser.add_argument("--parity-shards", metavar="M", type=int, default=4, help="default: 4")
@@ -55,14 +56,21 @@ def run(args: argparse.Namespace) -> int:
     from qsfs.format.keys import new_key_file
 
     directory = Path(args.directory).absolute()
-    config_file, key_file = directory / CONFIG_NAME, directory / KEY_NAME
+    if not args.name or "/" in args.name:
+        raise ConfigError(f'--name "{args.name}" is not a file name')
+    config_file, key_file = directory / f"{args.name}.toml", directory / f"{args.name}.key"
     content = starter_config(
         backends(args),
         data_shards=args.data_shards,
         parity_shards=args.parity_shards,
         cache_size=args.cache_size,
         spool_size=args.spool_size,
+        mountpoint=args.mountpoint,
+        cache=args.cache,
+        key_file=key_file.name,
         label=args.label,
+        # The kernel lets others than root offer this only where /etc/fuse.conf allows it.
+        allow_other=os.geteuid() == 0,
     )
     config = Config.parse(content, config_file)
     for file in (config_file, key_file):

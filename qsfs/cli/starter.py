@@ -49,8 +49,9 @@ deadline_seconds = 30
 [mount]
 # Extended attributes and ACLs slow down every small write: the kernel asks for one each time.
 xattr = false
-# Let other users than root in; the kernel checks permissions.
-allow_other = true
+# Let other users than the one who mounts in; the kernel checks permissions.  Who is not root needs
+# `user_allow_other` in /etc/fuse.conf for it.
+allow_other = {allow_other}
 
 [log]
 level = "info"
@@ -111,6 +112,7 @@ def starter_config(
     spool_size: str = "512MiB",
     key_file: str = "qsfs.key",
     label: str = "",
+    allow_other: bool = True,
 ) -> str:
     """The text of a configuration for these backends, with the presets of the policies."""
     parts = [
@@ -123,6 +125,7 @@ def starter_config(
             spool=_quoted(spool_size),
             k=data_shards,
             m=parity_shards,
+            allow_other=str(allow_other).lower(),
         ),
         _POLICIES,
         _BACKENDS,

@@ -73,6 +73,16 @@ class TestInit:
         assert word in result.err
         assert list(tmp_path.iterdir()) == []
 
+    def test_other_names_and_places(self, qsfs, tmp_path):
+        places = ("--mountpoint", tmp_path / "node", "--cache", "../var")
+        assert qsfs("init", "etc", "--name", "casper", *places).code == 0
+        config = Config.load(tmp_path / "etc" / "casper.toml")
+        assert config.filesystem.key_file == tmp_path / "etc" / "casper.key"
+        assert config.filesystem.key_file.exists()
+        assert config.filesystem.mountpoint == tmp_path / "node"
+        assert (tmp_path / "var").is_dir()
+        assert qsfs("init", "etc", "--name", "a/b").code == 3
+
     def test_json(self, qsfs, tmp_path):
         assert qsfs("init", "--json").json["config"] == str(tmp_path / "qsfs.toml")
 
