@@ -39,6 +39,15 @@ from qsfs.store.schema import (
 Page = bytes | memoryview
 
 
+class LocalDamage(Corrupt):
+    """The bytes of one local page are gone or fail their checksum."""
+
+    def __init__(self, inode: int, page: int, what: str) -> None:
+        super().__init__(f"inode {inode}, page {page}: {what}; run 'qsfs fsck --repair'")
+        self.inode = inode
+        self.page = page
+
+
 class Blocks:
     """The local pages of all files."""
 
@@ -56,8 +65,8 @@ class Blocks:
     def pages(self, inode: int, first: int, count: int) -> list[Page | None]:
         """The resident pages from `first` on; None where a page is a hole or remote only.
 
-        Memoryviews among them die with the next commit: join or copy at once.  Raises `Corrupt`
-        if stored bytes fail their checksum.
+        Memoryviews among them die with the next commit: join or copy at once.  Raises
+        `LocalDamage` if stored bytes fail their checksum.
         """
         found: list[Page | None] = []
         page, stop = first, first + count
@@ -113,16 +122,13 @@ class Blocks:
                 continue
             page: Page
             if value is None or len(value) != VALUE_SIZE:
-                raise Corrupt(f"inode {inode}, page {page_number}: its local bytes are gone; run 'qsfs fsck'")
+                raise LocalDamage(inode, page_number, "its local bytes are gone")
             if i < BLOCK_PAGES - 1:
                 page = value[i * PAGE : (i + 1) * PAGE]
             else:
                 page = bytes(value[i * PAGE :]) + row.tail
             if xxh3_64_intdigest(page) != row.sums[i]:
-                raise Corrupt(
-                    f"inode {inode}, page {page_number}: local bytes fail their checksum; "
-                    "run 'qsfs fsck --repair'"
-                )
+                raise LocalDamage(inode, page_number, "its local bytes fail their checksum")
             pages[i] = page
         return pages
 
@@ -271,6 +277,13 @@ class Blocks:
                 block.pages[i] = None
                 block.writes[i] = 0
         return bits.bit_count()
+
+    def drop_damaged(self, inode: Inode, page: int) -> bool:
+        """Evicts a page whose local bytes are damaged, if it is clean and a pack has it."""
+        if self.remote_extent(inode.number, page) is None:
+            return False
+        number, index = divmod(page, BLOCK_PAGES)
+        return self.evict(inode, number, 1 << index) == 1
 
     def numbers(self, inode: int, first: int, limit: int | None = None) -> list[int]:
         """Numbers of the blocks from `first` on that have a row in any layer, in order, at most `limit`."""

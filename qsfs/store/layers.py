@@ -7,6 +7,7 @@ elsewhere, and touches nothing but the group and LMDB.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from qsfs.errors import QsfsBug
 from qsfs.store.environment import Environment, ReadView
@@ -64,8 +65,7 @@ class Layers:
             (key, bytes(value)) for key, value in self.view.scan(table, start, stop, reverse)
         )
         for overlay in reversed(overlays):
-            keys = overlay.irange(start, stop, inclusive=(True, False), reverse=reverse)
-            stored = _merge(((key, overlay[key]) for key in keys), stored, reverse)
+            stored = _merge(_overlay_rows(overlay, start, stop, reverse), stored, reverse)
         return ((key, value) for key, value in stored if value is not None)
 
     def seal(self, write_number: int) -> Group:
@@ -97,6 +97,11 @@ class Layers:
 
 
 _Row = tuple[bytes, bytes | None]
+
+
+def _overlay_rows(overlay: Any, start: bytes, stop: bytes | None, reverse: bool) -> Iterator[_Row]:
+    for key in overlay.irange(start, stop, inclusive=(True, False), reverse=reverse):
+        yield key, overlay[key]
 
 
 def _merge(upper: Iterator[_Row], lower: Iterator[_Row], reverse: bool) -> Iterator[_Row]:

@@ -119,7 +119,7 @@ def _replay_data(store: Store, number: int, kind: int, body: bytes) -> None:
         store.cut_data(inode, _TRUNCATE.unpack(body)[2], number)
     elif kind == PAGES:
         page = _PAGE.unpack_from(body)[1]
-        store.blocks.put(inode, page, memoryview(body)[_PAGE.size :], number)
+        store.put_pages(inode, page, memoryview(body)[_PAGE.size :], number)
     else:
         _, _, inode.size, inode.mtime_ns, inode.ctime_ns, inode.atime_ns = _ATTRIBUTES.unpack(body)
     store.inodes.touch(inode)

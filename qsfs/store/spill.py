@@ -3,7 +3,8 @@
 What an atomic-sync file wrote since its last sync is *uncovered*.  What of it does not fit in
 memory is spilled here with the groups; a mount discards it.  Covering a file is one row
 (SPILL_COVERED) in a group: from that commit on its spilled pages are the file's, and `move` brings
-them over in bounded steps.  While that goes on, nothing more of the file is spilled.
+them over in bounded steps.  While that goes on, nothing more of the file is spilled, and what is
+written to it drops the spilled page: a page may be uploaded and evicted before its turn to move.
 """
 
 from __future__ import annotations
@@ -137,6 +138,18 @@ class Spill:
             if not block.resident:
                 self._forget_block(inode, number)
 
+    def drop_pages(self, inode: int, first: int, count: int) -> None:
+        """Drops single spilled pages: something newer was written over them."""
+        numbers = self._blocks.get(inode, ())
+        for page in range(first, first + count):
+            number, index = divmod(page, BLOCK_PAGES)
+            if number in numbers:
+                block = self._writable(inode, number)
+                block.resident &= ~(1 << index)
+                block.pages[index] = None
+                if not block.resident:
+                    self._forget_block(inode, number)
+
     def drop(self, inode: int) -> None:
         """Drops all spilled pages of a file."""
         self.cut(inode, 0)
@@ -153,11 +166,10 @@ class Spill:
         if write_number is None:
             return True
         for number in sorted(self._blocks.get(inode.number, ()))[:steps]:
-            state = blocks.state(inode.number, number)
             for index in range(BLOCK_PAGES):
                 page = number * BLOCK_PAGES + index
                 data = self.page(inode.number, page)
-                if data is not None and (state is None or state.writes[index] < write_number):
+                if data is not None:
                     blocks.put(inode, page, memoryview(data), write_number)
             block = self._writable(inode.number, number)
             block.resident = 0

@@ -30,6 +30,7 @@ from qsfs.store.journal import Journal, encode_record, read_frames
 from qsfs.store.layers import Layers
 from qsfs.store.limits import Limits
 from qsfs.store.schema import (
+    PAGE,
     ROOT_INODE,
     Inode,
     Table,
@@ -167,10 +168,16 @@ class Store:
         changes.apply(self, change.operations, number)
         self.layers.open.namespace_log.append((number, change.encode(number), change.data_of))
 
-    def truncate_data(self, inode: Inode, first: int, size: int) -> None:
-        """Sets a file's size; its pages from `first` on become holes."""
+    def put_pages(self, inode: Inode, first: int, data: memoryview, write_number: int) -> None:
+        """Writes whole pages of a file from page `first` on."""
+        if inode.number in self.spill.covered:
+            self.spill.drop_pages(inode.number, first, len(data) // PAGE)
+        self.blocks.put(inode, first, data, write_number)
+
+    def truncate_data(self, inode: Inode, first: int, size: int, cut_spill: bool = True) -> None:
+        """Sets a file's size; its pages from `first` on become holes, spilled ones if `cut_spill`."""
         number = self.next_write()
-        self.cut_data(inode, first, number)
+        self.cut_data(inode, first, number, cut_spill)
         for group in (self.layers.open, self.layers.committing):
             log = group.data_log.get(inode.number) if group is not None else None
             if log is not None:
@@ -180,12 +187,12 @@ class Store:
         inode.size = size
         self.touch_data(inode)
 
-    def cut_data(self, inode: Inode, first: int, write_number: int) -> None:
+    def cut_data(self, inode: Inode, first: int, write_number: int, cut_spill: bool = True) -> None:
         """Makes the pages from `first` on holes: at once if they are few, else worked off later."""
         if inode.allocated or self.extents.any(inode.number):
             self.blocks.truncate(inode, first, write_number)
             self.blocks.work_off(inode, 256)
-        if self.spill.any(inode.number):
+        if cut_spill and self.spill.any(inode.number):
             self.spill.cut(inode.number, first)
 
     def touch_data(self, inode: Inode) -> None:
