@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from qsfs.clock import Clock
-from qsfs.errors import Corrupt, QsfsBug
+from qsfs.errors import Corrupt
 from qsfs.format import schema
 from qsfs.format.extent import PackKind, PackRef
 from qsfs.format.fleet import Fleet, FleetEntry, pack_fleet, take_fleet
@@ -24,8 +24,8 @@ from qsfs.format.owner import (
     seal_owner_record,
     take_owner,
 )
-from qsfs.format.seal import open_sealed, seal
-from qsfs.format.units import DIGEST_SIZE, FSID_SIZE, ID_SIZE, KEY_PREFIX, PAGE, Buffer, ObjectKind
+from qsfs.format.seal import open_sealed, require_readable, seal
+from qsfs.format.units import DIGEST_SIZE, FSID_SIZE, ID_SIZE, KEY_PREFIX, PAGE, Buffer, ObjectKind, make_key
 
 HEAD_PREFIX = KEY_PREFIX + b"h:"
 _KEY = struct.Struct(">16sQ16sQ32s")
@@ -111,7 +111,8 @@ class HeadKey:
 
 def head_key(fsid: bytes, ref: HeadRef) -> bytes:
     """The key (87 bytes) of a head.  It holds the digest, so no head ever overwrites another."""
-    return HEAD_PREFIX + _KEY.pack(fsid, ref.owner.epoch, ref.owner.mount_id, ref.generation, ref.digest)
+    owner = ref.owner
+    return make_key(HEAD_PREFIX, _KEY, fsid, owner.epoch, owner.mount_id, ref.generation, ref.digest)
 
 
 def parse_head_key(key: bytes) -> HeadKey | None:
@@ -130,12 +131,9 @@ def seal_head(head: Head, keys: KeyRing, clock: Clock) -> SealedHead:
     value = seal(ObjectKind.HEAD, _encode(head), keys, clock)
     ref = HeadRef(head.owner, head.generation, blake3(value).digest())
     sealed = SealedHead(head_key(head.fsid, ref), value, ref)
-    try:
-        again = open_head(sealed.key, value, keys)
-    except Corrupt as error:
-        raise QsfsBug(f"generation {head.generation} cannot be written as a head: {error}") from error
-    if again != head:
-        raise QsfsBug(f"the head of generation {head.generation} reads back differently")
+    require_readable(
+        head, lambda: open_head(sealed.key, value, keys), f"the head of generation {head.generation}"
+    )
     return sealed
 
 

@@ -8,7 +8,7 @@ from qsfs.clock import Clock
 from qsfs.errors import Corrupt
 from qsfs.format import schema
 from qsfs.format.keys import KeyRing
-from qsfs.format.seal import open_sealed, seal
+from qsfs.format.seal import open_sealed, require_readable, seal
 from qsfs.format.units import FSID_SIZE, ID_SIZE, KEY_PREFIX, Buffer, ObjectKind
 
 IDENTITY_KEY = KEY_PREFIX + b"i:"
@@ -66,7 +66,9 @@ def parse_tombstone_key(key: bytes) -> bytes | None:
 def seal_identity(record: BackendIdentity, keys: KeyRing, clock: Clock) -> tuple[bytes, bytes]:
     """(key, value) of a backend's identity."""
     plaintext = schema.pack([_SCHEMA, record.fsid, record.identity, record.number, record.control_namespace])
-    return identity_key(record.fsid), seal(ObjectKind.IDENTITY, plaintext, keys, clock)
+    key, value = identity_key(record.fsid), seal(ObjectKind.IDENTITY, plaintext, keys, clock)
+    require_readable(record, lambda: open_identity(key, value, keys), "a backend identity")
+    return key, value
 
 
 def open_identity(key: bytes, value: Buffer, keys: KeyRing) -> BackendIdentity:
@@ -87,9 +89,11 @@ def open_identity(key: bytes, value: Buffer, keys: KeyRing) -> BackendIdentity:
 def seal_tombstone(record: Tombstone, keys: KeyRing, clock: Clock) -> tuple[bytes, bytes]:
     """(key, value) of a retired backend's tombstone."""
     plaintext = schema.pack(
-        [_SCHEMA, record.fsid, record.identity, record.number, record.time_ns, record.reason[:1024]]
+        [_SCHEMA, record.fsid, record.identity, record.number, record.time_ns, record.reason]
     )
-    return tombstone_key(record.fsid), seal(ObjectKind.TOMBSTONE, plaintext, keys, clock)
+    key, value = tombstone_key(record.fsid), seal(ObjectKind.TOMBSTONE, plaintext, keys, clock)
+    require_readable(record, lambda: open_tombstone(key, value, keys), "a tombstone")
+    return key, value
 
 
 def open_tombstone(key: bytes, value: Buffer, keys: KeyRing) -> Tombstone:

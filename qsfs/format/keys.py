@@ -124,10 +124,10 @@ class KeyRing:
         return self._ciphers(number, version, kind, object_id, digest)
 
     def _derive(self, number: int, label: bytes) -> bytes:
-        return derive(self.get(number).secret, self._fsid, label)
+        return derive(self.get(number).secret, self._fsid, label + struct.pack(">I", number))
 
     def _cipher(self, number: int, version: int, kind: int, object_id: bytes, digest: bytes) -> AESGCM:
-        info = b"qsfs object" + struct.pack(">HB", version, kind) + object_id + digest
+        info = b"qsfs object" + struct.pack(">IHB", number, version, kind) + object_id + digest
         return AESGCM(derive(self.get(number).secret, self._fsid, info))
 
 

@@ -9,8 +9,8 @@ from qsfs.clock import Clock
 from qsfs.errors import Corrupt
 from qsfs.format import schema
 from qsfs.format.keys import KeyRing
-from qsfs.format.seal import open_sealed, seal
-from qsfs.format.units import FSID_SIZE, ID_SIZE, KEY_PREFIX, Buffer, ObjectKind
+from qsfs.format.seal import open_sealed, require_readable, seal
+from qsfs.format.units import FSID_SIZE, ID_SIZE, KEY_PREFIX, Buffer, ObjectKind, make_key
 
 OWNER_PREFIX = KEY_PREFIX + b"o:"
 _KEY = struct.Struct(">16sQ16s")
@@ -45,7 +45,7 @@ class OwnerKey:
 
 def owner_key(fsid: bytes, owner: Owner) -> bytes:
     """The key (47 bytes) of an owner's record."""
-    return OWNER_PREFIX + _KEY.pack(fsid, owner.epoch, owner.mount_id)
+    return make_key(OWNER_PREFIX, _KEY, fsid, owner.epoch, owner.mount_id)
 
 
 def parse_owner_key(key: bytes) -> OwnerKey | None:
@@ -58,10 +58,10 @@ def parse_owner_key(key: bytes) -> OwnerKey | None:
 
 def seal_owner_record(record: OwnerRecord, keys: KeyRing, clock: Clock) -> tuple[bytes, bytes]:
     """(key, value) of an owner record."""
-    plaintext = schema.pack(
-        [_SCHEMA, record.fsid, pack_owner(record.owner), record.time_ns, record.host[:255]]
-    )
-    return owner_key(record.fsid, record.owner), seal(ObjectKind.OWNER, plaintext, keys, clock)
+    plaintext = schema.pack([_SCHEMA, record.fsid, pack_owner(record.owner), record.time_ns, record.host])
+    key, value = owner_key(record.fsid, record.owner), seal(ObjectKind.OWNER, plaintext, keys, clock)
+    require_readable(record, lambda: open_owner_record(key, value, keys), "an owner record")
+    return key, value
 
 
 def open_owner_record(key: bytes, value: Buffer, keys: KeyRing) -> OwnerRecord:

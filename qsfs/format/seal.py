@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import hmac
 import struct
+from collections.abc import Callable
+from typing import TypeVar
 
 from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 
 from qsfs.clock import Clock
-from qsfs.errors import Corrupt, FormatMismatch, LimitExceeded
+from qsfs.errors import Corrupt, FormatMismatch, LimitExceeded, QsfsBug
 from qsfs.format.keys import KeyRing
 from qsfs.format.units import (
-    DIGEST_SIZE,
     FORMAT_VERSION,
     ID_SIZE,
     MAX_VALUE,
@@ -33,6 +34,8 @@ from qsfs.format.units import (
     ObjectKind,
     Preamble,
 )
+
+T = TypeVar("T")
 
 _REST = struct.Struct(">16s32sI")
 _HEADER_SIZE = PREAMBLE_SIZE + _REST.size
@@ -97,6 +100,16 @@ def open_sealed(kind: ObjectKind, value: Buffer, keys: KeyRing, what: str) -> by
     return plaintext
 
 
+def require_readable(record: T, reopen: Callable[[], T], what: str) -> None:
+    """`QsfsBug` unless `reopen` gives `record` back: what could not be read is never sent."""
+    try:
+        again = reopen()
+    except (Corrupt, FormatMismatch) as error:
+        raise QsfsBug(f"{what} could not be read back: {error}") from error
+    if again != record:
+        raise QsfsBug(f"{what} reads back as something else")
+
+
 def require_version(version: int, what: str) -> None:
     """`FormatMismatch` unless this code reads `version`.  Ask only about authenticated bytes."""
     if version != FORMAT_VERSION:
@@ -104,6 +117,3 @@ def require_version(version: int, what: str) -> None:
             f"{what}: written in format version {version}, this qsfs reads {FORMAT_VERSION}: "
             "use the qsfs that wrote it"
         )
-
-
-__all__ = ["DIGEST_SIZE", "OVERHEAD", "new_object_id", "nonce", "open_sealed", "require_version", "seal"]

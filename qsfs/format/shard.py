@@ -32,7 +32,15 @@ from qsfs.format.extent import PackKind, PackRef
 from qsfs.format.keys import KeyRing
 from qsfs.format.pack import Pack
 from qsfs.format.seal import require_version
-from qsfs.format.units import FORMAT_VERSION, KEY_PREFIX, PREAMBLE_SIZE, Buffer, ObjectKind, Preamble
+from qsfs.format.units import (
+    FORMAT_VERSION,
+    KEY_PREFIX,
+    PREAMBLE_SIZE,
+    Buffer,
+    ObjectKind,
+    Preamble,
+    make_key,
+)
 
 _REST = struct.Struct(">Q16s32sBBHHHQI")
 HEADER_SIZE = PREAMBLE_SIZE + _REST.size
@@ -69,7 +77,7 @@ class Shard:
 
 def shard_key(fsid: bytes, owner_epoch: int, pack_id: bytes, number: int) -> bytes:
     """The key (49 bytes) under which shard `number` of a pack lies on its backend."""
-    return SHARD_PREFIX + _KEY.pack(fsid, owner_epoch, pack_id, number)
+    return make_key(SHARD_PREFIX, _KEY, fsid, owner_epoch, pack_id, number)
 
 
 def parse_shard_key(key: bytes) -> ShardKey | None:

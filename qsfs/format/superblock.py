@@ -35,7 +35,7 @@ from qsfs.format.keys import (
     unwrap_key,
     wrap_keys,
 )
-from qsfs.format.seal import open_sealed, seal
+from qsfs.format.seal import open_sealed, require_readable, seal
 from qsfs.format.units import (
     DEFAULT_BLOCK,
     FORMAT_VERSION,
@@ -105,11 +105,12 @@ def encode_superblock(superblock: Superblock, keys: KeyRing, clock: Clock) -> by
     )
     sealed = seal(ObjectKind.SUPERBLOCK, plaintext, keys, clock)
     header = _HEADER.pack(
-        MAGIC, FORMAT_VERSION, ObjectKind.SUPERBLOCK, 0, superblock.fsid, len(public), len(sealed)
+        MAGIC, FORMAT_VERSION, ObjectKind.SUPERBLOCK, 0, keys.fsid, len(public), len(sealed)
     )
     value = header + public + sealed
     if len(value) + _CHECKSUM_SIZE > MAX_VALUE:
         raise LimitExceeded(f"a superblock with {len(superblock.slots)} key slots is too large")
+    require_readable(superblock, lambda: _read(keys.fsid, public, sealed, keys), "a superblock")
     return value + blake3(value).digest()
 
 
@@ -128,15 +129,22 @@ def open_superblock(value: Buffer, secret: bytes) -> tuple[Superblock, KeyRing]:
     with, `KeyFileError` if the secret opens no slot, or only slots of master keys since replaced.
     """
     fsid, public, sealed = _split(value)
-    slots = _take_slots(public)
-    masters = _unwrap(slots, secret, fsid)
-    keys = KeyRing(fsid, masters)
+    keys = KeyRing(fsid, _unwrap(_take_slots(public), secret, fsid))
     number = Preamble.decode(sealed, _WHAT).key_number
     if number not in keys.numbers:
         raise KeyFileError(
             f"the key file opens master keys {keys.numbers} of {fsid.hex()}, but {number} is in use: "
             "its slot was removed; use the present key file"
         )
+    return _read(fsid, public, sealed, keys), keys
+
+
+def replace_slots(superblock: Superblock, slots: tuple[KeySlot, ...]) -> Superblock:
+    """The next revision, with other key slots."""
+    return replace(superblock, slots=slots, revision=superblock.revision + 1)
+
+
+def _read(fsid: bytes, public: bytes, sealed: bytes, keys: KeyRing) -> Superblock:
     fields = schema.record(open_sealed(ObjectKind.SUPERBLOCK, sealed, keys, _WHAT), _SCHEMA, 9, _WHAT)
     code = CodeParams(fields.integer(1, 256), fields.integer(1, 256), fields.text())
     superblock = Superblock(
@@ -144,7 +152,7 @@ def open_superblock(value: Buffer, secret: bytes) -> tuple[Superblock, KeyRing]:
         format_version=FORMAT_VERSION,
         code=code,
         block_size=fields.integer(PAGE, schema.U32),
-        slots=slots,
+        slots=_take_slots(public),
         created_ns=fields.integer(),
         label=fields.text(),
         revision=fields.integer(),
@@ -153,12 +161,7 @@ def open_superblock(value: Buffer, secret: bytes) -> tuple[Superblock, KeyRing]:
         raise Corrupt("superblock: its key slots are not those that it was sealed with")
     if superblock.block_size % PAGE:
         raise Corrupt(f"superblock: a block of {superblock.block_size} bytes is not a multiple of {PAGE}")
-    return superblock, keys
-
-
-def replace_slots(superblock: Superblock, slots: tuple[KeySlot, ...]) -> Superblock:
-    """The next revision, with other key slots."""
-    return replace(superblock, slots=slots, revision=superblock.revision + 1)
+    return superblock
 
 
 def _split(value: Buffer) -> tuple[bytes, bytes, bytes]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeAlias
 
-from qsfs.errors import Corrupt
+from qsfs.errors import Corrupt, QsfsBug
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -55,6 +55,14 @@ class ObjectKind(IntEnum):
     TOMBSTONE = 6
     SUPERBLOCK = 7
     SHARD = 8
+
+
+def make_key(prefix: bytes, layout: struct.Struct, *fields: bytes | int) -> bytes:
+    """The key of a value; `QsfsBug` if a number does not fit into its place."""
+    try:
+        return prefix + layout.pack(*fields)
+    except struct.error as error:
+        raise QsfsBug(f"no key begins with {prefix!r} and holds {fields}: {error}") from error
 
 
 _PREAMBLE = struct.Struct(">4sHBB16sI")

@@ -1,0 +1,82 @@
+"""Writes tests/vectors/*.json: the bytes of everything that qsfs writes to backends.
+
+Run `python -m tests.format.make_vectors` only when a new version of the format is added; the
+vectors of a version that was released never change.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qsfs.clock import FixedClock
+from qsfs.format.erasure import Code
+from qsfs.format.keys import new_key_file, parse_key_file, wrap_keys
+from qsfs.format.pack import PackKind, PlainExtent, build_pack
+from qsfs.format.rows import encode_rows
+from qsfs.format.shard import encode_shards, shard_key
+from qsfs.format.superblock import SUPERBLOCK_KEY, create_superblock, encode_superblock, replace_slots
+from tests.format import samples
+from tests.format.samples import CODE, FSID, KEYS
+
+VECTORS = Path(__file__).parent.parent / "vectors"
+ROWS = [(0, b"", b""), (7, b"key", b"value"), (255, b"gone", None), (3, bytes(511), b"\xff" * 70)]
+
+
+def exact() -> dict[str, Any]:
+    """Vectors whose bytes depend on nothing but this code and its seeds."""
+    data, metadata = samples.data_pack(), samples.metadata_pack()
+    text = new_key_file(FixedClock(10).random_bytes)
+    clock = FixedClock(11)
+    superblock, keys = create_superblock(parse_key_file(text), code=CODE, clock=clock, label="prüf")
+    slots = (*superblock.slots, *wrap_keys(b"\x99" * 32, keys, slot_number=2, clock=clock))
+    return {
+        "key_file": text,
+        "superblock": {
+            "key": SUPERBLOCK_KEY.hex(),
+            "first": encode_superblock(superblock, keys, clock).hex(),
+            "two_slots": encode_superblock(replace_slots(superblock, slots), keys, clock).hex(),
+        },
+        "sealed": {
+            sample.name: {"key": sample.key.hex(), "value": sample.value.hex()}
+            for sample in samples.samples()
+            if "shard" not in sample.name
+        },
+        "data_pack": _pack(data),
+        "metadata_pack": _pack(metadata),
+        "rows": [chunk.hex() for chunk in encode_rows(ROWS, 200)],
+    }
+
+
+def opened() -> dict[str, Any]:
+    """Vectors that hold zstd frames, whose bytes may differ between versions of zstd: only opened."""
+    extents = [PlainExtent(9, 64, 64, 5, b"qsfs" * 65536), PlainExtent(9, 200, 1, 6, bytes(4096))]
+    pack = build_pack(
+        PackKind.DATA, extents, keys=KEYS, code=CODE, owner_epoch=7, clock=FixedClock(12), level=3
+    )
+    return {"compressed_pack": _pack(pack)}
+
+
+def _pack(pack: Any) -> dict[str, Any]:
+    values = encode_shards(pack, Code(CODE), KEYS)
+    return {
+        "pack_id": pack.ref.pack_id.hex(),
+        "digest": pack.ref.digest.hex(),
+        "shards": {
+            shard_key(FSID, pack.ref.owner_epoch, pack.ref.pack_id, number).hex(): value.hex()
+            for number, value in enumerate(values)
+        },
+    }
+
+
+def main() -> None:
+    """Writes both files."""
+    VECTORS.mkdir(exist_ok=True)
+    for name, vectors in (("format-1.json", exact()), ("format-1-zstd.json", opened())):
+        text = json.dumps(vectors, indent=1, ensure_ascii=False, sort_keys=True)
+        (VECTORS / name).write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

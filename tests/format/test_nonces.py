@@ -1,0 +1,105 @@
+"""One key and nonce never seal two plaintexts, also where random numbers repeat (cloned machines)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from qsfs.clock import FixedClock
+from qsfs.format import keys as keys_module
+from qsfs.format import seal
+from qsfs.format.erasure import CodeParams
+from qsfs.format.keys import KeyRing, MasterKey, wrap_key
+from qsfs.format.pack import PackKind, PlainExtent, build_pack
+from qsfs.format.units import ObjectKind
+from tests.format.samples import FSID, noise
+
+
+class Recorder:
+    """AES-GCM that remembers under which key and nonce it sealed what."""
+
+    uses: dict[tuple[bytes, bytes], tuple[bytes, bytes]] = {}
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def encrypt(self, nonce: bytes, data: bytes, aad: bytes) -> bytes:
+        before = self.uses.setdefault((self._key, bytes(nonce)), (bytes(data), bytes(aad)))
+        assert before == (bytes(data), bytes(aad)), "one key and nonce for two plaintexts"
+        return bytes(data) + bytes(16)
+
+
+@pytest.fixture
+def uses(monkeypatch):
+    monkeypatch.setattr(keys_module, "AESGCM", Recorder)
+    Recorder.uses = {}
+    return Recorder.uses
+
+
+def ring() -> KeyRing:
+    """A key ring of another process: nothing is shared with the others but the secrets."""
+    return KeyRing(FSID, [MasterKey(1, b"\x11" * 32)])
+
+
+def test_packs_of_clones_never_share_a_key_for_two_plaintexts(uses):
+    """The same randomness for every pack; contents, places, epochs, codes and kinds differ slightly."""
+    base = [PlainExtent(1, 0, 1, 1, noise(4096)), PlainExtent(1, 1, 1, 2, noise(4096, 1))]
+    variants = [base, base[:1], base[::-1], [*base, base[0]], [base[0], base[0]]]
+    variants += [
+        [dataclasses.replace(base[0], **{field: 7}), base[1]]
+        for field in ("inode", "first_page", "write_number")
+    ]
+    variants.append([PlainExtent(1, 0, 2, 2, noise(4096) + noise(4096, 1))])
+    variants.append([PlainExtent(1, 0, 1, 1, bytes(4096)), base[1]])
+    built = 0
+    for extents in variants:
+        for code in (CodeParams(4, 6), CodeParams(3, 5)):
+            for epoch in (1, 2):
+                build_pack(
+                    PackKind.DATA, extents, keys=ring(), code=code, owner_epoch=epoch, clock=FixedClock(1)
+                )
+                built += 1
+    for chunk in (b"rows", b"more rows"):
+        build_pack(
+            PackKind.METADATA,
+            [PlainExtent(0, 0, 0, 0, chunk)],
+            keys=ring(),
+            code=CodeParams(4, 6),
+            owner_epoch=1,
+            clock=FixedClock(1),
+        )
+        built += 1
+    assert len({key for key, _ in uses}) == built
+
+
+def test_a_pack_built_twice_from_the_same_things_is_the_same_pack(uses):
+    extents = [PlainExtent(1, 0, 1, 1, noise(4096))]
+    for _ in range(2):
+        build_pack(
+            PackKind.DATA, extents, keys=ring(), code=CodeParams(4, 6), owner_epoch=1, clock=FixedClock(1)
+        )
+    assert len(uses) == 3
+
+
+def test_sealed_objects_of_clones_never_share_a_key_for_two_plaintexts(uses):
+    plaintexts = [b"", b"a", b"b", b"aa"]
+    for plaintext in plaintexts:
+        for kind in (ObjectKind.HEAD, ObjectKind.OWNER):
+            for number in (1, 2):
+                keys = KeyRing(FSID, [MasterKey(number, b"\x11" * 32)])
+                seal.seal(kind, plaintext, keys, FixedClock(1))
+    assert len(uses) == 16
+
+
+def test_slots_of_clones_never_share_a_key_for_two_master_keys(uses):
+    for number in (1, 2):
+        for master in (b"\x01" * 32, b"\x02" * 32):
+            wrap_key(b"s" * 32, MasterKey(number, master), fsid=FSID, slot_number=1, clock=FixedClock(1))
+    assert len(uses) == 4
+
+
+def test_positions_inside_a_pack_each_have_a_nonce_of_their_own(uses):
+    extents = [PlainExtent(1, i, 1, i, noise(4096, i)) for i in range(300)]
+    build_pack(PackKind.DATA, extents, keys=ring(), code=CodeParams(4, 6), owner_epoch=1, clock=FixedClock(1))
+    assert sorted(int.from_bytes(nonce, "big") for _, nonce in uses) == list(range(302))
