@@ -5,12 +5,14 @@ timeouts of a day, the same kernel settings as a qsfs mount.  Its fsync appends 
 disk and waits for `fdatasync`, the least that any durable fsync costs.  What it reaches is what
 Python and FUSE leave; qsfs can only come close, or find a shorter loop.
 
-    floor.py MOUNTPOINT APPEND_FILE      prints "ready" when mounted, ends on SIGTERM or unmount
+    floor.py MOUNTPOINT APPEND_FILE      prints "ready" when mounted; ends on SIGTERM, on unmount,
+                                         and with the process that started it
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import signal
@@ -25,6 +27,7 @@ import trio
 CHUNK = 128 << 10
 TIMEOUT = 86400
 ZEROS = bytes(1 << 20)
+PR_SET_PDEATHSIG = 1
 
 
 class Node:
@@ -291,6 +294,8 @@ def main() -> int:
     if len(sys.argv) != 3:
         sys.stderr.write("usage: floor.py MOUNTPOINT APPEND_FILE\n")
         return 2
+    # However the one who started it dies, no mount is left.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     mountpoint, append_file = Path(sys.argv[1]), Path(sys.argv[2])
     options = set(pyfuse3.default_options) | {"fsname=floor", "subtype=floor"}
     pyfuse3.init(Floor(append_file), str(mountpoint), options)
