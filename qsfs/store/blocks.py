@@ -202,6 +202,7 @@ class Blocks:
         while offset < size:
             number, index = divmod(page, BLOCK_PAGES)
             block = self.writable(inode, number)
+            group.fill(block)
             self.written.add(block_key(inode.number, number))
             for i in range(index, min(BLOCK_PAGES, index + (size - offset) // PAGE)):
                 bit = 1 << i
@@ -232,6 +233,7 @@ class Blocks:
         block.resident |= 1 << index
         block.writes[index] = source.write_number
         block.pages[index] = data
+        self._layers.open.fill(block)
         self.used.add(block_key(inode.number, number))
         return True
 

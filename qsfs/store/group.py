@@ -41,13 +41,14 @@ class Block:
     (the committing group, then LMDB).
     """
 
-    __slots__ = ("dirty", "pages", "resident", "writes")
+    __slots__ = ("dirty", "filled", "pages", "resident", "writes")
 
     def __init__(self, resident: int, dirty: int, writes: list[int]) -> None:
         self.resident = resident
         self.dirty = dirty
         self.writes = writes
         self.pages: list[bytes | None] = [None] * BLOCK_PAGES
+        self.filled = False
 
 
 class InodeLog:
@@ -73,13 +74,25 @@ class Group:
         self.namespace_log: list[tuple[int, bytes, tuple[int, ...]]] = []
         self.data_log: dict[int, InodeLog] = {}
         self.covers: set[int] = set()
+        self.filled_blocks = 0
         self.sealed_at = 0
         self.opened_at: float | None = None
 
     @property
     def bytes(self) -> int:
-        """Upper bound of what the group rewrites in LMDB: whole blocks count."""
-        return (len(self.blocks) + len(self.spill)) * BLOCK_SIZE
+        """Upper bound of the values that the group writes to LMDB: whole blocks count."""
+        return self.filled_blocks * BLOCK_SIZE
+
+    @property
+    def row_count(self) -> int:
+        """Rows and blocks that the group changes."""
+        return len(self.blocks) + len(self.spill) + sum(map(len, self.rows.values()))
+
+    def fill(self, block: Block) -> None:
+        """Takes note that a block gets bytes of its own, for the bound."""
+        if not block.filled:
+            block.filled = True
+            self.filled_blocks += 1
 
     @property
     def empty(self) -> bool:

@@ -107,6 +107,7 @@ class Spill:
         block = self._writable(inode, number)
         block.resident |= 1 << index
         block.pages[index] = data
+        self._layers.open.fill(block)
         self._blocks.setdefault(inode, set()).add(number)
 
     def _writable(self, inode: int, number: int) -> Block:

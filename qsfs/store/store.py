@@ -46,6 +46,8 @@ FSID_KEY = b"fsid"
 NEXT_INODE = b"next-inode"
 NEXT_PACK = b"next-pack"
 
+_MOST_ROWS = 200_000
+
 Frame = tuple[int, int, bytes]
 
 
@@ -272,7 +274,8 @@ class Store:
 
     def group_is_full(self) -> bool:
         """Whether the open group has reached its bound: it should be sealed, and writers wait."""
-        return self.layers.open.bytes >= self.limits.group_bytes
+        group = self.layers.open
+        return group.bytes >= self.limits.group_bytes or group.row_count >= _MOST_ROWS
 
     def expected_bytes(self) -> int:
         """LMDB bytes in use once the groups are committed, as an upper bound."""

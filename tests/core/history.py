@@ -267,7 +267,8 @@ class History:
 
     def application_step(self) -> None:
         file = self.random.choice(list(self.files.values()))
-        actions = (self.write, self.write, self.write, self.truncate, self.read, self.sync, self.close_or_open)
+        write, rest = self.write, (self.truncate, self.read, self.sync, self.close_or_open)
+        actions = (write, write, write, *rest)
         self.random.choice(actions)(file)
 
     def background_step(self) -> None:

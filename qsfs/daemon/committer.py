@@ -1,0 +1,165 @@
+"""Local durability: seals and commits groups, serves fsyncs by the journal, wakes who waits.
+
+Two things leave the event loop here: the commit of a group and the flush of journal appends, one
+thread hop each.  Everything between hops is synchronous, so no lock is needed: "one commits at a
+time" and "one flushes at a time" are plain flags.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from qsfs.errors import CacheError
+from qsfs.filesystem.contents import Contents
+from qsfs.store.store import CommitNeeded, Frame, Store
+
+_log = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 4.0
+
+
+class Committer:
+    """Drives the store's groups and journal.  `failed` is set once the local disk failed: no way back."""
+
+    def __init__(self, store: Store, contents: Contents, group_seconds: float) -> None:
+        self._store = store
+        self._contents = contents
+        self._group_seconds = group_seconds
+        self._wanted = 0
+        self._wake = trio.Event()
+        self._progress = trio.Event()
+        self._queue: list[Frame] = []
+        self._placed = 0
+        self._flushed = 0
+        self._flushing = False
+        self._flush_progress = trio.Event()
+        self.failed: CacheError | None = None
+        self.after_commit: list[Callable[[], None]] = []
+        self.commits = 0
+        self.flushes = 0
+
+    # groups
+
+    async def run(self) -> None:
+        """Commits groups as they get old, full or wanted, until cancelled."""
+        while self.failed is None:
+            with trio.move_on_after(min(self._group_seconds, _IDLE_SECONDS)):
+                await self._wake.wait()
+            self._wake = trio.Event()
+            if self._store.dirty or self._wanted > self._store.layers.committed_number:
+                await self._commit_group()
+            else:
+                self._store.layers.renew_view()
+
+    async def _commit_group(self) -> None:
+        group = self._store.seal()
+        try:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._store.commit, group)
+        except CacheError as error:
+            self._fail(error)
+            return
+        self._store.committed(group)
+        self.commits += 1
+        self._progress.set()
+        self._progress = trio.Event()
+        for callback in self.after_commit:
+            callback()
+        if self._store.group_is_full() or self._wanted > group.number:
+            self._wake.set()
+
+    def _fail(self, error: CacheError) -> None:
+        _log.critical("%s; the mount is read-only from here on, its open group stays in memory", error)
+        self.failed = error
+        self._progress.set()
+        self._flush_progress.set()
+
+    async def commit(self) -> int:
+        """Commits everything accepted so far; returns the number of the commit that has it.
+
+        Raises `CacheError` if the local disk failed.
+        """
+        layers = self._store.layers
+        target = layers.open.number
+        if not self._store.dirty:
+            target = layers.committed_number if layers.committing is None else layers.committing.number
+        self._wanted = max(self._wanted, target)
+        while layers.committed_number < target:
+            self._wake.set()
+            self._raise_if_failed()
+            await self._progress.wait()
+        self._raise_if_failed()
+        return target
+
+    async def room(self) -> None:
+        """Waits while the open group is full."""
+        while self._store.group_is_full():
+            self.kick()
+            self._raise_if_failed()
+            await self._progress.wait()
+
+    def kick(self) -> None:
+        """Has the open group sealed soon."""
+        self._wanted = max(self._wanted, self._store.layers.open.number)
+        self._wake.set()
+
+    async def progress(self) -> None:
+        """Waits for the end of the next commit."""
+        self._raise_if_failed()
+        await self._progress.wait()
+
+    def _raise_if_failed(self) -> None:
+        if self.failed is not None:
+            raise self.failed
+
+    # fsync
+
+    async def sync(self, number: int, data_only: bool = False) -> None:
+        """Makes an inode's data and all namespace changes durable, and covers an atomic-sync file.
+
+        `data_only` saves nothing here: a file's size and times go with its data.
+        """
+        inode = self._store.inode(number)
+        if inode is not None:
+            self._contents.cover(inode)
+        await self._journal((number,))
+
+    async def sync_namespace(self) -> None:
+        """Makes all namespace changes durable."""
+        await self._journal(())
+
+    async def _journal(self, inodes: tuple[int, ...]) -> None:
+        self._raise_if_failed()
+        try:
+            frame = self._store.journal_frame(inodes)
+        except CommitNeeded:
+            await self.commit()
+            return
+        if frame is not None:
+            self._queue.append(frame)
+            self._placed += 1
+        await self._flush(self._placed)
+
+    async def _flush(self, ticket: int) -> None:
+        """Returns when every append placed up to `ticket` is durable; one flush serves all waiters."""
+        while self._flushed < ticket:
+            self._raise_if_failed()
+            if self._flushing:
+                await self._flush_progress.wait()
+                continue
+            self._flushing = True
+            frames, self._queue, upto = self._queue, [], self._placed
+            try:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._store.journal.write, frames)
+                self._flushed = upto
+                self.flushes += 1
+            except CacheError as error:
+                self._fail(error)
+            finally:
+                self._flushing = False
+                self._flush_progress.set()
+                self._flush_progress = trio.Event()
