@@ -1,0 +1,116 @@
+"""Byte-rate limits per direction, shared by all backends, and a bound on calls at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from qsfs.backend.contract import Backend
+from qsfs.backend.wrapper import Call, WrappedBackend, download_bytes
+
+T = TypeVar("T")
+
+_BURST_S = 0.25
+
+
+class RateLimit:
+    """A token bucket of bytes, by trio's clock: first come, first served.
+
+    Saves up a quarter of a second's worth.  `rate` is in bytes a second, 0 for no limit, and may be
+    changed at any time.  A transfer starts as soon as the bucket is not empty and may overdraw it:
+    values larger than the bucket pass, and the average holds.
+    """
+
+    def __init__(self, rate: float = 0) -> None:
+        self._rate = float(rate)
+        self._level = self._rate * _BURST_S
+        self._at = -math.inf
+        self._turn = trio.StrictFIFOLock()
+        self._changed = trio.Event()
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second; 0: no limit."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        self._refill()
+        self._rate = float(rate)
+        self._level = min(self._level, self._rate * _BURST_S)
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def take(self, count: int) -> None:
+        """Waits for the bucket, then takes `count` bytes from it."""
+        await self.wait()
+        self.charge(count)
+
+    async def wait(self) -> None:
+        """Waits until the bucket is not overdrawn."""
+        if self._rate <= 0:
+            return
+        async with self._turn:
+            self._refill()
+            while self._rate > 0 and self._level < 0:
+                changed = self._changed
+                with trio.move_on_after(-self._level / self._rate):
+                    await changed.wait()
+                self._refill()
+
+    def charge(self, count: int) -> None:
+        """Takes `count` bytes from the bucket at once, overdrawing it if need be."""
+        if self._rate > 0:
+            self._refill()
+            self._level -= count
+
+    def _refill(self) -> None:
+        now = trio.current_time()
+        if self._rate > 0 and now > self._at:
+            filled = self._level + (now - self._at) * self._rate
+            self._level = min(self._rate * _BURST_S, filled)
+        self._at = now
+
+
+class _Limits:
+    def __init__(
+        self,
+        upload: RateLimit | None,
+        download: RateLimit | None,
+        concurrency: trio.Semaphore | None,
+    ) -> None:
+        self._upload = upload
+        self._download = download
+        self._concurrency = concurrency
+
+    async def around(self, call: Call, run: Callable[[], Awaitable[T]]) -> T:
+        if self._upload is not None and call.upload_bytes:
+            await self._upload.take(call.upload_bytes)
+        if self._download is not None and call.kind == "get":
+            await self._download.wait()
+        if call.kind == "session" or self._concurrency is None:
+            result = await run()
+        else:
+            async with self._concurrency:
+                result = await run()
+        if self._download is not None:
+            self._download.charge(download_bytes(result))
+        return result
+
+
+def with_limits(
+    backend: Backend,
+    *,
+    upload: RateLimit | None = None,
+    download: RateLimit | None = None,
+    concurrency: trio.Semaphore | None = None,
+) -> Backend:
+    """`backend`, held to the given rates and to `concurrency` calls at a time.
+
+    All three may be shared between backends.  Only `get` waits for the download rate; what was
+    received, by any call, is charged when it has come.
+    """
+    return WrappedBackend(backend, _Limits(upload, download, concurrency))
