@@ -1,0 +1,361 @@
+"""Request handlers: they translate between pyfuse3 and the file system, and nothing else.
+
+No handler awaits anything inside a file-system operation, and none suspends at all unless it
+waits for durability or for what an operation needs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Sequence
+
+import pyfuse3
+from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT, XAttrNameT
+
+from qsfs.filesystem.attributes import SET_IDS, AttributeChange
+from qsfs.filesystem.namespace import Namespace
+from qsfs.filesystem.posix import MAX_NAME, PosixError
+from qsfs.fuse.attributes import AttributeFiller
+from qsfs.fuse.boundary import RequestCounts, request
+from qsfs.fuse.handles import inode_of, is_durable, make_handle
+from qsfs.fuse.interfaces import Durability, Space, State, Waiter
+from qsfs.store.schema import PAGE, InodeFlag
+
+_WRITE_THROUGH = int(InodeFlag.WRITE_THROUGH)
+
+AttributesChanged = Callable[[int], None]
+
+
+class Operations(pyfuse3.Operations):
+    """One mount's request handlers.
+
+    `attributes_changed` is told the number of an inode whose attributes changed without the kernel
+    having asked for it; it must not block (see `qsfs.fuse.session`).
+    """
+
+    supports_dot_lookup = True
+    enable_writeback_cache = True
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        waiter: Waiter,
+        durability: Durability,
+        space: Space,
+        state: State,
+        *,
+        xattr: bool = False,
+        attributes_changed: AttributesChanged = lambda number: None,
+    ) -> None:
+        super().__init__()
+        self.enable_acl = xattr
+        self.counts = RequestCounts()
+        self.waiter = waiter
+        self.attributes_changed = attributes_changed
+        self._namespace = namespace
+        self._contents = namespace.tree.contents
+        self._references = namespace.references
+        self._durability = durability
+        self._space = space
+        self._state = state
+        self._xattr = xattr
+        self._attributes = AttributeFiller(namespace)
+
+    # names
+
+    @request
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Finds a name; one that does not exist is answered so that the kernel remembers it."""
+        inode = self._namespace.lookup(parent_inode, name)
+        if inode is None:
+            return self._attributes.absent()
+        self._references.looked_up(inode.number)
+        return self._attributes.fill(inode)
+
+    @request
+    async def readlink(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileNameT:
+        """A symlink's target."""
+        return self._namespace.readlink(inode)
+
+    @request
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """A new file, device, FIFO or socket."""
+        self._check_room()
+        inode = self._namespace.mknod(parent_inode, name, mode, rdev, ctx)
+        self._references.looked_up(inode.number)
+        return self._attributes.fill(inode)
+
+    @request
+    async def mkdir(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """A new directory."""
+        self._check_room()
+        inode = self._namespace.mkdir(parent_inode, name, mode, ctx)
+        self._references.looked_up(inode.number)
+        return self._attributes.fill(inode)
+
+    @request
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """A new symlink."""
+        self._check_room()
+        inode = self._namespace.symlink(parent_inode, name, target, ctx)
+        self._references.looked_up(inode.number)
+        return self._attributes.fill(inode)
+
+    @request
+    async def link(
+        self,
+        inode: InodeT,
+        new_parent_inode: InodeT,
+        new_name: FileNameT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """One more name."""
+        self._check_room()
+        linked = self._namespace.link(inode, new_parent_inode, new_name)
+        self._references.looked_up(linked.number)
+        return self._attributes.fill(linked)
+
+    @request
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> None:
+        """Removes a name."""
+        self._state.check_change()
+        self._namespace.unlink(parent_inode, name)
+
+    @request
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> None:
+        """Removes an empty directory."""
+        self._state.check_change()
+        self._namespace.rmdir(parent_inode, name)
+
+    @request
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        """Renames, without replacing, or exchanges."""
+        self._state.check_change()
+        self._namespace.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        """Gives lookup counts back.  pyfuse3 lets nothing escape here, not even `FUSEError`."""
+        try:
+            await self._forget(inode_list)
+        except pyfuse3.FUSEError:
+            return
+
+    @request
+    async def _forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        self._references.forget(inode_list)
+        self._collect()
+
+    # attributes
+
+    @request
+    async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """What stat shows."""
+        return self._attributes.fill(self._namespace.inode(inode))
+
+    @request
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """chmod, chown, utimens, truncate; with no field: the kernel asks to drop the set-id bits."""
+        self._state.check_change()
+        wanted = AttributeChange(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
+        )
+        changed = self._namespace.set_attributes(inode, wanted)
+        if fh is not None and is_durable(fh) and wanted.size is not None:
+            await self._durability.sync(changed.number, True)
+        return self._attributes.fill(changed)
+
+    @request
+    async def access(self, inode: InodeT, mode: ModeT, ctx: pyfuse3.RequestContext) -> bool:
+        """Answered once: the kernel checks permissions itself (`default_permissions`)."""
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    @request
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """The usable size, from memory."""
+        report = self._space.report()
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = PAGE
+        data.f_blocks = report.total_bytes // PAGE
+        data.f_bfree = data.f_bavail = report.free_bytes // PAGE
+        data.f_files = report.files + report.free_files
+        data.f_ffree = data.f_favail = report.free_files
+        data.f_namemax = MAX_NAME
+        return data
+
+    # extended attributes: ENOSYS once turns them off until the next mount
+
+    @request
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: pyfuse3.RequestContext) -> bytes:
+        """An extended attribute's value."""
+        self._check_xattr()
+        return self._namespace.get_xattr(inode, name)
+
+    @request
+    async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[XAttrNameT]:
+        """The names of all extended attributes."""
+        self._check_xattr()
+        return self._namespace.list_xattrs(inode)
+
+    @request
+    async def setxattr(
+        self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        """Sets an extended attribute."""
+        self._check_xattr()
+        self._check_room()
+        self._namespace.set_xattr(inode, name, value)
+
+    @request
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: pyfuse3.RequestContext) -> None:
+        """Removes an extended attribute."""
+        self._check_xattr()
+        self._state.check_change()
+        self._namespace.remove_xattr(inode, name)
+
+    # files
+
+    @request
+    async def create(
+        self,
+        parent_inode: InodeT,
+        name: FileNameT,
+        mode: ModeT,
+        flags: FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        """A new file, opened."""
+        self._check_room()
+        inode = self._namespace.create(parent_inode, name, mode, ctx)
+        self._references.looked_up(inode.number)
+        self._contents.opened(inode)
+        return self._file_info(inode.number, inode.flags), self._attributes.fill(inode)
+
+    @request
+    async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """Opens a file; O_APPEND is the kernel's, and what may be read or written too."""
+        opened = self._namespace.inode(inode)
+        if not stat.S_ISREG(opened.mode):
+            raise PosixError(errno.EISDIR if stat.S_ISDIR(opened.mode) else errno.ENXIO)
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            self._state.check_change()
+        if flags & os.O_TRUNC:
+            self._namespace.set_attributes(inode, AttributeChange(size=0))
+        self._contents.opened(opened)
+        return self._file_info(inode, opened.flags)
+
+    @request
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        """Reads; also through a write-only handle, which the kernel uses to fill its pages."""
+        return self._contents.read(self._namespace.inode(fh >> 1), off, size)
+
+    @request
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        """Writes; never refused for lack of room."""
+        self._state.check_write()
+        inode = self._namespace.inode(inode_of(fh))
+        written = self._contents.write(inode, off, buf)
+        if inode.mode & SET_IDS and self._namespace.written(inode):
+            self.attributes_changed(inode.number)
+        if is_durable(fh):
+            await self._durability.sync(inode.number, True)
+        return written
+
+    @request
+    async def flush(self, fh: FileHandleT) -> None:
+        """Answered once: close still sends the pages first, and there is nothing else to do."""
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    @request
+    async def release(self, fh: FileHandleT) -> None:
+        """The last close of a handle."""
+        inode = self._namespace.inode(inode_of(fh))
+        self._contents.closed(inode)
+        self._references.closed(inode.number)
+        self._collect()
+
+    @request
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        """Returns when the file is durable.  Never ENOSYS: the kernel would not ask again."""
+        self._state.check_write()
+        await self._durability.sync(inode_of(fh), datasync)
+
+    # directories
+
+    @request
+    async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
+        """Opens a directory."""
+        self._namespace.tree.directory(inode)
+        return make_handle(inode, durable=False)
+
+    @request
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """Lists from cookie `start_id` on, with attributes, as much as fits."""
+        fill = self._attributes.fill
+        for cookie, name, inode in self._namespace.list_directory(inode_of(fh), start_id):
+            if not pyfuse3.readdir_reply(token, name, fill(inode), cookie):
+                return
+            if cookie > 2:
+                self._references.looked_up(inode.number)
+
+    @request
+    async def releasedir(self, fh: FileHandleT) -> None:
+        """Nothing was kept."""
+
+    @request
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        """Returns when all namespace operations received so far are durable."""
+        self._state.check_write()
+        await self._durability.sync_namespace()
+
+    # inside
+
+    def _file_info(self, number: int, flags: int) -> pyfuse3.FileInfo:
+        durable = bool(flags & _WRITE_THROUGH)
+        return pyfuse3.FileInfo(
+            fh=make_handle(number, durable), direct_io=durable, keep_cache=not durable
+        )
+
+    def _check_room(self) -> None:
+        self._state.check_change()
+        if not self._space.has_room():
+            raise PosixError(errno.ENOSPC)
+
+    def _check_xattr(self) -> None:
+        if not self._xattr:
+            raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    def _collect(self) -> None:
+        """Removes what nobody uses any more; a mount that cannot leaves it to the next."""
+        if self._state.writable:
+            self._references.collect()

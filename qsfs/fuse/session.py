@@ -1,0 +1,101 @@
+"""One FUSE session: mount, tune, serve until unmounted, clean up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from qsfs.config import MountConfig
+from qsfs.errors import MountError
+from qsfs.fuse import tuning
+from qsfs.fuse.operations import Operations
+
+log = logging.getLogger(__name__)
+
+
+def mount_options(config: MountConfig, *, read_only: bool = False) -> set[str]:
+    """Options for libfuse.
+
+    `noatime` tells the truth: no read sets a time.
+    """
+    options = {"fsname=qsfs", "subtype=qsfs", "noatime"}
+    if config.default_permissions:
+        options.add("default_permissions")
+    if config.allow_other:
+        options.add("allow_other")
+    if read_only:
+        options.add("ro")
+    return options
+
+
+async def serve(
+    operations: Operations,
+    mountpoint: Path,
+    config: MountConfig,
+    *,
+    read_only: bool = False,
+    mounted: Callable[[], None] = lambda: None,
+) -> None:
+    """Mounts, calls `mounted`, and answers requests until the mount is gone or the task is cancelled.
+
+    A cancelled session unmounts; one that ends with another exception leaves the mount dead but
+    visible, so that nobody writes into the empty directory below.  Raises `MountError`.
+    """
+    try:
+        pyfuse3.init(operations, str(mountpoint), mount_options(config, read_only=read_only))
+    except RuntimeError as error:
+        raise MountError(
+            f"{mountpoint}: cannot be mounted ({error}); check that it is an empty directory, that /dev/fuse "
+            "exists and that you may mount"
+        ) from error
+    unmount = True
+    try:
+        device = tuning.find_device(mountpoint)
+        if device is not None:
+            tuning.tune(
+                device, read_ahead_kb=config.read_ahead_kb, max_background=config.max_background
+            )
+        async with trio.open_nursery() as nursery:
+            operations.attributes_changed = AttributeRefresh(nursery).refresh
+            mounted()
+            await pyfuse3.main(max_tasks=config.max_tasks)
+            nursery.cancel_scope.cancel()
+    except BaseException as error:
+        unmount = _is_cancellation(error)
+        raise
+    finally:
+        pyfuse3.close(unmount=unmount)
+
+
+def _is_cancellation(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_is_cancellation, error.exceptions))
+    return isinstance(error, trio.Cancelled)
+
+
+class AttributeRefresh:
+    """Lets the kernel ask again for attributes that changed behind its back, from a thread.
+
+    The call that tells the kernel may block, so it must never run on the event loop.
+    """
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+
+    def refresh(self, number: int) -> None:
+        """Returns at once; the kernel is told soon."""
+        self._nursery.start_soon(self._tell, number)
+
+    async def _tell(self, number: int) -> None:
+        await trio.to_thread.run_sync(_invalidate, number, abandon_on_cancel=True)
+
+
+def _invalidate(number: int) -> None:
+    try:
+        pyfuse3.invalidate_inode(number, attr_only=True)
+    except OSError as error:
+        log.debug("inode %d: the kernel need not ask again: %s", number, error)
