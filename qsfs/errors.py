@@ -54,6 +54,16 @@ class QuorumUnavailable(BackendError):
     """Too few backends answered for what was asked.  Nothing was decided; retry when they return."""
 
 
+class Unavailable(BackendError):
+    """Data that lie on the backends did not come in time, or the wait for them was ended.  They may still come."""
+
+
+class DataLost(QsfsError):
+    """More shards of a pack are positively absent or corrupt than its parity can replace."""
+
+    exit_code: ClassVar[int] = 21
+
+
 class NotFound(QsfsError):
     """Positively absent: the one who would hold it answered that it does not exist."""
 
@@ -132,7 +142,21 @@ class LimitExceeded(QsfsError):
     exit_code: ClassVar[int] = 19
 
 
+class WrongBackend(BackendError):
+    """What answers is not the backend that the fleet names: swapped, re-created or emptied."""
+
+    exit_code: ClassVar[int] = 20
+
+
 class QsfsBug(QsfsError):
     """An assertion of qsfs itself failed.  Please report it with the log."""
 
     exit_code: ClassVar[int] = 70
+
+
+def error_of(name: str, message: str) -> QsfsError:
+    """The error class called `name` with `message`, as a daemon reported it; `QsfsError` if unknown."""
+    kind = globals().get(name)
+    if isinstance(kind, type) and issubclass(kind, QsfsError):
+        return kind(message)
+    return QsfsError(message)

@@ -1,0 +1,116 @@
+"""Keeps the local store in order: evicts, works off truncations, moves covered pages, makes room."""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from qsfs.clock import Clock
+from qsfs.daemon.committer import Committer
+from qsfs.filesystem.contents import Contents
+from qsfs.store.eviction import Evictor, bytes_of
+from qsfs.store.store import Store
+
+_log = logging.getLogger(__name__)
+
+_STEP_ROWS = 512
+_STEP_PAGES = 1024
+_WORK_STEPS = 128
+_TICK_SECONDS = 1.0
+_SHORT_AFTER_SECONDS = 60.0
+
+
+class Keeper:
+    """The background work on one store; `room_wanted` is called by whoever waits for room."""
+
+    def __init__(self, store: Store, contents: Contents, committer: Committer, clock: Clock) -> None:
+        self._store = store
+        self._contents = contents
+        self._committer = committer
+        self._clock = clock
+        self._evictor = Evictor(store)
+        self._wake = trio.Event()
+        self._room = trio.Event()
+        self._waiting = 0
+        self._full_since: float | None = None
+        self._alarmed = False
+        self.evicted_bytes = 0
+
+    async def run(self) -> None:
+        """Works until cancelled."""
+        while True:
+            with trio.move_on_after(_TICK_SECONDS):
+                await self._wake.wait()
+            self._wake = trio.Event()
+            await self._work()
+            await self._evict()
+            self._room.set()
+            self._room = trio.Event()
+
+    async def _work(self) -> None:
+        store = self._store
+        while not store.move_covered(_WORK_STEPS):
+            await self._pause()
+        while not store.work_off_truncations(_WORK_STEPS):
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """Lets requests run, and the open group be committed where it is full."""
+        await trio.lowlevel.checkpoint()
+        await self._committer.room()
+
+    async def _evict(self) -> None:
+        limits = self._store.limits
+        if self._store.used_bytes < limits.high_bytes and not self._waiting:
+            self._full_since, self._alarmed = None, False
+            return
+        recent_too = False
+        rounds = 0
+        freed = 0
+        target = self._store.used_bytes - limits.low_bytes
+        while freed < target and rounds < 3:
+            done = self._evictor.step(
+                _STEP_ROWS, _STEP_PAGES, recent_too=recent_too, written_will_do=self._is_short()
+            )
+            freed += bytes_of(done)
+            if done.came_round:
+                rounds += 1
+                recent_too = rounds > 1
+            await self._pause()
+        self.evicted_bytes += freed
+        if freed:
+            await self._committer.commit()
+
+    def _is_short(self) -> bool:
+        """Whether room has been short for so long that packs that are only written must do."""
+        now = self._clock.monotonic()
+        if not self._waiting:
+            return False
+        if self._full_since is None:
+            self._full_since = now
+        short = now - self._full_since > _SHORT_AFTER_SECONDS
+        if short and not self._alarmed:
+            self._alarmed = True
+            _log.warning(
+                "the cache is full and packs do not become full on the backends; what is only written "
+                "is evicted too; bring the missing backends back"
+            )
+        return short
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for room."""
+        return self._waiting
+
+    async def room(self) -> None:
+        """Waits until a write may be tried again."""
+        self._waiting += 1
+        try:
+            if self._store.group_is_full():
+                await self._committer.room()
+                return
+            self._wake.set()
+            await self._room.wait()
+        finally:
+            self._waiting -= 1
