@@ -1,0 +1,207 @@
+"""Which backend is which: every one carries a sealed identity, so a swapped or re-created one is noticed.
+
+Three results are kept apart: the identity that was read, positively none (`NotFound`), one that is not
+what this file system wrote (`Corrupt`); what did not answer is `BackendUnavailable` as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from qsfs.backend.contract import Session
+from qsfs.clock import Clock
+from qsfs.errors import BackendError, BackendUnavailable, Corrupt, FormatMismatch, NotFound, WrongBackend
+from qsfs.format.head import Fleet, FleetEntry
+from qsfs.format.identity import (
+    BackendIdentity,
+    Tombstone,
+    identity_key,
+    open_identity,
+    open_tombstone,
+    seal_identity,
+    tombstone_key,
+)
+from qsfs.format.keys import KeyRing
+from qsfs.remote.members import ACTIVE, Candidate, Member, Members
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """A configured backend that is no member, and why (`WrongBackend`, or what its calls raised)."""
+
+    candidate: Candidate
+    error: BackendError
+
+
+async def read_identity(session: Session, keys: KeyRing) -> BackendIdentity:
+    """The identity that a namespace carries for this file system.
+
+    `NotFound` if it positively has none, `Corrupt` if what lies there does not authenticate.
+    """
+    key = identity_key(keys.fsid)
+    value = await session.get(key)
+    if value is None:
+        raise NotFound(f"backend {session.name}: carries no identity of file system {keys.fsid.hex()}")
+    return open_identity(key, value, keys)
+
+
+async def read_tombstone(session: Session, keys: KeyRing) -> Tombstone | None:
+    """The tombstone of a retired backend; None if it has none.  `Corrupt` as `read_identity`."""
+    key = tombstone_key(keys.fsid)
+    value = await session.get(key)
+    return None if value is None else open_tombstone(key, value, keys)
+
+
+async def require_identity(session: Session, entry: FleetEntry, keys: KeyRing) -> None:
+    """`WrongBackend` unless `session` leads to the backend of `entry`."""
+    try:
+        found = await read_identity(session, keys)
+    except NotFound:
+        raise WrongBackend(
+            f"backend {session.name}: has lost the identity of entry {entry.number}: it was re-created or "
+            "emptied; "
+            "what it held must be rebuilt there"
+        ) from None
+    except Corrupt as error:
+        raise WrongBackend(
+            f"backend {session.name}: the identity of entry {entry.number} does not authenticate ({error})"
+        ) from error
+    if (found.identity, found.number) != (entry.identity, entry.number):
+        raise WrongBackend(
+            f"backend {session.name}: is entry {found.number} of the fleet, not {entry.number}: backends "
+            "were "
+            "swapped; check the addresses in the configuration"
+        )
+
+
+async def identify(member: Member, keys: KeyRing) -> bool:
+    """Asks a member for its identity in both its namespaces, and records the result in it."""
+    try:
+        await require_identity(member.data, member.entry, keys)
+        if member.control is not member.data:
+            await require_identity(member.control, member.entry, keys)
+    except WrongBackend as error:
+        member.not_ours(error)
+    except BackendError as error:
+        member.failed(error)
+    else:
+        member.identified = True
+        member.succeeded()
+    return member.identified
+
+
+async def write_identity(
+    entry: FleetEntry, data: Session, control: Session, keys: KeyRing, clock: Clock
+) -> None:
+    """Makes a backend entry `entry` of the fleet, in both its namespaces."""
+    record = BackendIdentity(keys.fsid, entry.identity, entry.number, entry.control_namespace)
+    key, value = seal_identity(record, keys, clock)
+    await data.set(key, value)
+    if control is not data:
+        await control.set(key, value)
+
+
+async def find_members(
+    candidates: Sequence[Candidate],
+    keys: KeyRing,
+    clock: Clock,
+    *,
+    fleets: Collection[Fleet] = (),
+    attempt_seconds: float = 10.0,
+) -> tuple[Members, list[Stranger]]:
+    """Asks every configured backend who it is.
+
+    A member is one that shows an identity of this file system.  One that does not answer becomes
+    a member that is not `identified`, where `fleets` (those of the local base) name its address
+    and namespace.  All others are returned as strangers, each with the reason.
+    """
+    stored = {entry.number: entry for fleet in fleets for entry in fleet.entries}
+    found: list[tuple[Candidate, BackendIdentity | BackendError]] = []
+
+    async def ask(candidate: Candidate) -> None:
+        found.append((candidate, await _who(candidate, keys, attempt_seconds)))
+
+    async with trio.open_nursery() as nursery:
+        for candidate in candidates:
+            nursery.start_soon(ask, candidate)
+    members, strangers = Members(), list[Stranger]()
+    answered = [(c, who) for c, who in found if isinstance(who, BackendIdentity)]
+    for candidate, identity in sorted(answered, key=lambda pair: pair[0].name):
+        entry = stored.get(identity.number)
+        if entry is None or entry.identity != identity.identity:
+            entry = _entry(candidate, identity)
+        _add(members, strangers, candidate, entry, clock, identified=True)
+    for candidate, error in sorted(
+        ((c, e) for c, e in found if isinstance(e, BackendError)), key=lambda p: p[0].name
+    ):
+        entry = _by_address(stored.values(), candidate)
+        if entry is None or isinstance(error, WrongBackend):
+            strangers.append(Stranger(candidate, error))
+        else:
+            _add(members, strangers, candidate, entry, clock, identified=False, error=error)
+    return members, strangers
+
+
+async def _who(candidate: Candidate, keys: KeyRing, attempt_seconds: float) -> BackendIdentity | BackendError:
+    try:
+        with trio.fail_after(attempt_seconds):
+            return await read_identity(candidate.data, keys)
+    except BackendError as error:
+        return error
+    except trio.TooSlowError:
+        return BackendUnavailable(f"backend {candidate.name}: no answer in {attempt_seconds:g} s")
+    except (NotFound, Corrupt, FormatMismatch) as error:
+        return WrongBackend(f"{error}; it was re-created, swapped, or is not of this file system")
+
+
+def _entry(candidate: Candidate, identity: BackendIdentity) -> FleetEntry:
+    return FleetEntry(
+        number=identity.number,
+        identity=identity.identity,
+        address=candidate.address,
+        namespace=candidate.namespace,
+        control_namespace=identity.control_namespace,
+        group=candidate.group,
+        node=candidate.node,
+        weight=candidate.weight,
+        state=ACTIVE,
+    )
+
+
+def _by_address(entries: Collection[FleetEntry], candidate: Candidate) -> FleetEntry | None:
+    named = (e for e in entries if (e.address, e.namespace) == (candidate.address, candidate.namespace))
+    return next(named, None)
+
+
+def _add(
+    members: Members,
+    strangers: list[Stranger],
+    candidate: Candidate,
+    entry: FleetEntry,
+    clock: Clock,
+    *,
+    identified: bool,
+    error: BackendError | None = None,
+) -> None:
+    taken = members.by_number(entry.number)
+    if taken is not None:
+        strangers.append(
+            Stranger(
+                candidate,
+                WrongBackend(
+                    f"backend {candidate.name}: has the same identity as {taken.name} (entry "
+                    f"{entry.number}): one is a "
+                    "copy of the other, or they are one backend under two addresses; configure only the "
+                    "right one"
+                ),
+            )
+        )
+        return
+    control = candidate.control(entry.control_namespace)
+    member = Member(entry, candidate.data, control, clock, identified=identified)
+    if error is not None:
+        member.failed(error)
+    members.add(member)

@@ -1,0 +1,229 @@
+"""The backends of the fleet as the running system sees them: who they are, and whether they answer.
+
+Nothing here waits on a backend.  Uploads, fetches and heads report what their calls gave
+(`succeeded`, `failed`) and ask for a member's state; both are plain attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from qsfs.backend.contract import Backend
+from qsfs.clock import Clock
+from qsfs.errors import BackendError, BackendFull, QsfsBug
+from qsfs.format.head import Fleet, FleetEntry
+from qsfs.remote.control import ControlIndex
+
+ACTIVE = "active"
+"""`FleetEntry.state` of a backend that takes new shards."""
+DRAINING = "draining"
+"""`FleetEntry.state` of a backend that is being emptied: it is read, and takes nothing new."""
+
+DOWN_AFTER = 3
+"""Failures in a row after which a suspect backend counts as down."""
+FIRST_PROBE_SECONDS = 1.0
+LAST_PROBE_SECONDS = 30.0
+
+
+class State(Enum):
+    """What recent calls say of a backend."""
+
+    UP = "up"
+    SUSPECT = "suspect"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A configured backend of which it is not yet known whether it is one of the fleet.
+
+    `connect` opens another namespace of the same server, for the heads and owner records;
+    `control_namespace` is the one that a format makes use of ("": the same namespace).
+    """
+
+    address: str
+    namespace: str
+    data: Backend
+    connect: Callable[[str], Backend]
+    group: str = ""
+    node: str = ""
+    weight: int = 1
+    control_namespace: str = ""
+
+    @property
+    def name(self) -> str:
+        """`address/namespace`."""
+        return f"{self.address}/{self.namespace}"
+
+    def control(self, namespace: str) -> Backend:
+        """The backend of heads and owner records, given the namespace that the identity names."""
+        return self.data if namespace in ("", self.namespace) else self.connect(namespace)
+
+
+class Member:
+    """One entry of the fleet with its two namespaces and its health.
+
+    `index` is what is known of the control keys where they share the data's namespace (see
+    `ControlIndex`), else None.  `identified` is whether it has shown its identity since it was
+    connected: what has not must be asked for it before anything is stored there.
+    """
+
+    def __init__(
+        self, entry: FleetEntry, data: Backend, control: Backend, clock: Clock, *, identified: bool = False
+    ) -> None:
+        self.entry = entry
+        self.data = data
+        self.control = control
+        self.identified = identified
+        self.index = ControlIndex() if control is data else None
+        self._clock = clock
+        self._failures = 0
+        self._state = State.UP
+        self._since_ns = clock.time_ns()
+        self._error: BackendError | None = None
+        self._full = False
+        self._next_probe = clock.monotonic()
+
+    def __repr__(self) -> str:
+        return f"Member({self.number}, {self.name}, {self._state.value})"
+
+    @property
+    def number(self) -> int:
+        """The entry's number, which placements name."""
+        return self.entry.number
+
+    @property
+    def name(self) -> str:
+        """`host:port/namespace` of the data."""
+        return self.data.name
+
+    @property
+    def state(self) -> State:
+        """Up, suspect (the last call failed) or down (several in a row failed)."""
+        return self._state
+
+    @property
+    def since_ns(self) -> int:
+        """Wall time since which it is in this state."""
+        return self._since_ns
+
+    @property
+    def error(self) -> BackendError | None:
+        """What the last failed call raised; None once a call succeeded."""
+        return self._error
+
+    @property
+    def full(self) -> bool:
+        """Whether the last attempt to store found no room.  Reading is not affected."""
+        return self._full
+
+    @property
+    def ready(self) -> bool:
+        """Whether a call is worth trying now: it is not down, or its next probe is due."""
+        return self._state is not State.DOWN or self._clock.monotonic() >= self._next_probe
+
+    @property
+    def writable(self) -> bool:
+        """Whether new shards may go there: identified, ready, not full, not draining."""
+        return self.identified and self.ready and not self._full and self.entry.state == ACTIVE
+
+    def succeeded(self, *, stored: bool = False) -> None:
+        """Records a call that was answered; `stored` if it stored a value."""
+        self._failures = 0
+        self._error = None
+        if stored:
+            self._full = False
+        self._enter(State.UP)
+
+    def failed(self, error: BackendError) -> None:
+        """Records a call that failed.  A full backend answers, so it stays up."""
+        if isinstance(error, BackendFull):
+            self._full = True
+            self._error = error
+            self._failures = 0
+            self._enter(State.UP)
+            return
+        self._error = error
+        self._failures += 1
+        wait = min(LAST_PROBE_SECONDS, FIRST_PROBE_SECONDS * 2 ** min(self._failures - 1, 10))
+        self._next_probe = self._clock.monotonic() + wait
+        self._enter(State.DOWN if self._failures >= DOWN_AFTER else State.SUSPECT)
+
+    def not_ours(self, error: BackendError) -> None:
+        """Records that what answers there is not this entry of the fleet: down until it shows its "
+        "identity."""
+        self.identified = False
+        self._failures = max(self._failures, DOWN_AFTER)
+        self.failed(error)
+
+    async def probe(self) -> None:
+        """Asks for the cheapest answer there is, and records it.  Raises nothing of the backend's."""
+        try:
+            await self.data.info()
+        except BackendError as error:
+            self.failed(error)
+        else:
+            self.succeeded()
+
+    def _enter(self, state: State) -> None:
+        if state is not self._state:
+            self._state = state
+            self._since_ns = self._clock.time_ns()
+
+
+class Members:
+    """All members of the fleets in use, by number."""
+
+    def __init__(self, members: Iterable[Member] = ()) -> None:
+        self._members: dict[int, Member] = {}
+        for member in members:
+            self.add(member)
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(sorted(self._members.values(), key=lambda member: member.number))
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def add(self, member: Member) -> None:
+        """Adds a member; `QsfsBug` if its number is taken."""
+        if member.number in self._members:
+            raise QsfsBug(
+                f"two backends have number {member.number}: {self._members[member.number].name}, "
+                f"{member.name}"
+            )
+        self._members[member.number] = member
+
+    def remove(self, number: int) -> Member | None:
+        """Takes the member out; None if there is none."""
+        return self._members.pop(number, None)
+
+    def by_number(self, number: int) -> Member | None:
+        """The member that placements call `number`; None if no configured backend is that entry."""
+        return self._members.get(number)
+
+    def of(self, numbers: Collection[int]) -> list[Member]:
+        """The members with these numbers, in order; numbers without a member are left out."""
+        return [self._members[number] for number in sorted(numbers) if number in self._members]
+
+    def adopt(self, fleets: Collection[Fleet]) -> list[FleetEntry]:
+        """Takes the entries from the fleets that the newest head names; later fleets win.
+
+        Returns the entries that no member is: their backends are not configured, or carry another
+        identity.  Members that no fleet names stay as they are.
+        """
+        entries = {entry.number: entry for fleet in fleets for entry in fleet.entries}
+        missing = []
+        for number, entry in sorted(entries.items()):
+            member = self._members.get(number)
+            if member is None or member.entry.identity != entry.identity:
+                missing.append(entry)
+            else:
+                member.entry = entry
+        return missing
+
+    def due(self) -> list[Member]:
+        """Members that are suspect or down and whose next probe is due."""
+        return [member for member in self if member.state is not State.UP and member.ready]

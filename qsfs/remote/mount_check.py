@@ -1,0 +1,129 @@
+"""Whether a mount may go on from the newest head found: pure logic.
+
+It may if that head is its base, its last published one, or one that it sent.  Anything else
+means that this machine was cloned, rolled back, or taken over from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from qsfs.errors import StaleCache
+from qsfs.format.head import Head, HeadRef
+from qsfs.remote.newest import Judgement, describe_head
+
+_RESTORE = (
+    "`qsfs restore` takes the newest generation and sets this machine's state aside; do that only when the "
+    "other "
+    "machine is stopped for good, or use `qsfs mount --read-only` to look"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalState:
+    """What the local store and spool know of heads.
+
+    `base`: the head that the local tables descend from; `published_here`: whether this machine
+    published it (a restore records a base without that).  `published`: the last head that this
+    machine knows to be published by itself.  `sent`: heads in the spool, which it may have sent.
+    """
+
+    base: HeadRef | None
+    published_here: bool
+    published: HeadRef | None = None
+    sent: frozenset[HeadRef] = frozenset()
+
+
+class Standing(Enum):
+    """What the newest head is to this machine."""
+
+    CURRENT = "its base or last published head"
+    SENT = "a head that it sent, and whose publication it had not recorded"
+
+
+def check_mount(
+    local: LocalState, newest: HeadRef, others: frozenset[HeadRef], *, takeover: bool = False
+) -> Standing:
+    """What `newest` is to this machine; `others` are the other heads of its owner that were read.
+
+    Raises `StaleCache`, with what to do, if the local state is not the newest, if a copy of this machine
+    has sent a head since, or if another machine published the base and `takeover` was not asked for.
+    """
+    if local.base is None:
+        raise StaleCache(
+            "there is no local state of this file system: `qsfs takeover` restores the newest generation "
+            f"({describe_head(newest)}) and goes on from it, once the machine that wrote it is stopped"
+        )
+    ours = {local.base, *local.sent}
+    if local.published is not None:
+        ours.add(local.published)
+    if newest not in ours:
+        raise StaleCache(
+            f"the newest generation on the backends is {describe_head(newest)}, and this machine goes on "
+            "from "
+            f"{describe_head(local.base)}: another machine has published since, or this one was cloned or "
+            "rolled back. "
+            + _RESTORE
+        )
+    known = [ref for ref in (local.base, local.published) if ref is not None and ref.owner == newest.owner]
+    last = max((ref.generation for ref in known), default=-1)
+    for ref in sorted(others - ours, reverse=True):
+        if ref.generation > last or ref.generation == newest.generation:
+            raise StaleCache(
+                f"{describe_head(ref)} was sent by a copy of this machine, next to "
+                f"{describe_head(newest)}. Stop the copy, "
+                "decide which one is right, and restore that generation"
+            )
+    if newest in local.sent or newest == local.published or local.published_here:
+        return Standing.CURRENT if newest in (local.base, local.published) else Standing.SENT
+    if not takeover:
+        raise StaleCache(
+            f"the local state was restored from {describe_head(newest)}, which another machine published. "
+            "Stop that machine "
+            "(a validator's keys must not run twice), then run `qsfs takeover` once"
+        )
+    return Standing.CURRENT
+
+
+def accept_for_mount(
+    local: Callable[[], LocalState], *, takeover: bool = False
+) -> Callable[[Head, Judgement], None]:
+    """What `own` asks of a mount (or, with `takeover`, of a takeover that has restored).
+
+    `local` is asked each time.  A takeover also refuses where two copies of a machine have sent
+    heads (`SplitHeads`).
+    """
+
+    def accept(_: Head, judgement: Judgement) -> None:
+        if takeover:
+            judgement.require_one_line()
+        others = judgement.others
+        check_mount(local(), judgement.newest, others, takeover=takeover)
+
+    return accept
+
+
+def check_offline(local: LocalState) -> None:
+    """Raises `StaleCache` where even an offline mount may not go on: no base, or another machine's."""
+    if local.base is None:
+        raise StaleCache("there is no local state of this file system to mount offline; restore it first")
+    if not local.published_here:
+        raise StaleCache(
+            f"the local state was restored from {describe_head(local.base)}, which another machine "
+            "published: it needs "
+            "`qsfs takeover` once, and that needs the backends"
+        )
+
+
+def offline_warning(local: LocalState) -> str:
+    """What an offline mount says: what a takeover elsewhere meanwhile would cost."""
+    base = "nothing" if local.base is None else describe_head(local.base)
+    return (
+        "mounted offline: nothing is uploaded until a quorum of backends answers. The backends know this "
+        f"machine up to {base}. "
+        "If another machine takes over before then, everything written here since is on this disk only, "
+        "and this mount "
+        "turns read-only when it notices"
+    )

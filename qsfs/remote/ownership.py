@@ -1,0 +1,227 @@
+"""Becoming the one mount that may publish heads.
+
+Read a quorum; choose an epoch above all seen; write the owner record and read, on a quorum; publish
+the newest head found as our own first head.  Only then is the mount the owner: until the first
+head is published, a paused older owner's head could still become the newest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import trio
+
+from qsfs import failpoints
+from qsfs.clock import Clock
+from qsfs.errors import Fenced, NotFound, QuorumUnavailable
+from qsfs.format.erasure import CodeParams
+from qsfs.format.head import Fleet, Head, HeadRef, Owner, OwnerRecord, seal_owner_record
+from qsfs.format.units import ID_SIZE
+from qsfs.remote.control import Reading, Records
+from qsfs.remote.fencing import fenced, unclear
+from qsfs.remote.kept import kept_of_first
+from qsfs.remote.members import Members
+from qsfs.remote.newest import Judgement, judge, largest_owner
+from qsfs.remote.publish import NotYet, Publisher, StoreBeforeSend
+from qsfs.remote.quorum import FleetQuorum, describe_shortage, fleet_quorums, reached
+from qsfs.remote.quorum_write import QuorumWrite
+from qsfs.remote.survey import Survey, Timing, fetch_head, survey
+
+Accept = Callable[[Head, Judgement], None]
+"""Raises (`StaleCache`, `SplitHeads`) unless the newest head found is one that this mount may go on from."""
+
+_ROUNDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """What a mount that owns has: its publisher, the head that it found, and its own first head."""
+
+    publisher: Publisher
+    found: Head
+    found_ref: HeadRef
+    first: Head
+    first_ref: HeadRef
+
+    @property
+    def owner(self) -> Owner:
+        """The owner that this mount is."""
+        return self.publisher.owner
+
+
+def choose_owner(highest: Owner | None, clock: Clock) -> Owner:
+    """An owner above all seen, with a mount id that nobody else has: each mount owns anew."""
+    return Owner(1 if highest is None else highest.epoch + 1, clock.random_bytes(ID_SIZE))
+
+
+def first_head(found: Head, ref: HeadRef, owner: Owner) -> Head:
+    """The newest head found, as the first of `owner`: the same image and generation number."""
+    return replace(found, owner=owner, predecessor=ref, kept=kept_of_first(found, ref))
+
+
+async def own(
+    members: Members,
+    *,
+    records: Records,
+    code: CodeParams,
+    clock: Clock,
+    nursery: trio.Nursery,
+    host: str,
+    accept: Accept,
+    store_before_send: StoreBeforeSend,
+    fleets: tuple[Fleet, ...] = (),
+    timing: Timing | None = None,
+    deadline_seconds: float = 60.0,
+    on_fenced: Callable[[Fenced], None] = lambda _: None,
+) -> Ownership:
+    """Makes this mount the owner, or raises and leaves it not being one.
+
+    `accept` is asked before anything is written, and again about what was found once the owner record
+    was; `fleets` are those of the local base, by which is counted until a head is found.  `host` is
+    shown to others.  `nursery` is where late backends, and later heads, go on.
+
+    Raises `QuorumUnavailable` (too few backends answered before the deadline: nobody is worse off, try
+    again), `NotFound` (a quorum answered and none has a head), `Fenced` (another mount, or a copy of
+    this one, is taking over at this moment) and what `accept` and `store_before_send` raise.
+    """
+    attempt = _Attempt(
+        members,
+        records,
+        code,
+        clock,
+        nursery,
+        host,
+        accept,
+        timing or Timing(),
+        trio.current_time() + deadline_seconds,
+    )
+    for _ in range(_ROUNDS):
+        found = await attempt.read(fleets)
+        owner = choose_owner(largest_owner(found.readings), clock)
+        announced = await attempt.announce(owner, found)
+        if announced.head.fleets == found.head.fleets:
+            break
+        # The fleet changed meanwhile: what was announced to the old one counts for nothing.
+        fleets = announced.head.fleets
+    else:
+        raise QuorumUnavailable("the fleet changed again and again while this mount tried to own; try again")
+    publisher = Publisher(
+        owner,
+        announced.ref,
+        members=members,
+        records=records,
+        code=code,
+        clock=clock,
+        nursery=nursery,
+        store_before_send=store_before_send,
+        timing=attempt.timing,
+        on_fenced=on_fenced,
+    )
+    first = first_head(announced.head, announced.ref, owner)
+    result = await publisher.publish(first, deadline_seconds=max(0.0, attempt.deadline - trio.current_time()))
+    if isinstance(result, NotYet):
+        raise QuorumUnavailable(f"this mount's first head was sent, but: {'; '.join(result.reasons)}")
+    return Ownership(publisher, announced.head, announced.ref, first, result.ref)
+
+
+@dataclass(frozen=True, slots=True)
+class _Newest:
+    head: Head
+    ref: HeadRef
+    readings: tuple[Reading, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    members: Members
+    records: Records
+    code: CodeParams
+    clock: Clock
+    nursery: trio.Nursery
+    host: str
+    accept: Accept
+    timing: Timing
+    deadline: float
+
+    async def read(self, fleets: tuple[Fleet, ...]) -> _Newest:
+        """Reads a quorum of the fleets that the newest head names, and asks `accept` about that head."""
+        read = await survey(
+            self.members,
+            self.records,
+            self.clock,
+            self.timing,
+            deadline=self.deadline,
+            enough=lambda so_far: self._enough(so_far, fleets),
+        )
+        readings = tuple(read.readings.values())
+        quorums = self._quorums(read, fleets)
+        if read.newest is None:
+            answered = frozenset(read.readings)
+            if reached(quorums, answered) or (not quorums and not read.errors and readings):
+                raise NotFound(
+                    f"no head of file system {self.records.fsid.hex()} on the backends that answered: "
+                    "there is nothing "
+                    "to own; check the addresses, and that the key is the right one"
+                )
+            shortage = describe_shortage(quorums, answered) or "no head found"
+            raise QuorumUnavailable(f"cannot own now: {shortage}; {read.reasons() or 'waiting for backends'}")
+        newest = await self._judged(readings)
+        if not self._enough(read, fleets):
+            answered = frozenset(n for n in read.readings)
+            raise QuorumUnavailable(
+                f"cannot own now: {describe_shortage(quorums, answered) or 'answers do not count'}; "
+                f"{read.reasons()}"
+            )
+        return newest
+
+    async def announce(self, owner: Owner, found: _Newest) -> _Newest:
+        """Writes the owner record to a quorum, reading after it; the newest head found, accepted again."""
+        record = OwnerRecord(self.records.fsid, owner, self.clock.time_ns(), self.host)
+        key, value = seal_owner_record(record, self.records.keys, self.clock)
+        write = QuorumWrite(
+            self.members,
+            fleet_quorums(found.head.fleets, self.code),
+            key,
+            value,
+            records=self.records,
+            judge=lambda reading: self._allows(reading, owner),
+            timing=self.timing,
+            clock=self.clock,
+        )
+        failpoints.hit("own.announce")
+        self.nursery.start_soon(write.run)
+        try:
+            done = await write.settle(self.deadline)
+        except BaseException:
+            write.stop()
+            raise
+        if not done:
+            write.stop()
+            raise QuorumUnavailable(f"cannot own now: {'; '.join(write.reasons())}")
+        failpoints.hit("own.announced")
+        return await self._judged((*found.readings, *write.survey.readings.values()))
+
+    async def _judged(self, readings: tuple[Reading, ...]) -> _Newest:
+        ref = max(ref for reading in readings for ref in reading.heads)
+        head = await fetch_head(self.members, readings, ref, self.records, self.timing)
+        self.members.adopt(head.fleets)
+        self.accept(head, judge(readings, ref, fleet_quorums(head.fleets, self.code), self.records.facts))
+        return _Newest(head, ref, readings)
+
+    def _allows(self, reading: Reading, owner: Owner) -> str | None:
+        error = fenced(reading, owner=owner, written=(), published=None, records=self.records)
+        if error is not None:
+            raise error
+        return unclear(reading, owner=owner, written=(), published=None)
+
+    def _quorums(self, read: Survey, fleets: tuple[Fleet, ...]) -> tuple[FleetQuorum, ...]:
+        held = None if read.newest is None else self.records.held(read.newest)
+        return fleet_quorums(fleets if held is None else held.fleets, self.code)
+
+    def _enough(self, read: Survey, fleets: tuple[Fleet, ...]) -> bool:
+        quorums = self._quorums(read, fleets)
+        if read.newest is None:
+            return reached(quorums, frozenset(read.readings))
+        judgement = judge(list(read.readings.values()), read.newest, quorums, self.records.facts)
+        return reached(quorums, judgement.counted)

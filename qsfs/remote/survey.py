@@ -1,0 +1,258 @@
+"""Conversations with many backends at once, each over one connection, repeated until they succeed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import trio
+
+from qsfs.backend.contract import Session
+from qsfs.clock import Clock
+from qsfs.errors import (
+    BackendError,
+    BackendUnavailable,
+    Corrupt,
+    NotFound,
+    QsfsError,
+    QuorumUnavailable,
+    WrongBackend,
+)
+from qsfs.format.erasure import CodeParams
+from qsfs.format.head import FleetEntry, Head, HeadRef
+from qsfs.remote.control import Reading, Records, read_control
+from qsfs.remote.identity import require_identity
+from qsfs.remote.members import Member, Members
+from qsfs.remote.newest import Judgement, describe_head, judge, newest_head
+from qsfs.remote.quorum import fleet_quorums
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long to wait for backends, in seconds.
+
+    `attempt`: one conversation with one backend.  `retry` to `retry_most`: the pause after a failed
+    one, doubling, with jitter.  `grace`: how much longer slow backends are waited for once a
+    quorum has been reached.
+    """
+
+    attempt: float = 10.0
+    retry: float = 0.5
+    retry_most: float = 15.0
+    grace: float = 2.0
+
+    def pause(self, failures: int, clock: Clock) -> float:
+        """The pause after the given number of failures in a row: between half and all of the full one."""
+        full = min(self.retry_most, self.retry * 2.0 ** min(failures - 1, 16))
+        return full * (0.5 + int.from_bytes(clock.random_bytes(2), "big") / 0x20000)
+
+
+@dataclass(slots=True)
+class Survey:
+    """What has been read so far: the last whole reading of each backend, and why others gave none."""
+
+    readings: dict[int, Reading] = field(default_factory=dict)
+    errors: dict[int, BackendError] = field(default_factory=dict)
+
+    @property
+    def newest(self) -> HeadRef | None:
+        """The newest head read."""
+        return newest_head(self.readings.values())
+
+    def reasons(self) -> str:
+        """Why backends gave no reading, for messages; empty if all gave one."""
+        return "; ".join(str(error) for _, error in sorted(self.errors.items()))
+
+
+async def converse(
+    member: Member, records: Records, timing: Timing, talk: Callable[[Session], Awaitable[T]]
+) -> T:
+    """One conversation over one connection to the heads of a member, once it has shown its identity there.
+
+    Raises what the calls of a session raise, `WrongBackend`, and what `talk` raises; the result is
+    recorded in the member.
+    """
+    try:
+        with trio.fail_after(timing.attempt):
+            async with member.control.session() as session:
+                await require_identity(session, member.entry, records.keys)
+                result = await talk(session)
+    except trio.TooSlowError:
+        late = BackendUnavailable(f"backend {member.control.name}: no answer in {timing.attempt:g} s")
+        member.failed(late)
+        raise late from None
+    except WrongBackend as error:
+        member.not_ours(error)
+        raise
+    except BackendError as error:
+        member.failed(error)
+        raise
+    member.succeeded()
+    return result
+
+
+async def survey(
+    members: Iterable[Member],
+    records: Records,
+    clock: Clock,
+    timing: Timing,
+    *,
+    deadline: float,
+    tries: float = math.inf,
+    newest_first: bool = False,
+    enough: Callable[[Survey], bool] = lambda _: False,
+) -> Survey:
+    """Reads the owner records and heads of all `members`, at once.
+
+    Ends when all have answered or failed `tries` times, `timing.grace` after `enough` is satisfied, or
+    at `deadline` (trio's clock).  Raises `FormatMismatch` if a newer version of qsfs is at work there.
+    """
+    result = Survey()
+    failures: list[QsfsError] = []
+    with trio.CancelScope(deadline=deadline) as scope:
+
+        async def read(member: Member) -> None:
+            failed = 0
+            while True:
+                try:
+                    reading = await converse(
+                        member,
+                        records,
+                        timing,
+                        lambda session: read_control(
+                            session, member.number, records, member.index, newest_first=newest_first
+                        ),
+                    )
+                except BackendError as error:
+                    result.errors[member.number] = error
+                    failed += 1
+                    if failed >= tries:
+                        return
+                    await trio.sleep(timing.pause(failed, clock))
+                except QsfsError as error:
+                    failures.append(error)
+                    scope.cancel()
+                    return
+                else:
+                    result.errors.pop(member.number, None)
+                    result.readings[member.number] = reading
+                    if enough(result):
+                        scope.deadline = min(scope.deadline, trio.current_time() + timing.grace)
+                    return
+
+        async with trio.open_nursery() as nursery:
+            for member in members:
+                nursery.start_soon(read, member)
+    if failures:
+        raise failures[0]
+    return result
+
+
+async def fetch_head(
+    members: Members, readings: Collection[Reading], ref: HeadRef, records: Records, timing: Timing
+) -> Head:
+    """Head `ref` from memory or from any backend that lists it.
+
+    Raises `QuorumUnavailable` if none of them gives it now.
+    """
+    held = records.held(ref)
+    reasons: list[str] = []
+    for member in members.of([reading.number for reading in readings if ref in reading.heads]):
+        if held is not None:
+            break
+        try:
+            held = await converse(member, records, timing, lambda session: records.head(session, ref))
+        except (BackendError, NotFound, Corrupt) as error:
+            reasons.append(str(error))
+    if held is None:
+        raise QuorumUnavailable(
+            f"{describe_head(ref)} cannot be read any more: {'; '.join(reasons) or 'no backend has it'}"
+        )
+    return held
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The newest head that the reachable backends hold, and what it is worth.
+
+    `missing`: entries of its fleets that no configured backend is.
+    """
+
+    head: Head
+    judgement: Judgement
+    survey: Survey
+    missing: tuple[FleetEntry, ...]
+
+    @property
+    def ref(self) -> HeadRef:
+        """Names the head."""
+        return self.judgement.newest
+
+    def sentences(self) -> tuple[str, ...]:
+        """What a restore prints: which head, how many losses the reading withstands, what did not answer."""
+        verdict = self.judgement
+        total = len({entry.number for fleet in self.head.fleets for entry in fleet.entries})
+        found = [
+            f"The newest head is {describe_head(self.ref)}; {len(verdict.counted)} of {total} backends "
+            "answered."
+        ]
+        if verdict.withstands >= 0:
+            found.append(f"This holds even if {verdict.withstands} of those have lost it, are stale or lie.")
+        else:
+            found.append(
+                f"Too few answered: {-verdict.withstands} more must answer before a newer generation, "
+                "published where "
+                "nobody answered, can be ruled out."
+            )
+        found += [f"Not counted: {reason}." for _, reason in sorted(verdict.uncounted.items())]
+        found += [f"Not answered: {error}." for _, error in sorted(self.survey.errors.items())]
+        found += [
+            f"Not configured: {entry.address}/{entry.namespace} (entry {entry.number})."
+            for entry in self.missing
+        ]
+        found += [
+            f"Also found: {describe_head(ref)}, which may or may not be an ancestor."
+            for ref in verdict.undecided
+        ]
+        return tuple(found)
+
+
+async def find_newest(
+    members: Members,
+    records: Records,
+    code: CodeParams,
+    clock: Clock,
+    timing: Timing,
+    *,
+    deadline_seconds: float = 60.0,
+    tries: float = 3,
+    chosen: HeadRef | None = None,
+) -> Found:
+    """Reads every reachable backend, as a restore does, and adopts the fleets that the newest head names.
+
+    `chosen` names the head that a person chose where there are several (`SplitHeads` otherwise).
+    Raises `NotFound` if all backends answered and none has a head, `QuorumUnavailable` if none was found
+    and some did not answer.  Whether `judgement.withstands` is enough is for the caller to say.
+    """
+    deadline = trio.current_time() + deadline_seconds
+    read = await survey(members, records, clock, timing, deadline=deadline, tries=tries, newest_first=True)
+    newest = chosen or read.newest
+    readings = list(read.readings.values())
+    if newest is None:
+        if len(read.readings) < len(members) or not members:
+            raise QuorumUnavailable(
+                f"no head found, but not every backend answered: {read.reasons() or 'none is known'}"
+            )
+        raise NotFound(
+            f"none of the {len(members)} backends holds a head of file system {records.fsid.hex()}"
+        )
+    head = await fetch_head(members, readings, newest, records, timing)
+    missing = members.adopt(head.fleets)
+    judgement = judge(readings, newest, fleet_quorums(head.fleets, code), records.facts)
+    if chosen is None:
+        judgement.require_one_line()
+    return Found(head, judgement, read, tuple(missing))
