@@ -103,3 +103,23 @@ def test_positions_inside_a_pack_each_have_a_nonce_of_their_own(uses):
     extents = [PlainExtent(1, i, 1, i, noise(4096, i)) for i in range(300)]
     build_pack(PackKind.DATA, extents, keys=ring(), code=CodeParams(4, 6), owner_epoch=1, clock=FixedClock(1))
     assert sorted(int.from_bytes(nonce, "big") for _, nonce in uses) == list(range(302))
+
+
+def test_an_id_is_made_of_random_bits_and_of_content():
+    """Either alone would give two objects one id: on clones, or on equal contents."""
+    ids = {
+        seal.new_object_id(digest, FixedClock(seed)) for digest in (b"d" * 32, b"e" * 32) for seed in (1, 2)
+    }
+    assert len(ids) == 4
+    assert all(len(object_id) == 16 for object_id in ids)
+
+
+def test_a_key_depends_on_everything_that_names_an_object(uses):
+    base = {"number": 1, "version": 1, "kind": 1, "object_id": b"i" * 16, "digest": b"d" * 32}
+    other = {"number": 2, "version": 2, "kind": 2, "object_id": b"j" * 16, "digest": b"e" * 32}
+    keys = KeyRing(FSID, [MasterKey(1, b"\x11" * 32), MasterKey(2, b"\x11" * 32)])
+    foreign = KeyRing(b"another fs id 16", [MasterKey(1, b"\x11" * 32)])
+    for named in (base, *({**base, name: value} for name, value in other.items())):
+        keys.cipher(**named).encrypt(bytes(12), repr(named).encode(), b"")
+    foreign.cipher(**base).encrypt(bytes(12), b"foreign", b"")
+    assert len(uses) == 7
