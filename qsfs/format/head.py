@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from blake3 import blake3
@@ -263,7 +263,7 @@ def _take_counters(values: Mapping[str, object], what: str) -> dict[str, int]:
     return counters
 
 
-__all__: Sequence[str] = [
+__all__ = [
     "HEAD_PREFIX",
     "Fleet",
     "FleetEntry",
