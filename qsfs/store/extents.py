@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 
-from qsfs.store.layers import Layers
+from qsfs.store.layers import Rows
 from qsfs.store.schema import PAGE, ExtentRow, PackRow, Table, u64, u64_pair
 
 _KNOWN_FILES = 100_000
@@ -19,7 +19,7 @@ _KNOWN_FILES = 100_000
 class Extents:
     """The extents of all files."""
 
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, layers: Rows) -> None:
         self._layers = layers
         self._live_change: defaultdict[int, int] = defaultdict(int)
         self._has: dict[int, bool] = {}

@@ -9,6 +9,7 @@ group was sealed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sortedcontainers import SortedDict
@@ -32,6 +33,7 @@ COMMIT_KEY = b"commit"
 WRITE_NUMBER_KEY = b"write-number"
 ALL_PAGES = (1 << BLOCK_PAGES) - 1
 ZERO_PAGE = bytes(PAGE)
+_MARKS_AT_ONCE = 10_000
 
 
 class Block:
@@ -62,6 +64,18 @@ class InodeLog:
         self.touched = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A generation that counts as published with a group: which change marks go with it.
+
+    `commit_number` is its cut's; `image` holds the rows (None: deleted) that the generation has of
+    pages which were dirty at the cut, where the tables had others then.
+    """
+
+    commit_number: int
+    image: Mapping[tuple[Table, bytes], bytes | None]
+
+
 class Group:
     """All changes between two commits."""
 
@@ -75,6 +89,7 @@ class Group:
         self.data_log: dict[int, InodeLog] = {}
         self.covers: set[int] = set()
         self.filled_blocks = 0
+        self.published: Publication | None = None
         self.sealed_at = 0
         self.opened_at: float | None = None
 
@@ -97,7 +112,9 @@ class Group:
     @property
     def empty(self) -> bool:
         """Whether committing it would change nothing."""
-        return not (self.blocks or self.spill or self.inodes or any(self.rows.values()))
+        return not (
+            self.blocks or self.spill or self.inodes or self.published or any(self.rows.values())
+        )
 
 
 def block_key(inode: int, block: int) -> int:
@@ -129,6 +146,8 @@ def commit(environment: Environment, group: Group, local: Mapping[bytes, bytes])
             txn, group.blocks, databases[Table.BLOCKS], databases[Table.VALUES], databases[Table.DIRTY]
         )
         _apply_blocks(txn, group.spill, databases[Table.SPILL_BLOCKS], databases[Table.SPILL_VALUES], None)
+        if group.published is not None:
+            _settle_marks(txn, environment, group.published, mark)
         failpoints.hit("commit.applied")
         database = databases[Table.LOCAL]
         txn.put(COMMIT_KEY, plain_u64(group.number), db=database)
@@ -137,6 +156,39 @@ def commit(environment: Environment, group: Group, local: Mapping[bytes, bytes])
             txn.put(key, value, db=database)
         failpoints.hit("commit.before")
     failpoints.hit("commit.done")
+
+
+def _settle_marks(txn: Any, environment: Environment, published: Publication, mark: bytes) -> None:
+    """Clears the change marks that a published generation contained, and those of rows that equal its own.
+
+    A row of its image that differs from the table's is marked as changed: the next generation must
+    replace it, also where the table itself did not change.
+    """
+    changed = environment.databases[Table.CHANGED]
+    contained = u64(published.commit_number)
+    position = b""
+    while True:
+        gone = []
+        with txn.cursor(changed) as cursor:
+            more = cursor.set_range(position)
+            for key, value in cursor.iternext() if more else ():
+                if value <= contained:
+                    gone.append(key)
+                    position = key
+                    if len(gone) >= _MARKS_AT_ONCE:
+                        break
+            else:
+                more = False
+        for key in gone:
+            txn.delete(key, db=changed)
+        if not more:
+            break
+    for (table, key), row in published.image.items():
+        name = bytes((table,)) + key
+        if txn.get(key, db=environment.databases[table]) == row:
+            txn.delete(name, db=changed)
+        else:
+            txn.put(name, mark, db=changed)
 
 
 def _apply_blocks(txn: Any, blocks: Mapping[int, Block], rows: Any, values: Any, dirty: Any) -> None:

@@ -7,12 +7,34 @@ elsewhere, and touches nothing but the group and LMDB.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from qsfs.errors import QsfsBug
 from qsfs.store.environment import Environment, ReadView
 from qsfs.store.group import COMMIT_KEY, WRITE_NUMBER_KEY, Group
 from qsfs.store.schema import Table, read_plain_u64
+
+
+class Rows(Protocol):
+    """Tables that can be read and written: the layers, or a view with changes of its own on top."""
+
+    def get(self, table: Table, key: bytes) -> bytes | None:
+        """The row at `key`, or None."""
+        ...
+
+    def put(self, table: Table, key: bytes, value: bytes) -> None:
+        """Sets a row."""
+        ...
+
+    def delete(self, table: Table, key: bytes) -> None:
+        """Deletes a row; harmless if there is none."""
+        ...
+
+    def scan(
+        self, table: Table, start: bytes, stop: bytes | None, reverse: bool = False
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Rows with start <= key < stop (None: to the end), in key order or its reverse."""
+        ...
 
 
 class Layers:
@@ -61,11 +83,11 @@ class Layers:
         if self.committing is not None:
             overlays.append(self.committing.rows[table])
         overlays = [o for o in overlays if o]
-        stored: Iterator[_Row] = (
+        stored: Iterator[Row] = (
             (key, bytes(value)) for key, value in self.view.scan(table, start, stop, reverse)
         )
         for overlay in reversed(overlays):
-            stored = _merge(_overlay_rows(overlay, start, stop, reverse), stored, reverse)
+            stored = merge_rows(overlay_rows(overlay, start, stop, reverse), stored, reverse)
         return ((key, value) for key, value in stored if value is not None)
 
     def seal(self, write_number: int) -> Group:
@@ -96,15 +118,16 @@ class Layers:
         self.environment.close()
 
 
-_Row = tuple[bytes, bytes | None]
+Row = tuple[bytes, bytes | None]
 
 
-def _overlay_rows(overlay: Any, start: bytes, stop: bytes | None, reverse: bool) -> Iterator[_Row]:
+def overlay_rows(overlay: Any, start: bytes, stop: bytes | None, reverse: bool) -> Iterator[Row]:
+    """The rows of one table's overlay in a range, deletions as None."""
     for key in overlay.irange(start, stop, inclusive=(True, False), reverse=reverse):
         yield key, overlay[key]
 
 
-def _merge(upper: Iterator[_Row], lower: Iterator[_Row], reverse: bool) -> Iterator[_Row]:
+def merge_rows(upper: Iterator[Row], lower: Iterator[Row], reverse: bool) -> Iterator[Row]:
     """Both in key order; where both have a key, the upper row wins.  None marks a deletion."""
     above = next(upper, None)
     below = next(lower, None)

@@ -1,0 +1,67 @@
+"""The heads that the local store remembers: its base, and the last one that this machine published.
+
+The *base* is the generation that the local tables descend from: the change marks say what differs
+from it, so the next generation builds on it.  The *published* head may be another: a mount that
+takes over publishes the newest head as its own first one, which moves no mark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qsfs.errors import Corrupt
+from qsfs.format import schema
+from qsfs.format.head import Head, SealedHead, open_head, parse_head_key
+from qsfs.format.keys import KeyRing
+from qsfs.store.store import Store
+
+BASE_KEY = b"base-head"
+PUBLISHED_KEY = b"published-head"
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LocalHead:
+    """A head in LOCAL.  `ours`: this machine published it (a restore records a base without that)."""
+
+    sealed: SealedHead
+    head: Head
+    ours: bool
+
+
+def encode_local_head(sealed: SealedHead, *, ours: bool) -> bytes:
+    """The row of LOCAL."""
+    return schema.pack([_SCHEMA, sealed.key, sealed.value, int(ours)])
+
+
+def decode_local_head(row: bytes, keys: KeyRing) -> LocalHead:
+    """The head in a row of LOCAL; `Corrupt` if it is none."""
+    what = "head in the local store"
+    fields = schema.record(row, _SCHEMA, 4, what)
+    key, value, ours = fields.binary(), fields.binary(), fields.integer(0, 1)
+    named = parse_head_key(key)
+    if named is None:
+        raise Corrupt(f"{what}: its key is not one of a head; run 'qsfs fsck'")
+    return LocalHead(SealedHead(key, value, named.ref), open_head(key, value, keys), bool(ours))
+
+
+def local_head(store: Store, name: bytes, keys: KeyRing) -> LocalHead | None:
+    """The head that LOCAL holds under `name` (`BASE_KEY`, `PUBLISHED_KEY`), or None.
+
+    Raises `Corrupt` or `FormatMismatch` if it cannot be read.
+    """
+    row = store.local(name)
+    return None if row is None else decode_local_head(row, keys)
+
+
+def record_base(store: Store, sealed: SealedHead, *, ours: bool) -> None:
+    """Makes `sealed` the base with the open group; if it is `ours`, also the last one published."""
+    store.set_local(BASE_KEY, encode_local_head(sealed, ours=ours))
+    if ours:
+        record_published(store, sealed)
+
+
+def record_published(store: Store, sealed: SealedHead) -> None:
+    """Takes note, with the open group, that this machine published `sealed`."""
+    store.set_local(PUBLISHED_KEY, encode_local_head(sealed, ours=True))

@@ -1,0 +1,112 @@
+"""What a written pack changes in the local store: its row, extents, and pages that turn clean.
+
+Everything goes through the open group and is judged by what that shows.  A page turns clean, and
+gets its extent, where it is still resident dirty with the write number that was sealed; one that
+was rewritten, truncated or removed meanwhile gets neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from qsfs.store.schema import BLOCK_PAGES, ExtentRow, PackRow, PackState, Table, u64
+from qsfs.store.store import NEXT_PACK, Store
+
+WORTH_A_STEP = 1024
+"""Pages that are recorded between two looks at the rest of the world."""
+
+
+@dataclass(frozen=True, slots=True)
+class SealedRun:
+    """Pages as they were sealed: `extent` is their row, `writes` the write number of each."""
+
+    inode: int
+    writes: tuple[int, ...]
+    extent: ExtentRow
+
+
+def reserve_numbers(store: Store, count: int) -> range:
+    """Takes `count` pack numbers that nothing else will have; they need not all be used."""
+    first = store.counter(NEXT_PACK) + 1
+    store.set_counter(NEXT_PACK, first + count - 1)
+    return range(first, first + count)
+
+
+def add_pack(store: Store, number: int, row: PackRow) -> None:
+    """Adds a written pack.  Its `live` bytes grow with the extents that are recorded."""
+    store.layers.put(Table.PACKS, u64(number), row.encode())
+
+
+def pack_row(store: Store, number: int) -> PackRow | None:
+    """The row of a pack as of now."""
+    row = store.get(Table.PACKS, u64(number))
+    return None if row is None else PackRow.decode(row)
+
+
+def set_placement(store: Store, number: int, placement: tuple[int, ...], now_ns: int) -> PackRow | None:
+    """Records where the shards lie now; a pack that is changed has to be looked at again.
+
+    Returns the row, or None if the pack is gone.
+    """
+    row = pack_row(store, number)
+    if row is None:
+        return None
+    state = row.state & ~PackState.FULL & ~PackState.LOOKED
+    if -1 not in placement:
+        state |= PackState.FULL
+    row = replace(row, placement=placement, state=int(state), written_at_ns=now_ns, verified_at_ns=0)
+    store.layers.put(Table.PACKS, u64(number), row.encode())
+    return row
+
+
+def set_looked(store: Store, number: int, placement: tuple[int, ...], now_ns: int) -> bool:
+    """Records that a second look found every shard of `placement`; False if that is not where they are."""
+    row = pack_row(store, number)
+    if row is None or row.placement != placement:
+        return False
+    row = replace(row, state=row.state | PackState.LOOKED, verified_at_ns=now_ns)
+    store.layers.put(Table.PACKS, u64(number), row.encode())
+    return True
+
+
+def record_run(store: Store, run: SealedRun) -> int:
+    """Turns the pages of `run` clean that still may, and gives them its extent; returns how many."""
+    inode = store.inode(run.inode)
+    if inode is None:
+        return 0
+    blocks = store.blocks
+    first = run.extent.first
+    cleaned: list[int] = []
+    for number in range(first // BLOCK_PAGES, (first + len(run.writes) - 1) // BLOCK_PAGES + 1):
+        state = blocks.state(run.inode, number)
+        if state is None:
+            continue
+        bits = 0
+        for index in range(BLOCK_PAGES):
+            page = number * BLOCK_PAGES + index
+            if (
+                first <= page < first + len(run.writes)
+                and state.dirty & 1 << index
+                and state.writes[index] == run.writes[page - first]
+            ):
+                bits |= 1 << index
+                cleaned.append(page)
+        if bits:
+            blocks.writable(inode, number).dirty &= ~bits
+    for start, stop in _stretches(cleaned):
+        store.extents.insert(run.inode, run.extent.part(start, stop - start))
+    return len(cleaned)
+
+
+def _stretches(pages: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """The runs of consecutive numbers in `pages`, as [start, stop)."""
+    start = stop = -1
+    for page in pages:
+        if page != stop:
+            if stop >= 0:
+                yield start, stop
+            start = page
+        stop = page + 1
+    if stop >= 0:
+        yield start, stop
