@@ -1,0 +1,364 @@
+"""Fetch: brings pages that are only remote into the cache, for reads that need them.
+
+A fetch begins with the extent rows as they are.  What arrives is installed page by page through
+the open group, each only where the page is still remote only by the very extent that was fetched:
+a truncation, write or newer extent that came meanwhile wins.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from itertools import islice
+from typing import Protocol
+
+import trio
+
+from qsfs import failpoints
+from qsfs.errors import Corrupt, QsfsBug, QsfsError, Unavailable
+from qsfs.format.units import PAGE
+from qsfs.remote.readahead import ReadAhead
+from qsfs.remote.reader import PackReader
+from qsfs.remote.stored import StoredPack, entry_of
+from qsfs.remote.waits import Wait, Waits
+from qsfs.store.schema import BLOCK_PAGES, BLOCK_SIZE, ExtentRow, InodeFlag, PackRow, Table, u64
+from qsfs.store.store import Store
+
+log = logging.getLogger(__name__)
+
+EXTENTS_AT_ONCE = 32
+"""Extents of one call that are fetched at the same time."""
+AHEAD_AT_ONCE = 32
+"""Extents that are fetched ahead of all readers at the same time."""
+
+_INSTALL_AT_ONCE = 16
+
+
+class Room(Protocol):
+    """What the daemon's committer offers."""
+
+    async def room(self) -> None:
+        """Returns once the open group is not full."""
+        ...
+
+
+class Transient(Protocol):
+    """A small bounded memory of pages for which the cache has no room."""
+
+    def put(self, inode: int, page: int, data: bytes, extent: ExtentRow) -> None:
+        """Keeps one page; it is valid while `remote_extent` still gives this pack and ordinal."""
+        ...
+
+
+class _Job:
+    """One extent on its way; `readers` counts who waits for it."""
+
+    __slots__ = ("done", "error", "inode", "needed", "pack", "readers", "row", "scope")
+
+    def __init__(self, inode: int, row: ExtentRow) -> None:
+        self.inode = inode
+        self.row = row
+        self.needed: set[int] = set()
+        self.readers = 0
+        self.pack: StoredPack | None = None
+        self.error: QsfsError | None = None
+        self.done = trio.Event()
+        self.scope = trio.CancelScope()
+
+
+class _Stream:
+    """What is fetched ahead of one reader: it ends with the first extent that does not come."""
+
+    __slots__ = ("failed",)
+
+    def __init__(self) -> None:
+        self.failed = False
+
+
+_JobKey = tuple[int, int, int]
+_Wanted = dict[_JobKey, tuple[ExtentRow, set[int]]]
+
+
+class Fetcher:
+    """Fetches for all readers of one mount.  `run` must be running."""
+
+    def __init__(
+        self,
+        store: Store,
+        reader: PackReader,
+        room: Room,
+        transient: Transient,
+        *,
+        deadline_seconds: float,
+        path_of: Callable[[int], str] = lambda inode: "",
+    ) -> None:
+        """`path_of` gives a path of an inode, for people; the policy `error` waits for `deadline_seconds`."""
+        self.reader = reader
+        self.waits = Waits()
+        self.fetched_pages = 0
+        self.failed_reads = 0
+        self._store = store
+        self._room = room
+        self._transient = transient
+        self._deadline = deadline_seconds
+        self._path_of = path_of
+        self._jobs: dict[_JobKey, _Job] = {}
+        self._ahead = ReadAhead()
+        self._ahead_slots = trio.Semaphore(AHEAD_AT_ONCE)
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serves until cancelled; readers that still wait then get `Unavailable`."""
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.reader.run)
+                self._nursery = nursery
+                task_status.started()
+        finally:
+            self._nursery = None
+            for job in list(self._jobs.values()):
+                job.error = job.error or Unavailable("reading from the backends ended: the daemon stops")
+                job.done.set()
+            self._jobs.clear()
+
+    def unblock(self, inode: int | None = None) -> int:
+        """Ends all waits for remote pages of a file (None: of all files); returns how many.
+
+        Their readers get `Unavailable`.
+        """
+        return self.waits.unblock(inode)
+
+    async def fetch(self, inode: int, first: int, count: int) -> None:
+        """Returns once no page of [first, first + count) needs to be fetched, or the cache was passed by.
+
+        What the cache has no room for went to the transient pages.  Pages that changed meanwhile
+        are left as they are: whoever needs them looks again.
+
+        Raises `Unavailable` after the deadline (policy `error`) or when unblocked, `DataLost`, `Corrupt`;
+        each was logged with file, page, pack and shards.
+        """
+        page, stop = first, first + count
+        while page < stop:
+            wanted, page = self._wanted(inode, page, stop)
+            if wanted:
+                await self._fetch_extents(inode, wanted)
+        start, ahead = self._ahead.next(inode, first, count)
+        if ahead and self._nursery is not None:
+            self._nursery.start_soon(self._fetch_ahead, inode, start, start + ahead)
+
+    def _wanted(self, inode: int, page: int, stop: int) -> tuple[_Wanted, int]:
+        """The extents that hold remote-only pages from `page` on, up to a batch, and where to go on."""
+        blocks = self._store.blocks
+        found: _Wanted = {}
+        rows = list(islice(self._store.extents.overlapping(inode, page, stop), EXTENTS_AT_ONCE))
+        for row in rows:
+            state, number = None, -1
+            for at in range(max(row.first, page), min(row.first + row.pages, stop)):
+                if at // BLOCK_PAGES != number:
+                    number = at // BLOCK_PAGES
+                    state = blocks.state(inode, number)
+                if state is not None and state.resident & 1 << at % BLOCK_PAGES:
+                    continue
+                if blocks.remote_extent(inode, at) is not None:
+                    found.setdefault((inode, row.pack, row.ordinal), (row, set()))[1].add(at)
+        if len(rows) < EXTENTS_AT_ONCE:
+            return found, stop
+        return found, rows[-1].first + rows[-1].pages
+
+    async def _fetch_extents(self, inode: int, wanted: _Wanted) -> None:
+        live = self._store.inode(inode)
+        wait = Wait(
+            inode,
+            min(min(pages) for _, pages in wanted.values()),
+            sum(len(pages) for _, pages in wanted.values()),
+            self._store.clock.time_ns(),
+            live is not None and bool(live.flags & InodeFlag.WAIT),
+            trio.current_time(),
+        )
+        jobs = [self._job(key, row, pages) for key, (row, pages) in wanted.items()]
+        wait.explain = lambda: self._explain(jobs)
+        try:
+            with self.waits.during(wait):
+                await self._wait(wait, jobs)
+        finally:
+            for job in jobs:
+                self._leave(job)
+
+    async def _wait(self, wait: Wait, jobs: list[_Job]) -> None:
+        """Waits for the extents: until they are here or nobody needs them, else as the policy says."""
+        while True:
+            with trio.CancelScope(deadline=trio.current_time() + self._deadline) as wait.scope:
+                for job in jobs:
+                    await job.done.wait()
+            for job in jobs:
+                if job.error is not None:
+                    self._fail(wait, job, str(job.error), type(job.error))
+            late = [job for job in jobs if not job.done.is_set() and self._current(job)]
+            if not late:
+                return
+            if wait.unblocked:
+                self._fail(wait, late[0], f"the wait was ended by 'qsfs unblock'; {wait.why}", Unavailable)
+            if not wait.keeps_waiting:
+                self._fail(wait, late[0], f"not here after {wait.seconds:.0f} s; {wait.why}", Unavailable)
+            log.warning("%s: has been waiting for %.0f s: %s", self._page(late[0]), wait.seconds, wait.why)
+
+    def _fail(self, wait: Wait, job: _Job, why: str, kind: type[QsfsError]) -> None:
+        """Logs and raises the end of a read, unless the extent is not what must be read any more."""
+        if not self._current(job):
+            return
+        self.failed_reads += 1
+        message = f"{self._page(job)}: {why}"
+        log.error("%s", message)
+        raise kind(message)
+
+    def _current(self, job: _Job) -> bool:
+        """Whether some page that was asked for is still only in this extent."""
+        for page in job.needed or (job.row.first,):
+            here = self._store.blocks.remote_extent(job.inode, page)
+            if here is not None and (here.pack, here.ordinal) == (job.row.pack, job.row.ordinal):
+                return True
+        return False
+
+    def _page(self, job: _Job) -> str:
+        path = self._path_of(job.inode)
+        name = f"{path} (inode {job.inode})" if path else f"inode {job.inode}"
+        return f"{name}, page {min(job.needed, default=job.row.first)}"
+
+    def _explain(self, jobs: list[_Job]) -> str:
+        waiting = [job for job in jobs if not job.done.is_set()]
+        named = [self.reader.explain(job.pack) for job in waiting if job.pack is not None]
+        return "; ".join(dict.fromkeys(named)) or "on its way"
+
+    # jobs
+
+    def _job(self, key: _JobKey, row: ExtentRow, pages: set[int]) -> _Job:
+        job = self._jobs.get(key)
+        if job is None or job.done.is_set():
+            if self._nursery is None:
+                raise Unavailable("pages that are only remote cannot be read: the daemon starts or stops")
+            job = self._jobs[key] = _Job(key[0], row)
+            self._nursery.start_soon(self._run_job, key, job)
+        job.readers += 1
+        job.needed |= pages
+        return job
+
+    def _leave(self, job: _Job) -> None:
+        job.readers -= 1
+        if not job.readers and not job.done.is_set():
+            job.scope.cancel()
+            key = (job.inode, job.row.pack, job.row.ordinal)
+            if self._jobs.get(key) is job:
+                del self._jobs[key]
+
+    async def _run_job(self, key: _JobKey, job: _Job) -> None:
+        try:
+            with job.scope:
+                await self._bring(job)
+        except QsfsError as error:
+            job.error = error
+        except Exception as error:
+            log.exception("inode %d, page %d: fetching failed unexpectedly", job.inode, job.row.first)
+            job.error = QsfsBug(f"fetching failed: {error!r}")
+        finally:
+            job.done.set()
+            if self._jobs.get(key) is job:
+                del self._jobs[key]
+
+    async def _bring(self, job: _Job) -> None:
+        row = self._store.get(Table.PACKS, u64(job.row.pack))
+        if row is None:
+            raise Corrupt(f"its extent lies in pack number {job.row.pack}, which is unknown; run 'qsfs fsck'")
+        job.pack = StoredPack.of_row(PackRow.decode(row), self.reader.code)
+        entry = entry_of(job.inode, job.row)
+        if job.row.skip + job.row.pages > entry.pages:
+            raise Corrupt(f"its extent row names more than pack {job.pack.name} holds; run 'qsfs fsck'")
+        data = await self.reader.extent(job.pack, entry)
+        failpoints.hit("fetch.arrived")
+        await self._install(job, entry.first_page, data)
+
+    async def _install(self, job: _Job, first: int, data: bytes) -> None:
+        """Installs the pages that readers wait for, then the rest of the extent if that costs nobody."""
+        asked: set[int] = set()
+        await self._install_needed(job, asked, first, data)
+        for page in range(first, first + len(data) // PAGE):
+            if not self._cache_has_room() or self._group_is_busy():
+                break
+            if page not in asked:
+                self._put(job, page, first, data)
+            if page % _INSTALL_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        await self._install_needed(job, asked, first, data)
+
+    async def _install_needed(self, job: _Job, asked: set[int], first: int, data: bytes) -> None:
+        while fresh := job.needed - asked:
+            for page in sorted(fresh):
+                asked.add(page)
+                await self._install_page(job, page, first, data)
+                if page % _INSTALL_AT_ONCE == 0:
+                    await trio.lowlevel.checkpoint()
+
+    async def _install_page(self, job: _Job, page: int, first: int, data: bytes) -> None:
+        while self._cache_has_room():
+            if not self._store.group_is_full():
+                self._put(job, page, first, data)
+                return
+            await self._room.room()
+            # The committer may be content with a group that is as full as before.
+            await trio.lowlevel.checkpoint()
+        here = self._store.blocks.remote_extent(job.inode, page)
+        if here is not None and (here.pack, here.ordinal) == (job.row.pack, job.row.ordinal):
+            offset = (page - first) * PAGE
+            self._transient.put(job.inode, page, data[offset : offset + PAGE], here)
+
+    def _put(self, job: _Job, page: int, first: int, data: bytes) -> None:
+        inode = self._store.inode(job.inode)
+        if inode is not None:
+            offset = (page - first) * PAGE
+            installed = self._store.blocks.install(inode, page, data[offset : offset + PAGE], job.row)
+            self.fetched_pages += installed
+
+    def _cache_has_room(self) -> bool:
+        return self._store.expected_bytes() + BLOCK_SIZE <= self._store.limits.full_bytes
+
+    def _group_is_busy(self) -> bool:
+        return 2 * self._store.layers.open.bytes >= self._store.limits.group_bytes
+
+    # ahead of sequential readers
+
+    async def _fetch_ahead(self, inode: int, first: int, stop: int) -> None:
+        """Fetches the extents of [first, stop) for nobody in particular, until one does not come."""
+        stream = _Stream()
+        while first < stop:
+            rows = list(islice(self._store.extents.overlapping(inode, first, stop), AHEAD_AT_ONCE))
+            for row in rows:
+                if self._store.expected_bytes() >= self._store.limits.high_bytes or self._nursery is None:
+                    return
+                key = (inode, row.pack, row.ordinal)
+                if key in self._jobs or not self._worth_fetching(inode, row):
+                    continue
+                await self._ahead_slots.acquire()
+                if stream.failed or self._nursery is None:
+                    self._ahead_slots.release()
+                    return
+                self._nursery.start_soon(self._end_ahead, self._job(key, row, set()), stream)
+            if len(rows) < AHEAD_AT_ONCE:
+                return
+            first = rows[-1].first + rows[-1].pages
+
+    def _worth_fetching(self, inode: int, row: ExtentRow) -> bool:
+        """Whether the first or the last page of an extent is only remote: it was not fetched lately."""
+        for page in (row.first, row.first + row.pages - 1):
+            state = self._store.blocks.state(inode, page // BLOCK_PAGES)
+            if state is None or not state.resident & 1 << page % BLOCK_PAGES:
+                return self._store.blocks.remote_extent(inode, page) is not None
+        return False
+
+    async def _end_ahead(self, job: _Job, stream: _Stream) -> None:
+        """Gives up after a deadline: nobody waits for it."""
+        try:
+            with trio.move_on_after(self._deadline):
+                await job.done.wait()
+            stream.failed |= job.error is not None or not job.done.is_set()
+        finally:
+            self._ahead_slots.release()
+            self._leave(job)

@@ -1,0 +1,68 @@
+"""Reads that wait for backends, as `status` shows them and `qsfs unblock` ends them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+
+@dataclass(eq=False, slots=True)
+class Wait:
+    """One reader of pages that are only remote.
+
+    `keeps_waiting` is its policy: True for `wait`, False for `error` after the deadline.  `why` says
+    what is in the way, as of now.
+    """
+
+    inode: int
+    first: int
+    count: int
+    since_ns: int
+    keeps_waiting: bool
+    began: float
+    explain: Callable[[], str] = field(default=lambda: "")
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    unblocked: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """How long it has waited."""
+        return trio.current_time() - self.began
+
+    @property
+    def why(self) -> str:
+        """What is in the way."""
+        return self.explain()
+
+
+class Waits:
+    """All reads that wait now."""
+
+    def __init__(self) -> None:
+        self._waits: dict[Wait, None] = {}
+
+    def __iter__(self) -> Iterator[Wait]:
+        return iter(list(self._waits))
+
+    def __len__(self) -> int:
+        return len(self._waits)
+
+    @contextmanager
+    def during(self, wait: Wait) -> Iterator[Wait]:
+        """Lists `wait` for the time of a `with` block."""
+        self._waits[wait] = None
+        try:
+            yield wait
+        finally:
+            del self._waits[wait]
+
+    def unblock(self, inode: int | None) -> int:
+        """Ends the waits of one file (None: all); returns how many."""
+        ended = [wait for wait in self._waits if inode in (None, wait.inode)]
+        for wait in ended:
+            wait.unblocked = True
+            wait.scope.cancel()
+        return len(ended)
