@@ -50,21 +50,27 @@ class DataFile:
         path = directory / f"d{number}"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            header = FILE_HEADER.pack(FILE_MAGIC, FORMAT_VERSION, number)
-            if os.pwrite(descriptor, header, 0) != len(header):
-                raise OSError(errno.ENOSPC, "short write of a file header", str(path))
+            file = cls(path, number, descriptor, 0)
+            file.begin()
             sync_directory(directory)
         except BaseException:
             os.close(descriptor)
             path.unlink(missing_ok=True)
             raise
-        return cls(path, number, descriptor, FILE_HEADER.size)
+        return file
 
     @classmethod
     def open(cls, path: Path, number: int) -> Self:
         """An existing file, with all its bytes."""
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         return cls(path, number, descriptor, os.fstat(descriptor).st_size)
+
+    def begin(self) -> None:
+        """Writes the header of an empty file."""
+        header = FILE_HEADER.pack(FILE_MAGIC, FORMAT_VERSION, self.number)
+        if os.pwrite(self._descriptor, header, 0) != len(header):
+            raise OSError(errno.ENOSPC, "short write of a file header", str(self.path))
+        self.size = len(header)
 
     @property
     def empty(self) -> bool:

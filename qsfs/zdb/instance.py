@@ -20,7 +20,7 @@ import trio
 from qsfs.clock import Clock
 from qsfs.errors import ConfigError
 from qsfs.zdb.namespace import Namespace
-from qsfs.zdb.settings import SettingsDamaged, sync_directory
+from qsfs.zdb.settings import Unusable, sync_directory
 
 _log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class Instance:
                     file_bytes=self.options.datasize,
                     durable_appends=self.options.sync,
                 )
-            except (SettingsDamaged, OSError) as failure:
+            except (Unusable, OSError) as failure:
                 _log.error("%s: namespace out of service: %s", path, failure)
         if DEFAULT not in self.namespaces:
             if self._path(DEFAULT).exists():

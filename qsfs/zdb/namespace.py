@@ -98,7 +98,7 @@ class Namespace:
     ) -> Namespace:
         """An existing namespace, its index rebuilt from its data files.
 
-        Raises `SettingsDamaged`, or `OSError` if the files cannot be read at all.
+        Raises `Unusable`, or `OSError` if the files cannot be read at all.
         """
         namespace = cls(
             name,
@@ -108,7 +108,11 @@ class Namespace:
             file_bytes=file_bytes,
             durable_appends=durable_appends,
         )
-        namespace._rebuild()
+        try:
+            namespace._rebuild()
+        except BaseException:
+            namespace.close(keep=False)
+            raise
         return namespace
 
     @property

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from qsfs.zdb.datafile import DataFile
 from qsfs.zdb.record import (
     FILE_HEADER,
+    FILE_MAGIC,
+    FORMAT_VERSION,
     HEADER_BYTES,
     RECORD_MARK_BYTES,
     SEAL,
@@ -23,6 +25,7 @@ from qsfs.zdb.record import (
     value_checksum,
     with_flags,
 )
+from qsfs.zdb.settings import Unusable
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +36,13 @@ _FAR = 256 * 1024
 def recover(file: DataFile, seed: int, *, last: bool) -> list[Record]:
     """Mends `file` and returns its records in order; `last` says that appends go on in it.
 
-    Raises `OSError` only if the file cannot be read or written at all.
+    Raises `Unusable` for a file of another version, and `OSError` only if the file cannot be read
+    or written at all.
     """
+    if not _has_header(file):
+        if last:
+            file.begin()
+        return []
     records = list(_walk(file, seed))
     end = records[-1].end if records else FILE_HEADER.size
     if file.size > end and last:
@@ -62,6 +70,16 @@ def recover(file: DataFile, seed: int, *, last: bool) -> list[Record]:
             file.seal(seed)
     file.durable = file.size
     return [record for record in records if record.offset not in torn and not record.flags & (SEAL | VOID)]
+
+
+def _has_header(file: DataFile) -> bool:
+    header = file.read(0, FILE_HEADER.size)
+    if len(header) < FILE_HEADER.size:
+        return False
+    magic, version, _ = FILE_HEADER.unpack(header)
+    if magic == FILE_MAGIC and version != FORMAT_VERSION:
+        raise Unusable(f"{file.path} has version {version}; this server reads version {FORMAT_VERSION}")
+    return True
 
 
 def _walk(file: DataFile, seed: int) -> Iterator[Record]:

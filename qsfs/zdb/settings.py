@@ -13,8 +13,8 @@ FILE_NAME = "settings"
 _VERSION = 1
 
 
-class SettingsDamaged(Exception):
-    """The settings file is missing or is not what was written; says which."""
+class Unusable(Exception):
+    """The files of a namespace are missing, damaged or of a newer version; says which."""
 
 
 @dataclass
@@ -45,16 +45,16 @@ class Settings:
 
 
 def load_settings(directory: Path) -> Settings:
-    """The settings of the namespace in `directory`; raises `SettingsDamaged`."""
+    """The settings of the namespace in `directory`; raises `Unusable`."""
     path = directory / FILE_NAME
     try:
         content, checksum = path.read_bytes().splitlines()
         fields = json.loads(content)
         if checksum != xxhash.xxh3_64_hexdigest(content).encode() or fields.pop("version") != _VERSION:
-            raise SettingsDamaged(f"{path}: its checksum or version is wrong")
+            raise Unusable(f"{path}: its checksum or version is wrong")
         return Settings(**fields)
     except (OSError, ValueError, TypeError, KeyError) as failure:
-        raise SettingsDamaged(f"{path}: {failure}") from failure
+        raise Unusable(f"{path}: {failure}") from failure
 
 
 def sync_directory(directory: Path) -> None:
