@@ -119,8 +119,7 @@ class Store:
         """A row of LOCAL, as of now."""
         if name in self._local:
             return self._local[name]
-        row = self.layers.view.get(Table.LOCAL, name)
-        return None if row is None or not row else bytes(row)
+        return self.layers.get(Table.LOCAL, name) or None
 
     def set_local(self, name: bytes, value: bytes) -> None:
         """Sets a row of LOCAL with the next commit; an empty value is as good as none."""

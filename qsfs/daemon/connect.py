@@ -1,0 +1,145 @@
+"""From a configuration to what works with backends: key, candidates, superblock, members."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from qsfs.backend.limits import RateLimit
+from qsfs.backend.metrics import Metrics
+from qsfs.backend.open import create_control_namespace, create_namespace, open_backend, open_control
+from qsfs.clock import Clock
+from qsfs.config import BackendConfig, Config
+from qsfs.errors import BackendError, ConfigError, KeyFileError
+from qsfs.format.erasure import Code
+from qsfs.format.head import Fleet
+from qsfs.format.keys import KeyRing, parse_key_file
+from qsfs.format.superblock import Superblock, open_superblock
+from qsfs.remote.control import Records
+from qsfs.remote.identity import Stranger, find_members
+from qsfs.remote.members import Candidate, Members
+from qsfs.remote.superblocks import find_superblock
+
+SUPERBLOCK_ROW = b"superblock"
+"""LOCAL row: the superblock as it lies on the backends, so that a mount needs none of them."""
+
+CONNECTIONS = 3
+"""Connections, and so calls at a time, to each backend."""
+
+
+@dataclass(slots=True)
+class Links:
+    """The configured backends, not yet contacted, with what they share.  `aclose` ends all connections."""
+
+    candidates: list[Candidate]
+    metrics: dict[str, Metrics]
+    upload: RateLimit
+    download: RateLimit
+
+    async def aclose(self) -> None:
+        """Closes the connections of the candidates' data namespaces."""
+        with trio.CancelScope(shield=True):
+            for candidate in self.candidates:
+                await candidate.data.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A file system whose key fits: what every command that touches backends starts from."""
+
+    superblock: Superblock
+    keys: KeyRing
+    code: Code
+    records: Records
+
+
+def read_secret(config: Config) -> bytes:
+    """The secret in the configured key file.  Raises `KeyFileError`."""
+    path = config.filesystem.key_file
+    try:
+        return parse_key_file(path.read_text("ascii"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise KeyFileError(f"{path}: the key file cannot be read: {reason}") from error
+
+
+def links(config: Config, clock: Clock) -> Links:
+    """Makes the configured backends; nothing is connected before the first call.
+
+    Raises `ConfigError` if there are none.
+    """
+    if not config.backends:
+        raise ConfigError(f"{config.path}: no [[backend]] is listed; add the backends' addresses")
+    upload, download = RateLimit(config.flush.upload_rate), RateLimit(config.flush.download_rate)
+    metrics: dict[str, Metrics] = {}
+    candidates = []
+    for backend in config.backends:
+        meter = metrics[backend.name] = Metrics()
+        candidates.append(
+            Candidate(
+                address=backend.address,
+                namespace=backend.namespace,
+                data=open_backend(
+                    backend,
+                    clock=clock,
+                    metrics=meter,
+                    upload=upload,
+                    download=download,
+                    connections=CONNECTIONS,
+                ),
+                connect=partial(open_control, backend, clock=clock),
+                group=backend.group,
+                node=backend.node,
+                weight=backend.weight,
+            )
+        )
+    return Links(candidates, metrics, upload, download)
+
+
+async def prepare_namespaces(config: Config, clock: Clock) -> dict[str, str]:
+    """For `format`: makes the namespaces where we may; returns each backend's control namespace.
+
+    Raises `BackendError` naming the backend that cannot be used.
+    """
+    control: dict[str, str] = {}
+    failures: list[BackendError] = []
+
+    async def prepare(backend: BackendConfig) -> None:
+        try:
+            await create_namespace(backend, clock=clock)
+            control[backend.name] = await create_control_namespace(backend, clock=clock)
+        except BackendError as error:
+            failures.append(error)
+
+    async with trio.open_nursery() as nursery:
+        for backend in config.backends:
+            nursery.start_soon(prepare, backend)
+    if failures:
+        raise type(failures[0])("; ".join(sorted(str(error) for error in failures)))
+    return control
+
+
+async def open_from_backends(found: Links, secret: bytes) -> Opened:
+    """Finds and opens the superblock on the backends; raises as `find_superblock` does."""
+    answer = await find_superblock(found.candidates, secret)
+    return _opened(answer.superblock, answer.keys)
+
+
+def open_from_local(encoded: bytes, secret: bytes) -> Opened:
+    """Opens the superblock that the local store keeps; raises `KeyFileError` for another key."""
+    superblock, keys = open_superblock(encoded, secret)
+    return _opened(superblock, keys)
+
+
+def _opened(superblock: Superblock, keys: KeyRing) -> Opened:
+    return Opened(superblock, keys, Code(superblock.code), Records(keys))
+
+
+async def members_of(
+    found: Links, opened: Opened, clock: Clock, fleets: Collection[Fleet] = (), *, seconds: float = 5.0
+) -> tuple[Members, list[Stranger]]:
+    """The members of the fleet among the configured backends; see `find_members`."""
+    return await find_members(found.candidates, opened.keys, clock, fleets=fleets, attempt_seconds=seconds)

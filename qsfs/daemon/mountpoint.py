@@ -1,0 +1,93 @@
+"""The mount point: is it free, is a dead mount of ours on it, who keeps it busy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from qsfs.errors import DependencyMissing, MountError
+
+
+def check_dependencies() -> None:
+    """Raises `DependencyMissing` if FUSE is not there, with what to install."""
+    if not Path("/dev/fuse").exists():
+        raise DependencyMissing("/dev/fuse is missing: load the fuse module ('modprobe fuse')")
+    if shutil.which("fusermount3") is None:
+        raise DependencyMissing("fusermount3 is missing: install it ('apt-get install fuse3')")
+
+
+def kind_of_mount(path: Path) -> str | None:
+    """The file system type mounted at `path`, or None if nothing is."""
+    found = None
+    for line in Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines():
+        fields = line.split(" ")
+        mounted = fields[4].encode("utf-8", "surrogateescape").decode("unicode_escape", "surrogateescape")
+        if mounted == str(path):
+            found = fields[fields.index("-") + 1]
+    return found
+
+
+def prepare(path: Path) -> None:
+    """Makes sure that `path` is an empty directory that nothing is mounted on.
+
+    A dead mount of qsfs is cleared first.  Raises `MountError` for everything else.
+    """
+    kind = kind_of_mount(path)
+    if kind == "fuse.qsfs":
+        try:
+            os.stat(path)
+        except OSError:
+            clear(path)
+        else:
+            raise MountError(f"{path}: a qsfs is mounted there already; 'qsfs umount' ends it")
+    elif kind is not None:
+        raise MountError(f"{path}: a file system of type {kind} is mounted there; choose another place")
+    try:
+        if next(os.scandir(path), None) is not None:
+            raise MountError(
+                f"{path}: not empty; a mount would hide what lies there: move it away or choose another place"
+            )
+    except FileNotFoundError:
+        raise MountError(f"{path}: does not exist; make it ('mkdir -p {path}')") from None
+    except NotADirectoryError:
+        raise MountError(f"{path}: not a directory; a mount point must be one") from None
+    except OSError as error:
+        raise MountError(f"{path}: {error.strerror}") from error
+
+
+def clear(path: Path) -> None:
+    """Takes a dead mount away; raises `MountError` if that fails."""
+    _fusermount(path, lazy=True)
+
+
+def unmount(path: Path) -> None:
+    """Unmounts; raises `MountError`, naming who uses it, if it is busy."""
+    _fusermount(path, lazy=False)
+
+
+def _fusermount(path: Path, *, lazy: bool) -> None:
+    check_dependencies()
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    users = _users(path)
+    busy = f"; in use by {', '.join(users)}" if users else ""
+    raise MountError(f"{path}: cannot be unmounted{busy} ({done.stderr.strip() or 'fusermount3 failed'})")
+
+
+def _users(path: Path) -> list[str]:
+    """Processes with an open file, working directory or map below `path`."""
+    prefix = f"{path}/"
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
+            targets = [os.readlink(link) for link in links]
+            if any(t == str(path) or t.startswith(prefix) for t in targets):
+                found.append(f"{(process / 'comm').read_text().strip()} ({process.name})")
+        except OSError:
+            continue
+    return found
