@@ -1,0 +1,122 @@
+"""Which backends take which shards: weighted rendezvous hashing, spread over groups.
+
+Every pack ranks the backends by a hash of its id and theirs, weighted by free space, so that shares
+follow the room there is and a change of the fleet moves little.  No two shards of a pack go to one
+backend.  At most ceil(n / groups) go to one group; where that many cannot be had (groups of
+different size, backends that are sick) the bound grows by as little as is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+import trio
+from blake3 import blake3
+
+from qsfs.clock import Clock
+from qsfs.errors import BackendError
+from qsfs.remote.members import Member, Members
+
+REFRESH_SECONDS = 60.0
+"""How old what is known of a backend's free space may get while packs are uploaded."""
+_LEAST_FREE = 1 << 20
+_INFO_SECONDS = 10.0
+
+
+class FreeSpace:
+    """Free bytes of each backend, as it last said."""
+
+    def __init__(self, members: Members, clock: Clock) -> None:
+        self._members = members
+        self._clock = clock
+        self._free: dict[int, int] = {}
+        self._asked = -math.inf
+
+    def weight(self, member: Member) -> float:
+        """Its configured weight times its free bytes; one that has not said counts as the average."""
+        free = self._free.get(member.number)
+        if free is None:
+            free = sum(self._free.values()) // len(self._free) if self._free else _LEAST_FREE
+        return max(1, member.entry.weight) * max(free, _LEAST_FREE)
+
+    def free_bytes(self, number: int) -> int | None:
+        """What backend `number` last said, or None."""
+        return self._free.get(number)
+
+    @property
+    def stale(self) -> bool:
+        """Whether it is time to ask again."""
+        return self._clock.monotonic() >= self._asked + REFRESH_SECONDS
+
+    async def refresh(self) -> None:
+        """Asks every backend that answers.  Raises nothing of the backends'."""
+        self._asked = self._clock.monotonic()
+        async with trio.open_nursery() as nursery:
+            for member in self._members:
+                if member.ready:
+                    nursery.start_soon(self._ask, member)
+
+    async def _ask(self, member: Member) -> None:
+        with trio.move_on_after(_INFO_SECONDS):
+            try:
+                self._free[member.number] = (await member.data.info()).free_bytes
+            except BackendError as error:
+                member.failed(error)
+            else:
+                member.succeeded()
+
+
+def score(pack_id: bytes, identity: bytes, weight: float) -> float:
+    """The weighted rendezvous score of a backend for a pack; the largest go first."""
+    number = int.from_bytes(blake3(pack_id + identity).digest(length=8), "big")
+    return -weight / math.log((number + 0.5) / 2**64)
+
+
+def ranking(pack_id: bytes, members: Collection[Member], free: FreeSpace) -> list[Member]:
+    """`members` in the order in which the pack would take them."""
+    scores = {m.number: score(pack_id, m.entry.identity, free.weight(m)) for m in members}
+    return sorted(members, key=lambda m: (-scores[m.number], m.number))
+
+
+def assign(
+    shards: Sequence[int], ranked: Sequence[Member], holders: Collection[Member], *, n: int, groups: int
+) -> dict[int, Member]:
+    """A backend for as many of `shards` as there are backends in `ranked`, by shard number.
+
+    `holders` already hold other shards of the pack and are not in `ranked`; `groups` is the number of
+    groups in the fleet, `n` that of shards in a pack.
+    """
+    held = Counter(group_of(member) for member in holders)
+    wanted = min(len(shards), len(ranked))
+    bound = _bound(wanted, Counter(map(group_of, ranked)), held, -(-n // max(1, groups)))
+    chosen: dict[int, Member] = {}
+    waiting = iter(shards)
+    for member in ranked:
+        if held[group_of(member)] >= bound:
+            continue
+        shard = next(waiting, None)
+        if shard is None:
+            break
+        held[group_of(member)] += 1
+        chosen[shard] = member
+    return chosen
+
+
+def group_of(member: Member) -> str:
+    """What the backend fails together with; one without a group is a group of its own."""
+    return f"group {member.entry.group}" if member.entry.group else f"backend {member.number}"
+
+
+def group_count(members: Collection[Member]) -> int:
+    """The number of groups."""
+    return len({group_of(member) for member in members})
+
+
+def _bound(wanted: int, available: Mapping[str, int], held: Mapping[str, int], least: int) -> int:
+    """The smallest bound per group, at least `least`, with which `wanted` shards find a place."""
+    bound = least
+    while sum(max(0, min(count, bound - held.get(group, 0))) for group, count in available.items()) < wanted:
+        bound += 1
+    return bound
