@@ -183,7 +183,15 @@ class Disk:
             if node.events and node.links and not node.places:
                 pages = {page for event in _writes(node.events) for page, _ in split(event)}
                 report.add(node.label, 0, len(pages))
+        self.close()
         return report
+
+    def close(self) -> None:
+        """Closes all files on the medium.  Nothing may be asked afterwards."""
+        for node in self.nodes.values():
+            if node.descriptor >= 0:
+                os.close(node.descriptor)
+                node.descriptor = -1
 
     def uncovered(self) -> tuple[int, int]:
         """How many bytes of writes, and how many operations on names and sizes, a cut may lose."""
