@@ -2,25 +2,31 @@
 
 `*` and `?` match anything but `/`, `**` as a whole component matches any number of components,
 `[...]` is a class (`[!...]` its complement).  Patterns are UTF-8; names need not be.
+
+What lies between two stars has a fixed length, so its leftmost match is as good as any other and is
+never given up (an atomic group): no pattern takes more than quadratic time.
 """
 
 from __future__ import annotations
 
 import re
 
-_ANY_COMPONENTS = "(?:[^/]+/)*"
-
 
 def compile_glob(pattern: str) -> re.Pattern[str]:
     """The pattern as a regular expression over `as_text` of a name or path."""
-    components = pattern.strip("/").split("/")
-    parts = []
-    for number, component in enumerate(components):
-        last = number == len(components) - 1
+    segments: list[list[str]] = [[]]
+    for component in pattern.strip("/").split("/"):
         if component == "**":
-            parts.append(".*" if last else _ANY_COMPONENTS)
+            segments.append([])
         else:
-            parts.append(_translate(component) + ("" if last else "/"))
+            segments[-1].append(_translate(component))
+    first, *others = segments
+    if not others:
+        return re.compile("/".join(first), re.DOTALL)
+    parts = [component + "/" for component in first]
+    *middle, last = others
+    parts += ["(?>(?:[^/]+/)*?" + "".join(f"{c}/" for c in segment) + ")" for segment in middle if segment]
+    parts.append("(?:[^/]+/)*" + "/".join(last) if last else ".+")
     return re.compile("".join(parts), re.DOTALL)
 
 
@@ -31,22 +37,25 @@ def as_text(name: bytes) -> str:
 
 def _translate(component: str) -> str:
     """One component without `/` as a regular expression."""
-    parts: list[str] = []
+    pieces = [""]
     at = 0
     while at < len(component):
         char = component[at]
         at += 1
         if char == "*":
-            if parts[-1:] != ["[^/]*"]:
-                parts.append("[^/]*")
+            pieces.append("")
         elif char == "?":
-            parts.append("[^/]")
+            pieces[-1] += "[^/]"
         elif char == "[" and (end := _class_end(component, at)) is not None:
-            parts.append(_class(component[at:end]))
+            pieces[-1] += _class(component[at:end])
             at = end + 1
         else:
-            parts.append(re.escape(char))
-    return "".join(parts)
+            pieces[-1] += re.escape(char)
+    first, *others = pieces
+    if not others:
+        return first
+    *middle, last = others
+    return first + "".join(f"(?>[^/]*?{piece})" for piece in middle if piece) + "[^/]*" + last
 
 
 def _class_end(component: str, start: int) -> int | None:

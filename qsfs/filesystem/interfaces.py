@@ -73,6 +73,10 @@ class DataAttributes(Protocol):
         """Pages that are not holes."""
 
     @property
+    def atime_ns(self) -> int:
+        """Last access, as far as it was set."""
+
+    @property
     def mtime_ns(self) -> int:
         """Last change of the data."""
 
@@ -112,6 +116,9 @@ class Contents(Protocol):
 
     def leave_local_only(self, inode: Inode) -> None:
         """Marks the resident pages of a file dirty: from now on it is uploaded."""
+
+    def forget(self, number: int) -> None:
+        """Drops what is uncovered of a file that was removed."""
 
     def has_uncovered(self, number: int) -> bool:
         """Whether anything of a file with atomic sync is not covered."""

@@ -63,6 +63,7 @@ class References:
             self._orphans.add(number)
         else:
             change.remove(number)
+            self._tree.contents.forget(number)
 
     def collect(self) -> None:
         """Removes the orphans that nobody uses any more, in one change for each batch.
@@ -103,3 +104,6 @@ class References:
                     change.delete(Table.ORPHANS, u64(number))
                 else:
                     change.remove(number)
+        for number in numbers:
+            if self._tree.store.inode(number) is None:
+                self._tree.contents.forget(number)

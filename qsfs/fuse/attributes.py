@@ -43,17 +43,18 @@ class AttributeFiller:
         reply.st_uid = inode.uid
         reply.st_gid = inode.gid
         reply.st_rdev = inode.rdev
-        reply.st_atime_ns = inode.atime_ns
         if stat.S_ISREG(mode):
             data = self._contents.stat(inode)
             reply.st_size = data.size
             reply.st_blocks = data.allocated * _SECTORS
+            reply.st_atime_ns = data.atime_ns
             reply.st_mtime_ns = data.mtime_ns
             reply.st_ctime_ns = data.ctime_ns
         else:
             size = size_of(self._tree, inode)
             reply.st_size = size
             reply.st_blocks = -(-size // 512)
+            reply.st_atime_ns = inode.atime_ns
             reply.st_mtime_ns = inode.mtime_ns
             reply.st_ctime_ns = inode.ctime_ns
         return reply

@@ -59,7 +59,7 @@ def request(
     """
     name = handler.__name__
 
-    async def guarded(self: _G, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    async def guarded(self: _G, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         requests = self.counts.requests
         requests[name] = requests.get(name, 0) + 1
         need: Need | None = None

@@ -1,0 +1,178 @@
+"""What runs in the mount's process: the handlers over the model, and commands to look at and upset it."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from qsfs.clock import SystemClock
+from qsfs.config import MountConfig, PolicyRule
+from qsfs.filesystem.namespace import Namespace, make_root
+from qsfs.filesystem.needs import Need, NeedPages
+from qsfs.filesystem.policies import Policies
+from qsfs.filesystem.posix import Credentials, PosixError
+from qsfs.filesystem.space import SpaceReport
+from qsfs.fuse.operations import Operations
+from qsfs.fuse.session import serve
+from qsfs.fuse.state import MountState
+from tests.support.memory_store import MemoryContents, MemoryStore
+
+
+class Daemon:
+    """Stands for the daemon: waits, durability and space, all of which the test decides."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.store = MemoryStore(SystemClock())
+        self.contents = MemoryContents(self.store)
+        make_root(self.store, Credentials(), 0o755)
+        rules = [PolicyRule(**rule) for rule in settings["policies"]]
+        self.namespace = Namespace(self.store, self.contents, Policies(rules))
+        self.state = MountState()
+        self.room = True
+        self.syncs: list[Any] = []
+        self.needs = 0
+        self.released = trio.Event()
+        self.wait_error = 0
+        self.operations = Operations(self.namespace, self, self, self, self.state, xattr=settings["xattr"])
+        self._seen: dict[str, int] = {}
+
+    # what the handlers ask for
+
+    async def satisfy(self, need: Need) -> None:
+        self.needs += 1
+        await self.released.wait()
+        if self.wait_error:
+            raise PosixError(self.wait_error)
+
+    async def sync(self, number: int, data_only: bool) -> None:
+        self.syncs.append([number, data_only])
+
+    async def sync_namespace(self) -> None:
+        self.syncs.append("namespace")
+
+    def report(self) -> SpaceReport:
+        free = self.settings["free_bytes"] if self.room else 0
+        return SpaceReport(self.settings["total_bytes"], free, len(self.store.inodes), 1_000_000)
+
+    def has_room(self) -> bool:
+        return self.room
+
+    # what the test asks for
+
+    def requests(self) -> dict[str, int]:
+        now = dict(self.operations.counts.requests)
+        new = {name: count - self._seen.get(name, 0) for name, count in now.items()}
+        self._seen = now
+        return {name.removeprefix("_"): count for name, count in new.items() if count}
+
+    def take_syncs(self) -> list[Any]:
+        syncs, self.syncs = self.syncs, []
+        return syncs
+
+    def inodes(self) -> list[int]:
+        return sorted(self.store.inodes)
+
+    def known(self) -> int:
+        return self.namespace.references.known
+
+    def flags(self, number: int) -> int:
+        return self.store.inodes[number].flags
+
+    def unexpected(self) -> int:
+        return self.operations.counts.unexpected
+
+    def raise_in(self, method: str, error: str) -> None:
+        """The next call of a method of the namespace raises."""
+        kinds: dict[str, BaseException] = {
+            "ValueError": ValueError("planned"),
+            "OSError": OSError(28, "planned"),
+            "ExceptionGroup": ExceptionGroup("planned", [PosixError(2), ValueError("planned")]),
+            "KeyError group": BaseExceptionGroup("planned", [KeyError("planned")]),
+        }
+        original = getattr(self.namespace, method)
+
+        def fail(*args: Any) -> None:
+            setattr(self.namespace, method, original)
+            raise kinds[error]
+
+        setattr(self.namespace, method, fail)
+
+    def raise_in_forget(self) -> None:
+        original = self.namespace.references.forget
+
+        def fail(counts: Any) -> None:
+            self.namespace.references.forget = original  # type: ignore[method-assign]
+            original(counts)
+            raise ValueError("planned")
+
+        self.namespace.references.forget = fail  # type: ignore[method-assign]
+
+    def need_pages(self) -> None:
+        """The next access to contents waits until `release`."""
+        self.released = trio.Event()
+        self.contents.need = NeedPages(0, 0, 1)
+
+    def release(self, error: int) -> None:
+        self.wait_error = error
+        self.released.set()
+
+    def waits(self) -> int:
+        return self.needs
+
+    def fill_up(self, full: bool) -> None:
+        self.room = not full
+
+    def fence(self) -> None:
+        self.state.fence("planned")
+
+    def fail(self) -> None:
+        self.state.fail("planned")
+
+    def policy_step(self) -> bool:
+        return self.namespace.policies.step()
+
+    async def command_loop(self, cancel: Callable[[], None]) -> None:
+        stream = trio.lowlevel.FdStream(0)
+        pending = b""
+        async for part in stream:
+            pending += part
+            while b"\n" in pending:
+                line, _, pending = pending.partition(b"\n")
+                name, *arguments = json.loads(line)
+                answer(getattr(self, name)(*arguments))
+        cancel()
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.command_loop, nursery.cancel_scope.cancel)
+            await serve(
+                self.operations,
+                Path(self.settings["mountpoint"]),
+                MountConfig(xattr=self.settings["xattr"]),
+                mounted=lambda: answer("mounted"),
+            )
+            nursery.cancel_scope.cancel()
+
+
+def answer(value: Any) -> None:
+    """One line to the test."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Serves the mount that the first argument describes."""
+    faulthandler.enable()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    gc.freeze()
+    daemon = Daemon(json.loads(sys.argv[1]))
+    trio.run(daemon.run)
