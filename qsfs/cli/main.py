@@ -23,6 +23,11 @@ COMMANDS = (
     "init",
     "config",
     "zdb",
+    "format",
+    "mount",
+    "umount",
+    "sync",
+    "unblock",
 )
 
 _BUG = 70

@@ -37,6 +37,7 @@ class Committer:
         self._flushing = False
         self._flush_progress = trio.Event()
         self.failed: CacheError | None = None
+        self._failure = trio.Event()
         self.after_commit: list[Callable[[], None]] = []
         self.commits = 0
         self.flushes = 0
@@ -74,6 +75,7 @@ class Committer:
     def _fail(self, error: CacheError) -> None:
         _log.critical("%s; the mount is read-only from here on, its open group stays in memory", error)
         self.failed = error
+        self._failure.set()
         self._progress.set()
         self._flush_progress.set()
 
@@ -110,6 +112,12 @@ class Committer:
         """Waits for the end of the next commit."""
         self._raise_if_failed()
         await self._progress.wait()
+
+    async def failure(self) -> CacheError:
+        """Waits until the local disk fails; returns why."""
+        await self._failure.wait()
+        assert self.failed is not None
+        return self.failed
 
     def _raise_if_failed(self) -> None:
         if self.failed is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -37,7 +36,7 @@ def prepare(path: Path) -> None:
     kind = kind_of_mount(path)
     if kind == "fuse.qsfs":
         try:
-            os.stat(path)
+            path.stat()
         except OSError:
             clear(path)
         else:
@@ -45,7 +44,7 @@ def prepare(path: Path) -> None:
     elif kind is not None:
         raise MountError(f"{path}: a file system of type {kind} is mounted there; choose another place")
     try:
-        if next(os.scandir(path), None) is not None:
+        if next(path.iterdir(), None) is not None:
             raise MountError(
                 f"{path}: not empty; a mount would hide what lies there: move it away or choose another place"
             )
@@ -85,7 +84,7 @@ def _users(path: Path) -> list[str]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
-            targets = [os.readlink(link) for link in links]
+            targets = [str(link.readlink()) for link in links]
             if any(t == str(path) or t.startswith(prefix) for t in targets):
                 found.append(f"{(process / 'comm').read_text().strip()} ({process.name})")
         except OSError:

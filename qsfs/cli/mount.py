@@ -1,0 +1,140 @@
+"""`qsfs mount`: starts the daemon of a file system and returns once it is mounted."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from qsfs.errors import QsfsError, error_of
+
+if TYPE_CHECKING:
+    from qsfs.config import Config
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `mount`."""
+    parser = subparsers.add_parser(
+        "mount",
+        help="mount the file system",
+        description="Mount the file system. Returns once it is mounted; the daemon goes on in the "
+        "background and logs to daemon.log in the cache directory. With too few backends it waits.",
+    )
+    parser.add_argument("--foreground", action="store_true", help="stay, and log to standard error")
+    parser.add_argument(
+        "--offline",
+        action="store_true",
+        help="mount without the backends: nothing is uploaded until enough of them answer",
+    )
+    parser.add_argument("--report-fd", type=int, default=None, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Mounts; raises what the daemon could not do."""
+    from qsfs.config import Config
+
+    config = Config.load(args.config)
+    if args.foreground:
+        return _serve(config, args)
+    return _start(config, args)
+
+
+def _serve(config: Config, args: argparse.Namespace) -> int:
+    from qsfs import failpoints
+    from qsfs.clock import SystemClock
+    from qsfs.daemon import log, service
+
+    report = _Report(args.report_fd)
+    try:
+        log_file = config.log.file
+        if args.report_fd is not None and log_file is None:
+            log_file = config.cache.directory / "daemon.log" if config.cache.directory.is_dir() else None
+        log.set_up(config.log, log_file)
+        failpoints.arm_from_environment(os.environ.get("QSFS_FAILPOINTS", ""))
+        service.run(
+            config,
+            SystemClock(),
+            offline=args.offline,
+            ready=lambda: report.send(ready=True),
+            waiting=lambda what: report.send(waiting=what),
+        )
+    except BaseException as error:
+        expected = _expected(error)
+        if expected is not None:
+            report.send(error=type(expected).__name__, message=str(expected))
+            raise expected from None
+        report.send(error="QsfsBug", message=f"the daemon ended: {error!r}; see its log")
+        raise
+    return 0
+
+
+def _expected(error: BaseException) -> QsfsError | None:
+    """The one expected error in `error`, which a nursery may have wrapped."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, QsfsError) else None
+
+
+class _Report:
+    """Tells the command that started the daemon how it goes: JSON lines on a pipe."""
+
+    def __init__(self, file: int | None) -> None:
+        self._file = file
+
+    def send(self, **fields: Any) -> None:
+        """Sends one line; after `ready` or `error` the pipe is closed."""
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):
+            os.write(self._file, json.dumps(fields).encode() + b"\n")
+        if "waiting" not in fields:
+            os.close(self._file)
+            self._file = None
+
+
+def _start(config: Config, args: argparse.Namespace) -> int:
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "qsfs.cli.main", "-c", str(config.path), "mount", "--foreground"]
+    command += ["--report-fd", str(write), *(["--offline"] if args.offline else [])]
+    command += ["--debug"] if args.debug else []
+    environment = {"MALLOC_ARENA_MAX": "2", **os.environ}
+    with open(os.devnull, "r+b") as nothing:  # noqa: PTH123 - a device, not a path of ours
+        process = subprocess.Popen(
+            command,
+            stdin=nothing,
+            stdout=nothing,
+            stderr=nothing,
+            pass_fds=(write,),
+            start_new_session=True,
+            cwd="/",
+            env=environment,
+        )
+    os.close(write)
+    with open(read, encoding="utf-8") as lines:  # noqa: PTH123 - a descriptor
+        for line in lines:
+            answer = json.loads(line)
+            if "waiting" in answer:
+                print(f"waiting for {answer['waiting']} (Ctrl-C leaves the daemon waiting)", file=sys.stderr)
+            elif "error" in answer:
+                raise error_of(answer["error"], answer["message"])
+            else:
+                return _report_mounted(config, process.pid, args.json)
+    process.wait()
+    raise QsfsError(
+        f"the daemon ended with {process.returncode} before it was mounted; "
+        f"see {config.log.file or config.cache.directory / 'daemon.log'}"
+    )
+
+
+def _report_mounted(config: Config, pid: int, as_json: bool) -> int:
+    from qsfs.cli.output import print_json
+
+    if as_json:
+        print_json({"mountpoint": str(config.filesystem.mountpoint), "process": pid})
+    else:
+        print(f"mounted on {config.filesystem.mountpoint} (process {pid})")
+    return 0

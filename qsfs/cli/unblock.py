@@ -1,0 +1,35 @@
+"""`qsfs unblock`: ends waits for backends, with an error to whoever waits."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `unblock`."""
+    parser = subparsers.add_parser(
+        "unblock",
+        help="end reads that wait for backends",
+        description="End reads that wait for data on backends that do not answer: their processes get EIO "
+        "(SIGBUS in mapped memory). They cannot be killed while they wait.",
+    )
+    parser.add_argument("path", nargs="?", help="only of this file, given from the mount point")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ends the waits and says how many."""
+    from qsfs.cli.output import print_json
+    from qsfs.config import Config
+    from qsfs.daemon import control
+
+    config = Config.load(args.config)
+    path = args.path
+    prefix = f"{config.filesystem.mountpoint}/"
+    if path is not None and path.startswith(prefix):
+        path = path[len(prefix) :]
+    result = control.ask(config.cache.directory, "unblock", path=path)
+    if args.json:
+        print_json(result)
+    else:
+        print(f"{result['ended']} waits ended")
+    return 0

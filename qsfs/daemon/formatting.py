@@ -1,0 +1,181 @@
+"""`format`: a new file system on the backends, and the local store that goes with it.
+
+The local store is built aside and moved into place when the backends have the first generation, so
+that a format that fails leaves a cache directory without a file system.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import trio
+
+from qsfs.clock import Clock
+from qsfs.config import Config
+from qsfs.daemon.connect import SUPERBLOCK_ROW, links, prepare_namespaces, read_secret
+from qsfs.daemon.host import host_name
+from qsfs.daemon.lock import CacheLock
+from qsfs.errors import CacheError
+from qsfs.filesystem.namespace import make_root
+from qsfs.format.erasure import Code, CodeParams
+from qsfs.format.head import MetadataPack
+from qsfs.format.superblock import encode_superblock
+from qsfs.remote.base import record_base
+from qsfs.remote.format_fs import FirstGeneration, FormatContext, FormatReport, format_fs
+from qsfs.remote.packing import RowPacker, Sealer
+from qsfs.remote.placement import FreeSpace
+from qsfs.remote.spool import Spool
+from qsfs.remote.upload import Uploader
+from qsfs.store.limits import Limits
+from qsfs.store.schema import SCHEMA_VERSION, Table
+from qsfs.store.snapshot import CommittedState
+from qsfs.store.store import FSID_KEY, Store
+
+_FORMING = "forming"
+_STEP_BYTES = 1 << 20
+_FILES = ("journal.0", "journal.1", "data.mdb")
+
+
+@dataclass(frozen=True, slots=True)
+class _Root:
+    """Who owns the root directory of a new file system."""
+
+    uid: int = 0
+    gid: int = 0
+    umask: int = 0o22
+    pid: int = 0
+
+
+def local_store_exists(directory: Path) -> bool:
+    """Whether the cache directory holds a local store."""
+    return (directory / "data.mdb").exists()
+
+
+async def format_file_system(config: Config, clock: Clock, *, force: bytes | None = None) -> FormatReport:
+    """Makes the file system that `config` describes; raises as `format_fs` does, and `CacheError`."""
+    directory = config.cache.directory
+    if not directory.is_dir():
+        raise CacheError(f"{directory}: the cache directory does not exist; 'qsfs init' makes it")
+    secret = read_secret(config)
+    lock = CacheLock(directory)
+    try:
+        _check_free(directory, force)
+        found = links(config, clock)
+        try:
+            control = await prepare_namespaces(config, clock)
+            candidates = [replace(c, control_namespace=control[c.name]) for c in found.candidates]
+            forming = _Forming(config, clock)
+            try:
+                report = await format_fs(
+                    candidates,
+                    secret=secret,
+                    code=CodeParams(
+                        config.code.data_shards,
+                        config.code.data_shards + config.code.parity_shards,
+                        config.code.codec,
+                    ),
+                    clock=clock,
+                    host=host_name(),
+                    prepare_root=forming.prepare_root,
+                    store_before_send=forming.store_before_send,
+                    label=config.filesystem.label,
+                    block_size=config.code.block_size,
+                    force=force,
+                )
+                forming.finish(report)
+            finally:
+                forming.close()
+        finally:
+            await found.aclose()
+    finally:
+        lock.release()
+    return report
+
+
+def _check_free(directory: Path, force: bytes | None) -> None:
+    shutil.rmtree(directory / _FORMING, ignore_errors=True)
+    if not local_store_exists(directory):
+        return
+    if force is None:
+        raise CacheError(
+            f"{directory}: holds the local state of a file system; use another cache directory, or name that "
+            "file system with --force to lose it"
+        )
+
+
+class _Forming:
+    """The local store of a file system that is being made."""
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        self._config = config
+        self._clock = clock
+        self._aside = config.cache.directory / _FORMING
+        self._aside.mkdir(mode=0o700)
+        self._limits = Limits.of(config.cache, config.flush.spool_bytes)
+        spool = config.cache.directory / "spool"
+        shutil.rmtree(spool, ignore_errors=True)
+        self._spool = Spool(spool, self._limits.spool_bytes)
+        self._store: Store | None = Store(self._aside, self._limits, clock)
+        make_root(self._store, _Root())
+        self._commit(self._store)
+
+    def _commit(self, store: Store) -> None:
+        group = store.seal()
+        store.commit(group)
+        store.committed(group)
+
+    async def store_before_send(self, sealed: object) -> None:
+        """Spools a head; see `Publisher`."""
+        await self._spool.store_head(sealed)  # type: ignore[arg-type]
+
+    async def prepare_root(self, context: FormatContext) -> FirstGeneration:
+        """Uploads the rows of the empty root."""
+        assert self._store is not None
+        code = Code(context.superblock.code)
+        sealer = Sealer(context.keys, code, context.owner.epoch, self._clock)
+        packs: list[MetadataPack] = []
+        uploader = Uploader(
+            context.members,
+            FreeSpace(context.members, self._clock),
+            context.superblock.code,
+            context.keys.fsid,
+            self._clock,
+            full_grace_seconds=self._config.flush.full_grace_seconds,
+        )
+        with CommittedState(self._store.environment, self._clock) as state:
+            rows = list(state.everything(b"", _STEP_BYTES).rows)
+            counters, write_number = state.counters(), state.write_number
+        packer = RowPacker(sealer.pack_bytes)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(uploader.run)
+            for chunks in [*packer.add(rows), packer.rest()]:
+                pack = sealer.metadata_pack(chunks)
+                upload = await uploader.upload(pack.ref, sealer.shards(pack))
+                packs.append(MetadataPack(pack.ref, tuple(upload.placement), len(chunks)))
+            nursery.cancel_scope.cancel()
+        return FirstGeneration(tuple(packs), counters, write_number, SCHEMA_VERSION)
+
+    def finish(self, report: FormatReport) -> None:
+        """Records the first generation as the local base, and moves the store into place."""
+        store = self._store
+        assert store is not None
+        store.set_local(FSID_KEY, report.keys.fsid)
+        store.set_local(SUPERBLOCK_ROW, encode_superblock(report.superblock, report.keys, self._clock))
+        record_base(store, self._spool.heads[report.ref], ours=True)
+        for key, _ in list(store.scan(Table.CHANGED, b"", None)):
+            store.layers.delete(Table.CHANGED, key)
+        self._commit(store)
+        store.close()
+        self._store = None
+        directory = self._config.cache.directory
+        for name in _FILES:
+            (self._aside / name).rename(directory / name)
+        self._spool.drop_heads(report.ref)
+
+    def close(self) -> None:
+        """Removes what is aside."""
+        if self._store is not None:
+            self._store.close()
+        shutil.rmtree(self._aside, ignore_errors=True)

@@ -1,0 +1,358 @@
+"""The daemon of one mount: what it starts, in which order, and how it ends.
+
+Start: lock the cache, open the store (which replays the journal), open the superblock that it
+keeps, find the backends, own, mount.  With too few backends the start waits, visibly; `offline`
+mounts first and owns when it can.  Stop: unmount, cover what the last closes left, publish what is
+not yet published until a deadline, commit, close.  A crash at any point is what the store is for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import trio
+
+from qsfs.clock import Clock
+from qsfs.config import Config
+from qsfs.daemon import control, mountpoint
+from qsfs.daemon.committer import Committer
+from qsfs.daemon.connect import (
+    SUPERBLOCK_ROW,
+    Links,
+    Opened,
+    links,
+    members_of,
+    open_from_local,
+    read_secret,
+)
+from qsfs.daemon.flushing import Flushing
+from qsfs.daemon.keeper import Keeper
+from qsfs.daemon.lock import CacheLock
+from qsfs.daemon.notify import notify
+from qsfs.daemon.paths import find, path_of
+from qsfs.daemon.space import DaemonSpace
+from qsfs.daemon.status import status_of
+from qsfs.daemon.waiter import DaemonWaiter
+from qsfs.errors import CacheError, Fenced, MountError, NotFound, QsfsError
+from qsfs.filesystem.contents import Contents
+from qsfs.filesystem.namespace import Namespace
+from qsfs.filesystem.needs import Need
+from qsfs.filesystem.policies import Policies
+from qsfs.fuse import session
+from qsfs.fuse.operations import Operations
+from qsfs.fuse.state import MountState
+from qsfs.remote.fetch import Fetcher
+from qsfs.remote.reader import PackReader
+from qsfs.store.limits import Limits
+from qsfs.store.store import Store
+
+_log = logging.getLogger(__name__)
+
+_POLICY_STEP_SECONDS = 0.2
+_SWITCH_INTERVAL_SECONDS = 0.0005
+_BUSY_TRIES_SECONDS = 0.1
+
+
+class Service:
+    """One mount.  The parts are attributes from the moment they are there; `status` reads them."""
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        *,
+        offline: bool = False,
+        ready: Callable[[], None] = lambda: None,
+        waiting: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`ready` is called once the mount answers requests, `waiting` with what the start waits for."""
+        self.config = config
+        self.clock = clock
+        self.offline = offline
+        self.state = MountState()
+        self.phase = "starting"
+        self.waiting_for = ""
+        self.started_ns = clock.time_ns()
+        self._ready = ready
+        self._tell_waiting = waiting
+        self._stopping = trio.Event()
+        self._lock: CacheLock | None = None
+        self.store: Store
+        self.contents: Contents
+        self.committer: Committer
+        self.keeper: Keeper
+        self.opened: Opened
+        self.links: Links
+        self.fetcher: Fetcher
+        self.flushing: Flushing
+        self.space: DaemonSpace
+        self.namespace: Namespace
+        self.operations: Operations | None = None
+
+    async def run(self) -> None:
+        """Runs the mount until it is unmounted, told to stop, or fails to start."""
+        mountpoint.check_dependencies()
+        directory = self.config.cache.directory
+        if not directory.is_dir():
+            raise CacheError(f"{directory}: the cache directory does not exist; 'qsfs init' makes it")
+        self._lock = CacheLock(directory)
+        try:
+            mountpoint.prepare(self.config.filesystem.mountpoint)
+            self._open_store()
+            try:
+                await self._run_with_store()
+            finally:
+                self.store.close()
+        finally:
+            self._lock.release()
+
+    def _open_store(self) -> None:
+        config = self.config
+        secret = read_secret(config)
+        limits = Limits.of(config.cache, config.flush.spool_bytes)
+        if not (config.cache.directory / "data.mdb").exists():
+            raise CacheError(
+                f"{config.cache.directory}: no file system here yet; run 'qsfs format' for a new one or "
+                "'qsfs restore' for the one that the backends hold"
+            )
+        self.store = Store(config.cache.directory, limits, self.clock)
+        try:
+            encoded = self.store.local(SUPERBLOCK_ROW)
+            if encoded is None:
+                raise CacheError(
+                    f"{config.cache.directory}: the local store holds no file system; run 'qsfs format' or "
+                    "'qsfs restore'"
+                )
+            self.opened = open_from_local(encoded, secret)
+            self.store.check_identity(self.opened.keys.fsid)
+        except QsfsError:
+            self.store.close()
+            raise
+
+    async def _run_with_store(self) -> None:
+        config, store = self.config, self.store
+        self.contents = Contents(store)
+        self.namespace = Namespace(store, self.contents, Policies(config.policies))
+        self.committer = Committer(store, self.contents, config.cache.group_seconds)
+        self.keeper = Keeper(store, self.contents, self.committer, self.clock)
+        self.links = links(config, self.clock)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_signals)
+                nursery.start_soon(self.committer.run)
+                await nursery.start(
+                    control.serve, config.cache.directory / "control.sock", self._control_handlers()
+                )
+                with self._stop_scope() as scope:
+                    await self._start_remote(nursery)
+                if not scope.cancelled_caught:
+                    await self._mounted(nursery)
+                await self._finish()
+                nursery.cancel_scope.cancel()
+        finally:
+            await self.links.aclose()
+
+    def wait_for(self, what: str) -> None:
+        """Makes visible what the start waits for ("": for nothing any more)."""
+        self.waiting_for = what
+        if what:
+            _log.warning("waiting for %s", what)
+            notify(f"STATUS=waiting for {what}\nEXTEND_TIMEOUT_USEC=120000000")
+            self._tell_waiting(what)
+
+    @contextlib.contextmanager
+    def _stop_scope(self) -> Any:
+        """Cancels what runs in the block when the daemon is told to stop before it is mounted."""
+        with trio.CancelScope() as scope:
+            self._scope = scope
+            if self._stopping.is_set():
+                scope.cancel()
+            yield scope
+        self._scope = None
+
+    async def _start_remote(self, nursery: trio.Nursery) -> None:
+        self.flushing = Flushing(self)
+        fleets = self.flushing.fleets()
+        members, strangers = await members_of(self.links, self.opened, self.clock, fleets)
+        for stranger in strangers:
+            _log.warning("%s: %s", stranger.candidate.name, stranger.error)
+        reader = PackReader(members, self.opened.keys, self.opened.code, pace=self.links.download.take)
+        self.fetcher = Fetcher(
+            self.store,
+            reader,
+            self.committer,
+            self.contents.transient,
+            deadline_seconds=self.config.fetch.deadline_seconds,
+            path_of=partial(path_of, self.namespace.tree),
+        )
+        await nursery.start(self.fetcher.run)
+        self.space = DaemonSpace(
+            self.store, members, self.opened.superblock.code, self.store.limits.group_bytes
+        )
+        nursery.start_soon(self.space.run)
+        await self.flushing.start(nursery, members, offline=self.offline)
+
+    async def _mounted(self, nursery: trio.Nursery) -> None:
+        removed = self.namespace.remove_orphans()
+        if removed:
+            _log.info("%d files that were unlinked while open are gone now", removed)
+        nursery.start_soon(self.keeper.run)
+        waiter = DaemonWaiter(self.keeper, self.fetcher, self.state)
+        nursery.start_soon(self._walk_policies, waiter)
+        self.operations = Operations(
+            self.namespace,
+            waiter,
+            self.committer,
+            self.space,
+            self.state,
+            xattr=self.config.mount.xattr,
+        )
+        async with trio.open_nursery() as serving:
+            serving.start_soon(self._unmount_when_stopping)
+            nursery.start_soon(self._watch_disk)
+            await session.serve(
+                self.operations,
+                self.config.filesystem.mountpoint,
+                self.config.mount,
+                mounted=self._is_ready,
+            )
+            serving.cancel_scope.cancel()
+
+    def _is_ready(self) -> None:
+        self.phase = "mounted"
+        sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
+        gc.collect()
+        gc.freeze()
+        notify(f"READY=1\nSTATUS=mounted on {self.config.filesystem.mountpoint}")
+        _log.info("mounted on %s", self.config.filesystem.mountpoint)
+        self._ready()
+
+    async def _finish(self) -> None:
+        """After the unmount: publishes until the deadline, and commits in any case."""
+        self.phase = "stopping"
+        notify("STOPPING=1\nSTATUS=publishing the last generation")
+        deadline = self.config.flush.stop_deadline_seconds
+        with trio.move_on_after(deadline) as scope:
+            await self.flushing.stop(deadline)
+        if scope.cancelled_caught:
+            _log.warning(
+                "stopped before everything was on the backends; it is safe in the cache and goes on at the "
+                "next mount"
+            )
+        if self.committer.failed is None:
+            await self.committer.commit()
+
+    # stopping
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                _log.info("%s: stopping", signal.Signals(number).name)
+                self.stop()
+
+    def stop(self) -> None:
+        """Begins to stop; a start that waits ends at once."""
+        self._stopping.set()
+        if self._scope is not None:
+            self._scope.cancel()
+
+    _scope: trio.CancelScope | None = None
+
+    async def _unmount_when_stopping(self) -> None:
+        """Unmounts when told to stop; while applications use the mount it is tried again."""
+        await self._stopping.wait()
+        warned = False
+        while True:
+            self.fetcher.unblock(None)
+            try:
+                await trio.to_thread.run_sync(
+                    mountpoint.unmount, self.config.filesystem.mountpoint, abandon_on_cancel=True
+                )
+            except MountError as error:
+                if not warned:
+                    _log.warning("%s; waiting for them to end", error)
+                    notify(f"STATUS=waiting: {error}")
+                    warned = True
+                await trio.sleep(_BUSY_TRIES_SECONDS)
+            else:
+                return
+
+    # background
+
+    async def _walk_policies(self, waiter: DaemonWaiter) -> None:
+        while True:
+            done = False
+            while not done:
+                try:
+                    done = self.namespace.policies.step()
+                except Need as need:
+                    await waiter.satisfy(need)
+                await trio.lowlevel.checkpoint()
+                await self.committer.room()
+            await trio.sleep(_POLICY_STEP_SECONDS)
+
+    async def _watch_disk(self) -> None:
+        self.state.fail(str(await self.committer.failure()))
+
+    def fenced(self, error: Fenced) -> None:
+        """Another mount owns the file system now: everything that changes anything is refused."""
+        self.state.fence(str(error))
+        notify("STATUS=fenced: another mount owns the file system")
+
+    # control
+
+    def _control_handlers(self) -> dict[str, control.Handler]:
+        return {
+            "status": self._on_status,
+            "sync": self._on_sync,
+            "umount": self._on_umount,
+            "unblock": self._on_unblock,
+        }
+
+    async def _on_status(self, _: Mapping[str, Any]) -> Any:
+        return status_of(self)
+
+    async def _on_sync(self, _: Mapping[str, Any]) -> Any:
+        if self.phase != "mounted":
+            raise MountError(f"the daemon is {self.phase}: {self.waiting_for or 'try again'}")
+        return await self.flushing.sync()
+
+    async def _on_umount(self, _: Mapping[str, Any]) -> Any:
+        if self.operations is None:
+            self.stop()
+            return {}
+        self.fetcher.unblock(None)
+        await trio.to_thread.run_sync(mountpoint.unmount, self.config.filesystem.mountpoint)
+        self._stopping.set()
+        return {}
+
+    async def _on_unblock(self, request: Mapping[str, Any]) -> Any:
+        path = request.get("path")
+        number = None if path is None else self._number_of(path)
+        return {"ended": self.fetcher.unblock(number)}
+
+    def _number_of(self, path: str) -> int:
+        inode = find(self.namespace.tree, path.encode("utf-8", "surrogateescape"))
+        if inode is None:
+            raise NotFound(f"{path}: no such file on this mount (give the path from the mount point)")
+        return inode.number
+
+
+def run(
+    config: Config,
+    clock: Clock,
+    *,
+    offline: bool,
+    ready: Callable[[], None],
+    waiting: Callable[[str], None],
+) -> None:
+    """Runs a mount to its end in this process."""
+    service = Service(config, clock, offline=offline, ready=ready, waiting=waiting)
+    trio.run(service.run, strict_exception_groups=True)
