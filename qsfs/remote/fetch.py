@@ -116,10 +116,6 @@ class Fetcher:
                 task_status.started()
         finally:
             self._nursery = None
-            for job in list(self._jobs.values()):
-                job.error = job.error or Unavailable("reading from the backends ended: the daemon stops")
-                job.done.set()
-            self._jobs.clear()
 
     def unblock(self, inode: int | None = None) -> int:
         """Ends all waits for remote pages of a file (None: of all files); returns how many.
@@ -251,15 +247,19 @@ class Fetcher:
                 del self._jobs[key]
 
     async def _run_job(self, key: _JobKey, job: _Job) -> None:
+        finished = False
         try:
             with job.scope:
                 await self._bring(job)
+                finished = True
         except QsfsError as error:
             job.error = error
         except Exception as error:
             log.exception("inode %d, page %d: fetching failed unexpectedly", job.inode, job.row.first)
             job.error = QsfsBug(f"fetching failed: {error!r}")
         finally:
+            if not finished and job.error is None:
+                job.error = Unavailable("reading from the backends ended: the daemon stops")
             job.done.set()
             if self._jobs.get(key) is job:
                 del self._jobs[key]

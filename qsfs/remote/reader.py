@@ -65,9 +65,11 @@ class PackReader:
         *,
         pace: Callable[[int], Awaitable[object]] | None = None,
         damaged: Callable[[StoredPack, Answer], None] | None = None,
+        worth_a_thread: int = WORTH_A_THREAD,
     ) -> None:
         """`pace(bytes)` is awaited after each value: a rate limit.  `damaged` hears of each shard that
-        is positively absent where it was placed, or corrupt anywhere.
+        is positively absent where it was placed, or corrupt anywhere.  Opening and decoding of more
+        than `worth_a_thread` bytes leave the thread of the event loop.
         """
         self.members = members
         self.keys = keys
@@ -79,6 +81,7 @@ class PackReader:
         self.counts = ReadCounts()
         self._pace = pace
         self._damaged = damaged
+        self._worth_a_thread = worth_a_thread
         self._limits: dict[int, trio.CapacityLimiter] = {}
         self._threads = trio.CapacityLimiter(_THREADS)
         self._gatherings: dict[bytes, Gathering] = {}
@@ -155,15 +158,13 @@ class PackReader:
         else:
             start = entry.offset - numbers[0] * ref.shard_size
             sealed = b"".join(payloads[number] for number in numbers)[start : start + entry.sealed_length]
-        if entry.sealed_length <= WORTH_A_THREAD:
-            return open_extent(self.keys, ref, entry, sealed)
-        return await self._in_thread(open_extent, self.keys, ref, entry, sealed)
+        return await self._compute(entry.plain_length, open_extent, self.keys, ref, entry, sealed)
 
     async def body(self, pack: StoredPack) -> bytes:
         """The whole body of a pack, every extent and its digest verified."""
         payloads = await self.shards(pack, range(pack.ref.k))
         body = b"".join(payloads[number] for number in range(pack.ref.k))
-        await self._in_thread(verify_body, self.keys, pack.ref, body)
+        await self._compute(len(body), verify_body, self.keys, pack.ref, body)
         return body
 
     def explain(self, pack: StoredPack) -> str:
@@ -192,8 +193,8 @@ class PackReader:
         return limiter
 
     async def decode(self, have: Mapping[int, memoryview]) -> list[bytes]:
-        """The k data shards, in a worker thread."""
-        return await self._in_thread(self.coder.decode, have)
+        """The k data shards."""
+        return await self._compute(sum(map(len, have.values())), self.coder.decode, have)
 
     async def received(self, pack: StoredPack, answer: Answer) -> None:
         """Counts an answer, keeps what is good, reports what is not."""
@@ -260,5 +261,9 @@ class PackReader:
             self._named.popitem(last=False)
         return True
 
-    async def _in_thread(self, function: Callable[[Unpack[_Ts]], _T], *arguments: *_Ts) -> _T:
+    async def _compute(self, size: int, function: Callable[[Unpack[_Ts]], _T], *arguments: *_Ts) -> _T:
+        """Calls `function`, in a thread if that is worth the hop for `size` bytes."""
+        if size <= self._worth_a_thread:
+            await trio.lowlevel.checkpoint()
+            return function(*arguments)
         return await trio.to_thread.run_sync(function, *arguments, limiter=self._threads)

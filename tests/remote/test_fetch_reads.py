@@ -1,0 +1,398 @@
+"""Fetch: what is remote comes back as it was written, from as few backends as possible, whatever m of n do."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import pytest
+import trio
+
+from qsfs.errors import Corrupt, DataLost, Unavailable
+from qsfs.store.schema import PAGE, InodeFlag, Table, u64
+from tests.remote.small_fs import SmallFs, noise
+
+
+@pytest.fixture
+async def fs(scratch):
+    fs = await SmallFs.make(scratch / "cache")
+    yield fs
+    fs.close()
+
+
+def gets(fs: SmallFs) -> int:
+    return sum(call == "get" for backend in fs.backends.values() for call, _ in backend.calls)
+
+
+async def test_a_cold_page_comes_from_the_one_shard_that_holds_its_extent(fs, autojump_clock):
+    data = noise(16 * PAGE)
+    number = fs.remote_file("a", data, extent_pages=4)
+    assert fs.read(number, 0, 16) == [None] * 16
+    async with fs.fetching() as fetcher:
+        await fetcher.fetch(number, 1, 1)
+        assert fs.read(number, 1, 1) == [data[PAGE : 2 * PAGE]]
+        assert gets(fs) <= 2
+        assert not fetcher.waits
+
+
+async def test_a_whole_file_comes_back(fs, autojump_clock):
+    data = noise(200 * PAGE)
+    number = fs.remote_file("a", data)
+    async with fs.fetching() as fetcher:
+        await fetcher.fetch(number, 0, 200)
+    assert b"".join(fs.read(number, 0, 200)) == data
+
+
+async def test_what_is_fetched_is_clean_and_survives_a_commit(fs, autojump_clock):
+    data = noise(4 * PAGE)
+    number = fs.remote_file("a", data)
+    async with fs.fetching() as fetcher:
+        await fetcher.fetch(number, 0, 4)
+    fs.commit()
+    state = fs.store.blocks.state(number, 0)
+    assert (state.resident, state.dirty) == (15, 0)
+    assert b"".join(fs.read(number, 0, 4)) == data
+    assert fs.inode(number).allocated == 4
+
+
+@pytest.mark.parametrize("lost", list(itertools.combinations(range(6), 2)))
+async def test_any_m_of_n_may_be_down(scratch, autojump_clock, lost):
+    fs = await SmallFs.make(scratch / "cache", 6)
+    data = noise(40 * PAGE)
+    number = fs.remote_file("a", data)
+    for index in lost:
+        fs.backends[index + 1].down = True
+    async with fs.fetching() as fetcher:
+        await fetcher.fetch(number, 0, 40)
+    assert b"".join(fs.read(number, 0, 40)) == data
+    fs.close()
+
+
+@pytest.mark.parametrize("damage", ["absent", "flipped", "cut", "swapped", "empty"])
+async def test_any_m_of_n_may_be_wrong(scratch, autojump_clock, damage, expect_log):
+    expect_log(r"pack [0-9a-f]{32}, shard \d: .*read from others", logging.WARNING)
+    fs = await SmallFs.make(scratch / "cache", 6)
+    data = noise(40 * PAGE)
+    number = fs.write("a", data)
+    fs.commit()
+    (pack,) = fs.upload(number)
+    fs.evict(number)
+    keys = fs.shard_keys(pack)
+    values = {key: fs.world.data[place - 1].peek(key) for place, key in keys}
+    for i in (0, 1):
+        place, key = keys[i]
+        store = fs.world.data[place - 1]
+        if damage == "absent":
+            store.lose(key)
+        elif damage == "flipped":
+            store.rot(key, lambda value: value[:500] + bytes([value[500] ^ 1]) + value[501:])
+        elif damage == "cut":
+            store.rot(key, lambda value: value[:-1])
+        elif damage == "swapped":
+            store.rot(key, lambda value: values[keys[5][1]])
+        else:
+            store.rot(key, lambda value: b"")
+    async with fs.fetching() as fetcher:
+        await fetcher.fetch(number, 0, 40)
+    assert b"".join(fs.read(number, 0, 40)) == data
+    fs.close()
+
+
+async def test_more_than_m_down_is_an_error_after_the_deadline_and_all_is_well_on_return(fs, autojump_clock, expect_log):
+    expect_log(r"/file-\d+ \(inode \d+\), page 0: not here after 30 s; pack .* of the 4 shards", logging.ERROR)
+    data = noise(8 * PAGE)
+    number = fs.remote_file("a", data)
+    before = [set(store.keys()) for store in fs.world.data]
+    down = range(1, 6)
+    for place in down:
+        fs.backends[place].down = True
+    async with fs.fetching() as fetcher:
+        began = trio.current_time()
+        with pytest.raises(Unavailable, match="of the 4 shards needed"):
+            await fetcher.fetch(number, 0, 8)
+        assert trio.current_time() - began == pytest.approx(30)
+        assert [set(store.keys()) for store in fs.world.data] == before
+        for place in down:
+            fs.backends[place].down = False
+        await fetcher.fetch(number, 0, 8)
+    assert b"".join(fs.read(number, 0, 8)) == data
+
+
+async def test_a_wait_ends_with_the_data(fs, autojump_clock, expect_log):
+    expect_log(r"has been waiting for \d+ s: pack", logging.WARNING)
+    data = noise(8 * PAGE)
+    number = fs.remote_file("a", data)
+    with fs.store.change() as change:
+        change.patch(number, flags=int(InodeFlag.WAIT))
+    for backend in fs.backends.values():
+        backend.down = True
+    async with fs.fetching() as fetcher, trio.open_nursery() as nursery:
+        nursery.start_soon(fetcher.fetch, number, 0, 8)
+        await trio.sleep(1000)
+        (wait,) = fetcher.waits
+        assert (wait.inode, wait.keeps_waiting) == (number, True)
+        assert wait.seconds >= 999 and "is down" in wait.why
+        for backend in fs.backends.values():
+            backend.down = False
+        await trio.sleep(20)
+        assert not fetcher.waits
+    assert b"".join(fs.read(number, 0, 8)) == data
+
+
+async def test_a_wait_ends_with_unblock(fs, autojump_clock, expect_log):
+    expect_log(r"has been waiting", logging.WARNING, optional=True)
+    expect_log(r"ended by 'qsfs unblock'", logging.ERROR, count=1)
+    number = fs.remote_file("a", noise(8 * PAGE))
+    other = fs.remote_file("b", noise(8 * PAGE, 2))
+    with fs.store.change() as change:
+        change.patch(number, flags=int(InodeFlag.WAIT))
+        change.patch(other, flags=int(InodeFlag.WAIT))
+    for backend in fs.backends.values():
+        backend.down = True
+    results = []
+
+    async def read(fetcher, inode):
+        try:
+            await fetcher.fetch(inode, 0, 1)
+        except Unavailable as error:
+            results.append((inode, str(error)))
+
+    async with fs.fetching() as fetcher, trio.open_nursery() as nursery:
+        nursery.start_soon(read, fetcher, number)
+        nursery.start_soon(read, fetcher, other)
+        await trio.sleep(100)
+        assert len(fetcher.waits) == 2
+        assert fetcher.unblock(number) == 1
+        await trio.sleep(1)
+        assert [inode for inode, _ in results] == [number]
+        assert [wait.inode for wait in fetcher.waits] == [other]
+        nursery.cancel_scope.cancel()
+
+
+async def test_positively_lost_is_an_error_of_its_own_at_once(fs, autojump_clock, expect_log):
+    expect_log(r"pack .*, shard \d: .*read from others", logging.WARNING)
+    expect_log(r"page 0: pack [0-9a-f]{32} is lost: all 8 backends answered", logging.ERROR, count=1)
+    number = fs.write("a", noise(8 * PAGE))
+    fs.commit()
+    (pack,) = fs.upload(number)
+    fs.evict(number)
+    for i, (place, key) in enumerate(fs.shard_keys(pack)[:3]):
+        if i:
+            fs.world.data[place - 1].lose(key)
+        else:
+            fs.world.data[place - 1].rot(key, lambda value: value[:-3])
+    async with fs.fetching() as fetcher:
+        began = trio.current_time()
+        with pytest.raises(DataLost):
+            await fetcher.fetch(number, 0, 1)
+        assert trio.current_time() - began < 5
+
+
+async def test_nothing_is_lost_while_one_backend_may_still_hold_it(fs, autojump_clock, expect_log):
+    expect_log(r"read from others", logging.WARNING)
+    expect_log(r"not here after 30 s", logging.ERROR)
+    number = fs.write("a", noise(8 * PAGE))
+    fs.commit()
+    (pack,) = fs.upload(number)
+    fs.evict(number)
+    keys = fs.shard_keys(pack)
+    for place, key in keys[:3]:
+        fs.world.data[place - 1].lose(key)
+    holders = {place for place, _ in keys}
+    spare = next(place for place in fs.backends if place not in holders)
+    fs.backends[spare].down = True
+    async with fs.fetching() as fetcher:
+        with pytest.raises(Unavailable):
+            await fetcher.fetch(number, 0, 1)
+
+
+async def test_a_backend_that_has_not_shown_its_identity_proves_no_loss(fs, autojump_clock, expect_log):
+    expect_log(r"read from others", logging.WARNING)
+    expect_log(r"not here after 30 s", logging.ERROR)
+    number = fs.write("a", noise(8 * PAGE))
+    fs.commit()
+    (pack,) = fs.upload(number)
+    fs.evict(number)
+    keys = fs.shard_keys(pack)
+    for place, key in keys[:3]:
+        fs.world.data[place - 1].lose(key)
+    member = fs.members.by_number(keys[0][0])
+    member.identified = False
+    async with fs.fetching() as fetcher:
+        with pytest.raises(Unavailable):
+            await fetcher.fetch(number, 0, 1)
+
+
+async def test_placement_is_a_hint(fs, autojump_clock, expect_log):
+    expect_log(r"read from others", logging.WARNING)
+    data = noise(8 * PAGE)
+    number = fs.write("a", data)
+    fs.commit()
+    (pack,) = fs.upload(number)
+    fs.evict(number)
+    for place, key in fs.shard_keys(pack):
+        value = fs.world.data[place - 1].peek(key)
+        fs.world.data[place - 1].lose(key)
+        fs.world.data[place % 8].put(key, value)
+    async with fs.fetching() as fetcher:
+        await fetcher.fetch(number, 0, 8)
+    assert b"".join(fs.read(number, 0, 8)) == data
+
+
+async def test_a_late_answer_is_hedged(fs, autojump_clock):
+    data = noise(8 * PAGE)
+    number = fs.write("a", data)
+    fs.commit()
+    (pack,) = fs.upload(number)
+    fs.evict(number)
+    for place, _ in fs.shard_keys(pack)[:2]:
+        fs.backends[place].delay = lambda call: 100.0
+    async with fs.fetching() as fetcher:
+        began = trio.current_time()
+        await fetcher.fetch(number, 0, 8)
+        assert trio.current_time() - began < 1
+    assert b"".join(fs.read(number, 0, 8)) == data
+
+
+async def test_readers_of_one_pack_share_one_fetch(fs, autojump_clock):
+    data = noise(64 * PAGE)
+    number = fs.remote_file("a", data, extent_pages=8)
+    for backend in fs.backends.values():
+        backend.delay = lambda call: 0.01
+    async with fs.fetching() as fetcher:
+        async with trio.open_nursery() as nursery:
+            for page in [*range(64), *range(64)]:
+                nursery.start_soon(fetcher.fetch, number, page, 1)
+        assert gets(fs) == 4
+    assert b"".join(fs.read(number, 0, 64)) == data
+
+
+async def test_a_reader_that_gives_up_does_not_end_the_others(fs, autojump_clock):
+    data = noise(8 * PAGE)
+    number = fs.remote_file("a", data)
+    for backend in fs.backends.values():
+        backend.delay = lambda call: 0.2
+    async with fs.fetching() as fetcher:
+        with trio.move_on_after(0.1):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fetcher.fetch, number, 0, 1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetcher.fetch, number, 0, 8)
+            with trio.move_on_after(0.05):
+                await fetcher.fetch(number, 0, 1)
+    assert b"".join(fs.read(number, 0, 8)) == data
+
+
+async def test_a_sequential_reader_is_read_ahead(fs, autojump_clock):
+    data = noise(512 * PAGE)
+    number = fs.remote_file("a", data, extent_pages=16)
+    async with fs.fetching() as fetcher:
+        for page in range(0, 48, 16):
+            await fetcher.fetch(number, page, 16)
+        await trio.sleep(5)
+        assert fs.read(number, 64, 64) == [data[p * PAGE : (p + 1) * PAGE] for p in range(64, 128)]
+
+
+async def test_a_random_reader_is_not(fs, autojump_clock):
+    number = fs.remote_file("a", noise(512 * PAGE), extent_pages=16)
+    async with fs.fetching() as fetcher:
+        for page in (400, 16, 300, 100):
+            await fetcher.fetch(number, page, 1)
+        await trio.sleep(5)
+        assert fetcher.fetched_pages == 64
+
+
+async def test_a_file_without_remote_pages_asks_nobody(fs, autojump_clock):
+    number = fs.write("a", noise(4 * PAGE))
+    async with fs.fetching() as fetcher:
+        await fetcher.fetch(number, 0, 100)
+    assert gets(fs) == 0
+
+
+async def test_what_the_cache_has_no_room_for_is_kept_briefly(fs, autojump_clock):
+    data = noise(8 * PAGE)
+    number = fs.remote_file("a", data)
+    fs.store.used_bytes = fs.store.limits.full_bytes
+    async with fs.fetching() as fetcher:
+        await fetcher.fetch(number, 2, 2)
+    assert fs.read(number, 0, 8) == [None] * 8
+    kept = [fs.transient.get(number, page, fs.store.extents.at(number, page)) for page in range(8)]
+    assert kept == [None, None, data[2 * PAGE : 3 * PAGE], data[3 * PAGE : 4 * PAGE], None, None, None, None]
+
+
+async def test_a_full_group_is_committed_first(fs, autojump_clock):
+    data = noise(8 * PAGE)
+    number = fs.remote_file("a", data)
+    filler = fs.create("filler")
+    fs.overwrite(filler, 0, bytes(fs.store.limits.group_bytes))
+    assert fs.store.group_is_full()
+    async with fs.fetching() as fetcher:
+        await fetcher.fetch(number, 0, 8)
+    assert fs.room_waits
+    assert b"".join(fs.read(number, 0, 8)) == data
+
+
+async def test_a_missing_pack_row_is_a_named_error(fs, autojump_clock, expect_log):
+    expect_log(r"page 0: its extent lies in pack number 1, which is unknown", logging.ERROR)
+    number = fs.remote_file("a", noise(8 * PAGE))
+    fs.store.layers.delete(Table.PACKS, u64(1))
+    async with fs.fetching() as fetcher:
+        with pytest.raises(Corrupt):
+            await fetcher.fetch(number, 0, 1)
+
+
+async def test_hundreds_of_waits_for_dead_backends_cost_next_to_nothing(fs, autojump_clock):
+    """One probe a second and backend, and nothing a wait."""
+    numbers = []
+    for i in range(300):
+        number = fs.write(f"f{i}", noise(PAGE, i), flags=int(InodeFlag.WAIT))
+        fs.upload(number, commit=False)
+        numbers.append(number)
+    fs.commit()
+    for number in numbers:
+        fs.evict(number)
+    for backend in fs.backends.values():
+        backend.down = True
+    asked = [0]
+
+    def count(call):
+        asked[0] += 1
+        return 0.0
+
+    async with fs.fetching(deadline_seconds=600) as fetcher, trio.open_nursery() as nursery:
+        for number in numbers:
+            nursery.start_soon(fetcher.fetch, number, 0, 1)
+        await trio.sleep(60)
+        assert len(fetcher.waits) == 300
+        for backend in fs.backends.values():
+            backend.delay = count
+        await trio.sleep(100)
+        assert asked[0] <= 8 * 110
+        assert trio.lowlevel.current_statistics().tasks_runnable < 10
+        # ... and when the backends return, all get their data.
+        for backend in fs.backends.values():
+            backend.down = False
+        await trio.sleep(60)
+        assert not fetcher.waits
+    for i, number in enumerate(numbers):
+        assert fs.read(number, 0, 1) == [noise(PAGE, i)]
+
+
+async def test_stopping_ends_every_wait(fs, autojump_clock, expect_log):
+    expect_log(r"the daemon stops", logging.ERROR)
+    number = fs.remote_file("a", noise(8 * PAGE))
+    for backend in fs.backends.values():
+        backend.down = True
+    raised = []
+
+    async def read(fetcher):
+        try:
+            await fetcher.fetch(number, 0, 1)
+        except Unavailable as error:
+            raised.append(error)
+
+    async with trio.open_nursery() as readers:
+        async with fs.fetching() as fetcher:
+            readers.start_soon(read, fetcher)
+            await trio.sleep(1)
+    assert len(raised) == 1
