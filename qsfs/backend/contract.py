@@ -47,7 +47,9 @@ class ScanPage:
     """Some entries of a scan, and the cursor after them.
 
     A page with entries has a cursor; the end is an empty page whose cursor is `None`.  A cursor
-    stays valid: passing the last one again later yields what was stored since.
+    stays valid: passing the last one again later yields what was stored since.  A backend that does
+    not know a cursor (it is another one's, or the backend went back to an older state) raises
+    `BackendRefused`: scan from the start then.
     """
 
     cursor: bytes | None

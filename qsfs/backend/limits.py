@@ -14,6 +14,7 @@ from qsfs.backend.wrapper import Call, WrappedBackend, download_bytes
 T = TypeVar("T")
 
 _BURST_S = 0.25
+_SHORTEST_S = 0.001
 
 
 class RateLimit:
@@ -57,7 +58,8 @@ class RateLimit:
             self._refill()
             while self._rate > 0 and self._level < 0:
                 changed = self._changed
-                with trio.move_on_after(-self._level / self._rate):
+                # A pause that rounds to nothing would never end.
+                with trio.move_on_after(max(_SHORTEST_S, -self._level / self._rate)):
                     await changed.wait()
                 self._refill()
 

@@ -152,7 +152,7 @@ class MemoryStore:
 
     def page(self, cursor: bytes | None, *, forward: bool) -> ScanPage:
         """The next page of a scan in either direction; raises `BackendRefused` for a foreign cursor."""
-        if cursor is not None and len(cursor) != 8:
+        if cursor is not None and (len(cursor) != 8 or int.from_bytes(cursor, "little") > self._sequence):
             raise BackendRefused(f"backend {self.name}: this scan cursor is not one of this backend")
         entries: list[ScanEntry] = []
         last = 0
