@@ -26,6 +26,7 @@ COMMANDS = (
     "format",
     "mount",
     "umount",
+    "status",
     "sync",
     "unblock",
 )

@@ -1,0 +1,84 @@
+"""Becoming the owner at a mount or a takeover: what is known locally, and waiting for a quorum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from qsfs.clock import Clock
+from qsfs.daemon.connect import Opened
+from qsfs.daemon.host import host_name
+from qsfs.errors import Fenced, QuorumUnavailable
+from qsfs.format.fleet import Fleet
+from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, local_head, record_published
+from qsfs.remote.members import Members
+from qsfs.remote.mount_check import LocalState, accept_for_mount
+from qsfs.remote.ownership import Ownership, own
+from qsfs.remote.spool import Spool
+from qsfs.store.store import Store
+
+_OWN_SECONDS = 30.0
+_AGAIN_SECONDS = 1.0
+
+
+def local_state(store: Store, spool: Spool, opened: Opened) -> LocalState:
+    """The heads that this machine knows of."""
+    base = local_head(store, BASE_KEY, opened.keys)
+    published = local_head(store, PUBLISHED_KEY, opened.keys)
+    return LocalState(
+        base=None if base is None else base.sealed.ref,
+        published_here=base is not None and base.ours,
+        published=None if published is None else published.sealed.ref,
+        sent=frozenset(spool.heads),
+    )
+
+
+def local_fleets(store: Store, opened: Opened) -> tuple[Fleet, ...]:
+    """The fleets that the newest head known here names."""
+    for name in (PUBLISHED_KEY, BASE_KEY):
+        known = local_head(store, name, opened.keys)
+        if known is not None:
+            return known.head.fleets
+    return ()
+
+
+async def own_when_possible(
+    store: Store,
+    spool: Spool,
+    opened: Opened,
+    members: Members,
+    clock: Clock,
+    nursery: trio.Nursery,
+    *,
+    takeover: bool,
+    on_fenced: Callable[[Fenced], None],
+    waiting: Callable[[str], None],
+) -> Ownership:
+    """Owns, waiting for a quorum as long as it takes; `waiting` is told why ("": no longer).
+
+    Raises what says that this mount must not own: `StaleCache`, `SplitHeads`, `Fenced`, `NotFound`.
+    The caller commits: that this mount has published its first head is noted in the open group.
+    """
+    while True:
+        try:
+            owned = await own(
+                members,
+                records=opened.records,
+                code=opened.superblock.code,
+                clock=clock,
+                nursery=nursery,
+                host=host_name(),
+                accept=accept_for_mount(lambda: local_state(store, spool, opened), takeover=takeover),
+                store_before_send=spool.store_head,
+                fleets=local_fleets(store, opened),
+                deadline_seconds=_OWN_SECONDS,
+                on_fenced=on_fenced,
+            )
+        except QuorumUnavailable as error:
+            waiting(f"a quorum of backends: {error}")
+            await trio.sleep(_AGAIN_SECONDS)
+        else:
+            waiting("")
+            record_published(store, spool.heads[owned.first_ref])
+            return owned
