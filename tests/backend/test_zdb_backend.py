@@ -122,8 +122,8 @@ async def test_callers_deadlines_hold_against_a_silent_backend():
 
 async def test_a_paused_server_and_its_return(start):
     servers = start(1, separate=True)
-    backend = client(servers.ports[0], call_timeout=0.3)
-    await backend.set(b"k", b"v" * 100_000)
+    patient, backend = client(servers.ports[0]), client(servers.ports[0], call_timeout=0.3)
+    await patient.set(b"k", b"v" * 100_000)
     servers.pause(0)
     for _ in range(4):
         with pytest.raises(BackendUnavailable):
@@ -131,6 +131,7 @@ async def test_a_paused_server_and_its_return(start):
     servers.resume(0)
     await patiently(lambda: backend.get(b"k"), b"v" * 100_000)
     await backend.aclose()
+    await patient.aclose()
 
 
 async def patiently(call: Callable[[], Awaitable[object]], wanted: object) -> None:

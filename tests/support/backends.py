@@ -1,11 +1,11 @@
 """Embedded 0-db servers for tests: in processes that can be killed, stopped and restarted, or in-process.
 
-    with Servers(scratch / "zdb", 24) as servers:                  # one process for all
-    with Servers(scratch / "zdb", 6, separate=True) as servers:    # a process each
-        backend = open_backend(servers.config(3))
-        servers.kill(3); servers.restart(3); servers.pause(3); servers.resume(3)
+with Servers(scratch / "zdb", 24) as servers:                  # one process for all
+with Servers(scratch / "zdb", 6, separate=True) as servers:    # a process each
+    backend = open_backend(servers.config(3))
+    servers.kill(3); servers.restart(3); servers.pause(3); servers.resume(3)
 
-    async with in_process(scratch / "zdb", 4) as ports:            # fast; shares the event loop
+async with in_process(scratch / "zdb", 4) as ports:            # fast; shares the event loop
 """
 
 from __future__ import annotations
@@ -66,6 +66,14 @@ class Servers:
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
+        for _ in range(4):
+            try:
+                self.start()
+                return self
+            except RuntimeError:
+                # Another run may have taken a port meanwhile.
+                self.kill()
+                self.first_port = free_ports(self.count)
         self.start()
         return self
 
@@ -91,9 +99,7 @@ class Servers:
 
     def config(self, index: int = 0, namespace: str = "default", **settings: Any) -> BackendConfig:
         """The `[[backend]]` of an instance."""
-        return BackendConfig(
-            address=f"{HOST}:{self.first_port + index}", namespace=namespace, **settings
-        )
+        return BackendConfig(address=f"{HOST}:{self.first_port + index}", namespace=namespace, **settings)
 
     def configs(self, namespace: str = "default", **settings: Any) -> tuple[BackendConfig, ...]:
         """The `[[backend]]` of every instance."""
