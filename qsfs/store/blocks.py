@@ -177,6 +177,7 @@ class Blocks:
         if block is None:
             block = self._inherit(inode.number, number, key) or Block(0, 0, [0] * BLOCK_PAGES)
             self._layers.open.blocks[key] = block
+            self._layers.open.blocks_of[inode.number].add(number)
         if inode.number in self.pending:
             bits = self._cut(inode.number, number, block)
             if bits:
@@ -295,9 +296,10 @@ class Blocks:
             found.append(int.from_bytes(key[8:], "big"))
             if limit is not None and len(found) >= limit:
                 break
-        low, high = block_key(inode, first), block_key(inode + 1, 0)
-        groups = (self._layers.open, self._layers.committing)
-        extra = {key & (1 << 64) - 1 for g in groups if g for key in g.blocks if low <= key < high}
+        extra: set[int] = set()
+        for group in (self._layers.open, self._layers.committing):
+            if group is not None:
+                extra.update(number for number in group.blocks_of.get(inode, ()) if number >= first)
         if not extra:
             return found
         merged = sorted(extra.union(found))

@@ -8,6 +8,7 @@ group was sealed.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,7 @@ class Group:
         self.number = number
         self.rows: dict[Table, SortedDict] = {table: SortedDict() for table in Table}
         self.blocks: dict[int, Block] = {}
+        self.blocks_of: defaultdict[int, set[int]] = defaultdict(set)
         self.spill: dict[int, Block] = {}
         self.inodes: set[int] = set()
         self.namespace_log: list[tuple[int, bytes, tuple[int, ...]]] = []
