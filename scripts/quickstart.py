@@ -282,6 +282,8 @@ def lose_cache(demo: Demo, report: Report) -> None:
         demo.cache.mkdir(mode=0o700)
         demo.qsfs("restore")
         said.append("only the tree; contents come when they are read")
+    with report.step("take over: this machine owns the file system now"):
+        demo.qsfs("takeover")
     with report.step("mount") as said:
         demo.qsfs("mount")
         said.append(str(demo.mountpoint))
