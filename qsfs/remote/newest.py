@@ -76,7 +76,8 @@ class Judgement:
 
     `withstands`: how many of the backends that count may be lost, stale or lying without hiding a
     newer published head; below 0 one may exist already.  `others`: the other heads of its owner;
-    `splits`: those that the newest does not descend from; `undecided`: where that cannot be told.
+    `splits`: those that the newest does not descend from, or cannot be shown to although they may
+    have been published; `undecided`: those where that cannot be told and does not matter.
     `uncounted`: why backends that answered do not count, by number.
     """
 
@@ -108,14 +109,24 @@ def judge(
     others = frozenset(
         ref for reading in readings for ref in reading.heads if ref.owner == newest.owner and ref != newest
     )
-    answers = {ref: descent(newest, ref, facts) for ref in sorted(others)}
+    last = _last_published(newest, facts)
+    splits: list[HeadRef] = []
+    undecided: list[HeadRef] = []
+    for ref in sorted(others):
+        answer = descent(newest, ref, facts)
+        # Of two lines only one gets a head published.  What is older than a head that this line has
+        # published was therefore not published by another one; what is newer may have been.
+        if answer is Descent.NO or (answer is Descent.UNDECIDED and ref.generation > last):
+            splits.append(ref)
+        elif answer is Descent.UNDECIDED:
+            undecided.append(ref)
     return Judgement(
         newest=newest,
         withstands=withstands(quorums, counted),
         counted=counted,
         others=others,
-        splits=tuple(ref for ref, answer in answers.items() if answer is Descent.NO),
-        undecided=tuple(ref for ref, answer in answers.items() if answer is Descent.UNDECIDED),
+        splits=tuple(splits),
+        undecided=tuple(undecided),
         uncounted={number: reason for number, reason in reasons.items() if reason is not None},
     )
 
@@ -127,6 +138,13 @@ def describe_head(ref: HeadRef) -> str:
 
 def _position(ref: HeadRef) -> tuple[Owner, int]:
     return ref.owner, ref.generation
+
+
+def _last_published(newest: HeadRef, facts: Facts) -> int:
+    """The generation of the last head that this owner knew to be published when it sent `newest`."""
+    known = facts(newest)
+    kept = () if known is None else known.kept
+    return max((ref.generation for ref in kept if ref.owner == newest.owner), default=-1)
 
 
 def _ancestors(young: HeadRef, facts: Facts) -> set[HeadRef]:

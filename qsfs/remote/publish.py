@@ -52,6 +52,9 @@ class Publisher:
     next head's predecessor.  `fenced` is set once another owner or a copy of this machine has been
     seen, also by a slow backend after a head was published; `on_fenced` is called then, once.
     Backends that are late go on in `nursery` for `timing.grace` seconds after the quorum.
+
+    A backend that gets a head has got all heads sent since the last published one before it: so
+    wherever a head is found its line can be followed, and two lines can be told apart.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Publisher:
         self._timing = timing
         self._on_fenced = on_fenced
         self._written: set[HeadRef] = set()
+        self._unpublished: list[SealedHead] = []
         self._pending: tuple[Head, SealedHead, QuorumWrite] | None = None
         self._turn = trio.Lock()
 
@@ -117,6 +121,7 @@ class Publisher:
             failpoints.hit("publish.published")
             self.published = sealed.ref
             self._pending = None
+            self._unpublished.clear()
             return Published(sealed.ref, frozenset(write.counted), write.missing)
 
     async def _prepare(self, head: Head) -> tuple[SealedHead, QuorumWrite]:
@@ -139,7 +144,9 @@ class Publisher:
             judge=self._judge,
             timing=self._timing,
             clock=self._clock,
+            before=[(earlier.key, earlier.value) for earlier in self._unpublished],
         )
+        self._unpublished.append(sealed)
         self._pending = (head, sealed, write)
         return sealed, write
 

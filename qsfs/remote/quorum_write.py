@@ -7,7 +7,7 @@ to two quorums at least one reads the other's record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import trio
 
@@ -27,7 +27,7 @@ Judge = Callable[[Reading], str | None]
 class QuorumWrite:
     """Writes `value` to `key` on every backend of some fleets until a quorum of each counts.
 
-    Counts are kept between runs: the record and its bytes stay the same.
+    `before` are records that a backend must hold before it gets this one.  Counts are kept between runs: the record and its bytes stay the same.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class QuorumWrite:
         judge: Judge,
         timing: Timing,
         clock: Clock,
+        before: Sequence[tuple[bytes, bytes]] = (),
     ) -> None:
         self.quorums = tuple(quorums)
         self.survey = Survey()
@@ -53,6 +54,7 @@ class QuorumWrite:
         self._judge = judge
         self._timing = timing
         self._clock = clock
+        self._before = tuple(before)
         self._settled = trio.Event()
         self._scope: trio.CancelScope | None = None
 
@@ -141,6 +143,9 @@ class QuorumWrite:
             await trio.sleep(self._timing.pause(failed, self._clock))
 
     async def _write(self, session: Session, member: Member) -> Reading:
+        for key, value in self._before:
+            if not await session.exists(key):
+                await session.set(key, value)
         await session.set(self._key, self._value)
         failpoints.hit("quorum_write.acknowledged")
         return await read_control(session, member.number, self._records, member.index, written=self._key)

@@ -14,10 +14,11 @@ from qsfs.backend.memory import MemoryBackend, MemoryStore
 from qsfs.clock import Clock, FixedClock
 from qsfs.errors import BackendUnavailable
 from qsfs.format.erasure import CodeParams
-from qsfs.format.head import Fleet, FleetEntry, Head, HeadRef, Owner, SealedHead, seal_head
+from qsfs.format.head import Fleet, FleetEntry, Head, HeadRef, KeptGeneration, Owner, SealedHead, seal_head
 from qsfs.format.keys import KeyRing, MasterKey
 from qsfs.remote.control import Records
 from qsfs.remote.identity import write_identity
+from qsfs.remote.kept import kept_with
 from qsfs.remote.members import ACTIVE, Member, Members
 from qsfs.remote.newest import Judgement
 from qsfs.remote.ownership import Ownership, own
@@ -210,6 +211,7 @@ class Machine:
     seed: int = 1
     spool: list[SealedHead] = field(default_factory=list)
     ownership: Ownership | None = None
+    published: list[KeptGeneration] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.clock = TrioClock(self.seed)
@@ -246,21 +248,27 @@ class Machine:
             timing=self.timing,
             deadline_seconds=deadline,
         )
+        self.published = [KeptGeneration(self.ownership.first_ref, 0, ())]
         return self.ownership
 
     def next_head(self, **fields: object) -> Head:
         """The head that follows the one sent last."""
         assert self.ownership is not None
         publisher = self.ownership.publisher
-        assert publisher.last_sent is not None
+        assert publisher.last_sent is not None and publisher.published is not None
+        published = self.published or [KeptGeneration(publisher.published, 0, ())]
+        kept = kept_with(self.ownership.first.kept, published, {})
         return make_head(
-            self.world, publisher.owner, publisher.last_sent.generation + 1, publisher.last_sent, **fields
+            self.world, publisher.owner, publisher.last_sent.generation + 1, publisher.last_sent, kept=kept, **fields
         )
 
     async def publish(self, head: Head | None = None, *, deadline: float = 20.0) -> Published | NotYet:
         """Publishes `head`, or the next one."""
         assert self.ownership is not None
-        return await self.ownership.publisher.publish(head or self.next_head(), deadline_seconds=deadline)
+        result = await self.ownership.publisher.publish(head or self.next_head(), deadline_seconds=deadline)
+        if isinstance(result, Published):
+            self.published.append(KeptGeneration(result.ref, 0, ()))
+        return result
 
     def cut_off(self, *numbers: int) -> None:
         """Makes exactly these backends unreachable from this machine."""
