@@ -100,9 +100,14 @@ def row_of(ref: PackRef, placement: Sequence[int], now_ns: int, *, live: int = 0
         written_at_ns=now_ns,
         verified_at_ns=0,
         unnamed_since_ns=0,
-        state=0 if -1 in placement else int(PackState.FULL),
+        state=state_of(placement),
         placement=tuple(placement),
     )
+
+
+def state_of(placement: Sequence[int]) -> int:
+    """The state of a pack that was not looked at yet: full if every shard has a place."""
+    return 0 if -1 in placement else int(PackState.FULL)
 
 
 class RowPacker:

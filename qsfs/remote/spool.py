@@ -14,12 +14,15 @@ head before it is sent, and no head names packs that are not written.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import struct
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 import trio
 from xxhash import xxh3_64
@@ -29,6 +32,9 @@ from qsfs.errors import CacheError, Corrupt
 from qsfs.format import schema
 from qsfs.format.extent import PackKind, PackRef
 from qsfs.format.head import HeadRef, SealedHead, parse_head_key
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +61,17 @@ class AbandonedPack:
     owner_epoch: int
 
 
+def _locked(method: Callable[Concatenate[Spool, P], T]) -> Callable[Concatenate[Spool, P], T]:
+    """One worker thread at a time."""
+
+    @functools.wraps(method)
+    def locked(self: Spool, /, *arguments: P.args, **named: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *arguments, **named)
+
+    return locked
+
+
 class Spool:
     """The spool in `directory`, bounded by `limit_bytes`.  Calls block: use them in worker threads."""
 
@@ -70,6 +87,7 @@ class Spool:
         self.abandoned: list[AbandonedPack] = []
         self._packs: dict[tuple[int, int], PackRef] = {}
         self._sizes: dict[str, int] = {}
+        self._lock = threading.RLock()
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._open()
@@ -79,6 +97,7 @@ class Spool:
     # room
 
     @property
+    @_locked
     def used_bytes(self) -> int:
         """Bytes that its files take, in whole pages."""
         return sum(-(-size // _BLOCK) * _BLOCK for size in self._sizes.values())
@@ -89,6 +108,7 @@ class Spool:
 
     # packs
 
+    @_locked
     def write_pack(self, generation: int, ordinal: int, ref: PackRef, body: bytes) -> None:
         """Stores a sealed pack; durable only after `sync`.  Raises `SpoolFull` or `CacheError`."""
         if len(body) + 2 * _BLOCK > self.room():
@@ -107,23 +127,27 @@ class Spool:
         except OSError as error:
             raise self._failed(error) from error
 
+    @_locked
     def drop_packs(self, generation: int) -> None:
         """Removes the packs of a cut."""
         for key in [key for key in self._packs if key[0] == generation]:
             self._remove(_pack_name(*key))
             del self._packs[key]
 
+    @_locked
     def abandon(self, generation: int) -> None:
         """Gives a cut up: its packs are remembered as named by no head, and removed."""
         self.add_abandoned(ref for (number, _), ref in self._packs.items() if number == generation)
         self.drop_packs(generation)
 
+    @_locked
     def add_abandoned(self, refs: Iterable[PackRef]) -> None:
         """Remembers packs whose shards may be deleted: no head that was sent names them."""
         more = [AbandonedPack(ref.pack_id, ref.owner_epoch) for ref in refs]
         if more:
             self.set_abandoned([*self.abandoned, *more])
 
+    @_locked
     def set_abandoned(self, abandoned: Iterable[AbandonedPack]) -> None:
         """Replaces the list of abandoned packs, durably; of too many the oldest are forgotten."""
         self.abandoned = list(abandoned)[-MOST_ABANDONED:]
@@ -136,6 +160,7 @@ class Spool:
         """Stores a head durably: it may be sent once this returns.  Raises `CacheError`."""
         await trio.to_thread.run_sync(self.write_head, sealed)
 
+    @_locked
     def write_head(self, sealed: SealedHead) -> None:
         """As `store_head`, blocking."""
         failpoints.hit("spool.head.before")
@@ -143,6 +168,7 @@ class Spool:
         self.heads[sealed.ref] = sealed
         failpoints.hit("spool.head.stored")
 
+    @_locked
     def drop_heads(self, upto: HeadRef) -> None:
         """Removes the heads up to and with `upto`, which the local store has recorded as published.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -48,6 +48,7 @@ class Upload:
         self.flying: dict[int, Member] = {}
         self.failed: set[int] = set()
         self.sets: dict[int, trio.CancelScope] = {}
+        self._then: Callable[[], None] | None = None
         self._values = {n: value for n, value in enumerate(shards) if self.placement[n] < 0}
 
     @property
@@ -80,9 +81,21 @@ class Upload:
         del self._values[number]
         self.tell()
 
-    def give_up(self) -> None:
-        """Forgets the shards that are left."""
+    def when_finished(self, then: Callable[[], None]) -> None:
+        """Calls `then` once no more shards come in; not at all if that is so already."""
+        if not self.finished.is_set():
+            self._then = then
+
+    def finish(self) -> None:
+        """No more shards come in: forgets those that are left."""
         self._values.clear()
+        self.finished.set()
+        self.tell()
+
+    def follow_up(self) -> None:
+        """Does what `when_finished` asked for."""
+        if self._then is not None:
+            self._then()
 
     def tell(self) -> None:
         """Wakes whoever waits for a change."""
@@ -174,18 +187,20 @@ class Uploader:
     async def _run(self, upload: Upload) -> None:
         try:
             with upload.scope:
-                attempt = 0
-                while True:
-                    await self._attempt(upload)
-                    if upload.stored >= self.code.write_quorum:
-                        return
-                    attempt += 1
-                    await self._pause(upload, attempt)
+                await self._write(upload)
         finally:
             self._stragglers.pop(id(upload), None)
-            upload.give_up()
-            upload.finished.set()
-            upload.tell()
+            upload.finish()
+        upload.follow_up()
+
+    async def _write(self, upload: Upload) -> None:
+        attempt = 0
+        while True:
+            await self._attempt(upload)
+            if upload.stored >= self.code.write_quorum:
+                return
+            attempt += 1
+            await self._pause(upload, attempt)
 
     async def _attempt(self, upload: Upload) -> None:
         """Gives every missing shard to a backend, then to spares until it is stored or none is left."""

@@ -152,7 +152,8 @@ class CommittedState:
         """Dirty pages from the block with key `start` on.
 
         Left out are pages under a pending truncation and those of inodes that are gone, orphans or
-        `local_only`.  Raises `LocalDamage` if bytes fail their checksum.
+        `local_only`.  Raises `LocalDamage` if the bytes that come first fail their checksum; a part
+        ends before a block that does.
         """
         runs: list[DirtyRun] = []
         run = _Run()
@@ -163,7 +164,17 @@ class CommittedState:
             if enough and not run.goes_on(key):
                 resume = key
                 break
-            size += self._read_block(key, row, bits, run, runs)
+            try:
+                pages = self._read_block(key, row, bits)
+            except LocalDamage:
+                if not size:
+                    raise
+                resume = key
+                break
+            inode = split_u64(key)
+            for page, write_number, data in pages:
+                run.add(inode, page, write_number, data, runs)
+            size += len(pages) * PAGE
         run.end(runs)
         return DirtyPart(tuple(runs), resume)
 
@@ -211,22 +222,24 @@ class CommittedState:
                 bits &= ~(1 << index)
         return bits
 
-    def _read_block(self, key: bytes, row: BlockRow, bits: int, run: _Run, runs: list[DirtyRun]) -> int:
+    def _read_block(self, key: bytes, row: BlockRow, bits: int) -> list[tuple[int, int, bytes | memoryview]]:
+        """The wanted pages of a block, verified: page, write number, bytes."""
         inode, number = split_u64_pair(key)
         value = self.view.get(Table.VALUES, key)
-        first = number * BLOCK_PAGES
+        found: list[tuple[int, int, bytes | memoryview]] = []
         for index in range(BLOCK_PAGES):
             if not bits & 1 << index:
                 continue
+            page_number = number * BLOCK_PAGES + index
             if value is None or len(value) != VALUE_SIZE:
-                raise LocalDamage(inode, first + index, "its local bytes are gone")
+                raise LocalDamage(inode, page_number, "its local bytes are gone")
             page: bytes | memoryview = value[index * PAGE : (index + 1) * PAGE]
             if index == BLOCK_PAGES - 1:
                 page = bytes(page) + row.tail
             if xxh3_64_intdigest(page) != row.sums[index]:
-                raise LocalDamage(inode, first + index, "its local bytes fail their checksum")
-            run.add(inode, first + index, row.writes[index], page, runs)
-        return bits.bit_count() * PAGE
+                raise LocalDamage(inode, page_number, "its local bytes fail their checksum")
+            found.append((page_number, row.writes[index], page))
+        return found
 
     def _owner(self, inode: int) -> _Owner:
         owner = self._owners.get(inode)

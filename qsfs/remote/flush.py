@@ -1,0 +1,397 @@
+"""Flushing: pre-copy all the time, a cut now and then, and what follows a written pack.
+
+`Flusher` runs once this mount owns the file system.  It waits for backends visibly and goes on when
+they are back; only a fence ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from qsfs.config import FlushConfig
+from qsfs.errors import CacheError, DeadlineExceeded, Fenced, QsfsBug, QsfsError
+from qsfs.format.head import Head, HeadRef
+from qsfs.remote.base import BASE_KEY, local_head, record_published
+from qsfs.remote.chain import FreshSnapshot
+from qsfs.remote.collect import AbandonedCollector
+from qsfs.remote.complete import Completer
+from qsfs.remote.context import FlushContext
+from qsfs.remote.cut import NoCut
+from qsfs.remote.generation import Generations, HeadPublisher
+from qsfs.remote.ledger import read_rows
+from qsfs.remote.metadata import early_delta, full_snapshot
+from qsfs.remote.pace import Pace
+from qsfs.remote.precopy import PreCopier
+from qsfs.remote.second_look import SecondLook
+from qsfs.remote.shards import ShardReader
+from qsfs.store.schema import BLOCK_SIZE, Table
+from qsfs.store.snapshot import CommittedState, Want
+
+_log = logging.getLogger(__name__)
+
+EARLY_DELTA_MARKS = 100_000
+"""Change marks above which rows are uploaded ahead of the cut, which then reads only what is newer."""
+_FEW_MARKS = 1000
+_POLL_SECONDS = 0.5
+_RETRY_SECONDS = 5.0
+_MOVE_STEPS = 256
+_UPKEEP_SECONDS = 1.0
+_LOOKS_A_ROUND = 32
+_COMPLETIONS_A_ROUND = 2
+
+
+@dataclass(frozen=True, slots=True)
+class SyncResult:
+    """The published generation that holds everything accepted before the sync, and how safe it is.
+
+    `durability` is "full" if every pack has all of its shards, else "written".
+    """
+
+    generation: int
+    durability: str
+
+
+class Flusher:
+    """Moves what is committed locally to the backends.
+
+    `sealer.owner_epoch` in `context` is the owner's.  `on_fenced` is called once if another mount owns
+    the file system: nothing is uploaded after that.
+    """
+
+    def __init__(
+        self,
+        context: FlushContext,
+        config: FlushConfig,
+        publisher: HeadPublisher,
+        first: Head,
+        reader: ShardReader,
+        *,
+        on_fenced: Callable[[Fenced], None] = lambda _: None,
+    ) -> None:
+        """`first` is the head with which this mount became the owner."""
+        self.context = context
+        self.generations: Generations | None = None
+        self.last_error = ""
+        self.phase = "starting"
+        self._config = config
+        self._publisher = publisher
+        self._first = first
+        self._on_fenced = on_fenced
+        self._precopier = PreCopier(context, self._in_cut)
+        self._completer = Completer(context, reader)
+        self._second_look = SecondLook(context)
+        self._collector = AbandonedCollector(context)
+        self._pace = Pace(config.cut_bytes)
+        self._started = 0
+        self._finished = 0
+        self._wanted = 0
+        self._wake = trio.Event()
+        self._news = trio.Event()
+        self._stopping = False
+        self._fenced: Fenced | None = None
+        self._published_bytes = 0
+        self._abandoned: frozenset[bytes] = frozenset()
+        self._scope = trio.CancelScope()
+
+    # running
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Flushes until `stop`, a fence, or cancellation.
+
+        Raises `CacheError` or `Corrupt` at the start if the local store lacks its base.
+        """
+        with self._scope:
+            await self._begin()
+            try:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(self.context.uploader.run)
+                    nursery.start_soon(self._turn)
+                    nursery.start_soon(self._precopier.run)
+                    nursery.start_soon(self._cuts, nursery)
+                    nursery.start_soon(self._upkeep)
+                    task_status.started()
+            finally:
+                self.phase = "fenced" if self._fenced is not None else "stopped"
+                self._tell()
+
+    async def _begin(self) -> None:
+        """Takes over what the last mount left: pack rows, metadata packs, heads in the spool."""
+        context = self.context
+        base = local_head(context.store, BASE_KEY, context.sealer.keys)
+        if base is None:
+            raise CacheError("the local store has no base generation; run 'qsfs restore'")
+        position: bytes | None = b""
+        while position is not None:
+            start = position
+            read = await context.in_thread(
+                lambda: read_rows(context.store.environment, context.clock, start)  # noqa: B023
+            )
+            context.ledger.take(read)
+            position = read.resume
+        self.generations = Generations(context, self._publisher, base, self._first)
+        published = self._publisher.published
+        sealed = context.spool.heads.get(published) if published is not None else None
+        if sealed is not None:
+            record_published(context.store, sealed)
+            await context.committer.commit()
+            await context.in_thread(lambda: context.spool.drop_heads(sealed.ref))
+        self.phase = "running"
+
+    async def _turn(self) -> None:
+        """Ages the memory of what was written lately: after two turns a block counts as quiet."""
+        while True:
+            await trio.sleep(max(self._config.quiet_seconds, _POLL_SECONDS))
+            self.context.store.blocks.written.turn()
+
+    def _in_cut(self, inode: int, page: int, write_number: int) -> bool:
+        cut = self.generations.cut if self.generations is not None else None
+        return cut is not None and cut.taken(inode, page, write_number)
+
+    # cuts
+
+    async def _cuts(self, nursery: trio.Nursery) -> None:
+        due = self.context.clock.monotonic() + self._config.cut_seconds
+        while True:
+            while self._wanted <= self._finished and self.context.clock.monotonic() < due:
+                self._wake = trio.Event()
+                left = due - self.context.clock.monotonic()
+                with trio.move_on_after(min(max(left, 0.0), _UPKEEP_SECONDS)):
+                    await self._wake.wait()
+            due = self.context.clock.monotonic() + self._config.cut_seconds
+            try:
+                await self._generation()
+                self.last_error = ""
+            except Fenced as error:
+                self._fence(error)
+                return
+            except QsfsError as error:
+                if str(error) != self.last_error:
+                    _log.error("no generation could be made: %s", error)
+                self.last_error = str(error)
+                await trio.sleep(_RETRY_SECONDS)
+            self._start_snapshot(nursery)
+
+    async def _generation(self) -> None:
+        """Makes one generation of all that was accepted before it began, or finds nothing new."""
+        generations, context = self._generations, self.context
+        while True:
+            fresh = generations.fresh
+            ready = fresh if fresh is not None and fresh.packs is not None else None
+            marks = context.store.layers.view.count(Table.CHANGED)
+            if marks > EARLY_DELTA_MARKS and generations.pre_delta is None:
+                await self._early_delta()
+            recorded = self._precopier.bytes_recorded
+            serial = self._started + 1
+            abandoned = frozenset(pack.pack_id for pack in context.spool.abandoned)
+            order = generations.next_order(min(self._pace.most_bytes, context.spool.room() * 3 // 4))
+            self._started = serial
+            self.phase = "committing"
+            await context.committer.commit()
+            self.phase = "sealing"
+            begin = context.clock.monotonic()
+            cut = await generations.seal(order)
+            if not isinstance(cut, NoCut):
+                self._pace.sealed(cut.bytes, context.clock.monotonic() - begin)
+                self.phase = "publishing"
+                await generations.publish(cut, ready)
+                self._published_bytes = recorded
+                self._abandoned = abandoned
+                break
+            if cut is NoCut.UNCHANGED:
+                break
+            if cut is NoCut.MOVING:
+                self.phase = "moving"
+                await self._move_covered()
+            else:
+                self.phase = "uploading ahead"
+                await self._upload_ahead(order.most_bytes)
+                if marks > _FEW_MARKS:
+                    await self._early_delta()
+        self.phase = "running"
+        self._precopier.press("")
+        self._finished = serial
+        self._tell()
+
+    @property
+    def _generations(self) -> Generations:
+        if self.generations is None:
+            raise QsfsBug("flushing has not begun")
+        return self.generations
+
+    async def _move_covered(self) -> None:
+        store = self.context.store
+        while not store.move_covered(_MOVE_STEPS):
+            await self.context.committer.room()
+            await trio.lowlevel.checkpoint()
+
+    async def _upload_ahead(self, most_bytes: int) -> None:
+        """Has pre-copy take everything until so little is dirty that a cut can be made."""
+        context = self.context
+        self._pace.too_much()
+        self._precopier.press("more is dirty than a cut may seal", orphans_too=False)
+        goal = most_bytes // 2
+        while True:
+            await trio.sleep(_POLL_SECONDS)
+            await context.committer.commit()
+            if await context.in_thread(lambda: self._dirty_bytes(goal)) <= goal:
+                return
+
+    def _dirty_bytes(self, most: int) -> int:
+        with CommittedState(self.context.store.environment, self.context.clock) as state:
+            return state.dirty_bytes(most, Want(1))
+
+    async def _early_delta(self) -> None:
+        """Uploads the rows that changed so far, so that the cut reads only what changes after."""
+        generations = self._generations
+        self.phase = "uploading rows ahead"
+        floor, packs = generations.pre_delta or (0, ())
+        upload = early_delta(self.context, floor)
+        generations.pre_delta = None
+        more = await upload.run()
+        generations.pre_delta = (upload.floor, (*packs, *more))
+
+    def _start_snapshot(self, nursery: trio.Nursery) -> None:
+        generations = self._generations
+        if generations.fresh is None and generations.chain.wants_snapshot(self._config.snapshot_ratio):
+            generations.fresh = FreshSnapshot()
+            nursery.start_soon(self._snapshot, generations.fresh)
+
+    async def _snapshot(self, fresh: FreshSnapshot) -> None:
+        try:
+            fresh.packs = await full_snapshot(self.context).run()
+        except QsfsError as error:
+            _log.warning("a full snapshot of the metadata was given up: %s", error)
+            self._generations.fresh = None
+
+    def _fence(self, error: Fenced) -> None:
+        self._fenced = error
+        self.last_error = str(error)
+        _log.critical("%s", error)
+        self._scope.cancel()
+        self._on_fenced(error)
+
+    # after packs are written
+
+    async def _upkeep(self) -> None:
+        """Second looks, missing shards, abandoned packs, pressure: once a second."""
+        while True:
+            await trio.sleep(_UPKEEP_SECONDS)
+            await self._guarded(self._upkeep_once)
+
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except QsfsError as error:
+            if str(error) != self.last_error:
+                _log.error("upkeep of written packs: %s", error)
+            self.last_error = str(error)
+
+    async def _upkeep_once(self) -> None:
+        short = self.short_of_room
+        if short:
+            self._precopier.press("the cache is short of room", orphans_too=True)
+        elif self.phase != "uploading ahead":
+            self._precopier.press("")
+        if self._precopier.garbage:
+            garbage, self._precopier.garbage = self._precopier.garbage, []
+            await self.context.in_thread(lambda: self.context.spool.add_abandoned(garbage))
+        await self._second_look.look(_LOOKS_A_ROUND, written_too=short)
+        if self.context.ledger.incomplete and self.context.uploader.enough_backends():
+            await self._completer.complete_packs(_COMPLETIONS_A_ROUND)
+        if self._abandoned and await self._collector.collect(
+            self._abandoned, self._named_packs(), self._publisher.owner.epoch
+        ):
+            self._abandoned = frozenset()
+
+    def _named_packs(self) -> frozenset[bytes]:
+        generations = self._generations
+        return frozenset(pack.ref.pack_id for pack in generations.chain.all_packs())
+
+    @property
+    def short_of_room(self) -> bool:
+        """Whether the cache holds more than its high watermark."""
+        store = self.context.store
+        return store.expected_bytes() >= store.limits.high_bytes
+
+    # for others
+
+    async def sync(self) -> SyncResult:
+        """Waits until a generation with everything accepted before this call is published.
+
+        Joins a cut that is taken after the call.  Raises `Fenced`, and `DeadlineExceeded` if flushing
+        stops first.
+        """
+        target = self._started + 1
+        self._wanted = max(self._wanted, target)
+        self._wake.set()
+        while self._finished < target:
+            if self._fenced is not None:
+                raise self._fenced
+            if self.phase == "stopped":
+                raise DeadlineExceeded("flushing stopped before everything was published; it is safe locally")
+            await self._news.wait()
+        base = self._generations.base
+        return SyncResult(base.head.generation, "full" if not self.context.ledger.incomplete else "written")
+
+    async def stop(self, deadline: float) -> bool:
+        """Makes a last generation within `deadline` seconds, then ends `run`; whether it was published."""
+        done = False
+        try:
+            with trio.move_on_after(deadline):
+                await self.sync()
+                done = True
+        except QsfsError as error:
+            _log.warning("the last generation was not published: %s", error)
+        self._scope.cancel()
+        return done
+
+    def pin(self, ref: HeadRef, names: tuple[str, ...]) -> None:
+        """Pins a kept generation by `names` (none: unpins) from the next published head on."""
+        if names:
+            self._generations.pins[ref] = names
+        else:
+            self._generations.pins.pop(ref, None)
+
+    def status(self) -> dict[str, Any]:
+        """What flushing does, waits for, and has not made safe yet.  Bytes; ages in seconds."""
+        context, generations = self.context, self.generations
+        now_ns = context.clock.time_ns()
+        ledger = context.ledger
+        dirty = context.store.layers.view.count(Table.DIRTY) * BLOCK_SIZE
+        open_bytes = context.store.layers.open.bytes
+        unwritten = dirty + self._precopier.bytes_recorded - self._published_bytes
+        base = generations.base.head if generations is not None else None
+        age = (now_ns - base.time_ns) / 1e9 if base is not None and unwritten + open_bytes else 0.0
+        oldest = min((written for _, written in ledger.incomplete.values()), default=now_ns)
+        waiting = list(dict.fromkeys(context.uploader.waiting.values()))
+        if generations is not None and generations.waiting:
+            waiting.append(generations.waiting)
+        return {
+            "phase": self.phase,
+            "generation": base.generation if base is not None else None,
+            "published_ns": base.time_ns if base is not None else None,
+            "exposure": {
+                "local": {"bytes": open_bytes},
+                "written": {"bytes": unwritten, "age": age},
+                "full": {
+                    "bytes": unwritten + ledger.incomplete_bytes,
+                    "age": max(age, (now_ns - oldest) / 1e9),
+                },
+            },
+            "waiting": waiting,
+            "pressure": self._precopier.pressed,
+            "packs_not_full": len(ledger.incomplete),
+            "packs_not_looked_at": len(ledger.looks),
+            "shards_found_missing": self._second_look.found_missing,
+            "spool_bytes": context.spool.used_bytes,
+            "last_error": self.last_error or self._precopier.problem,
+        }
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = trio.Event()

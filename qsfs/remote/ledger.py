@@ -1,0 +1,106 @@
+"""Which packs need attention: not full yet, or not looked at a second time.
+
+Kept in memory from what is recorded, and read once from the pack rows after a mount, in the
+background.  For the event loop's thread, but for `read_rows`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qsfs.clock import Clock
+from qsfs.format.extent import PackKind
+from qsfs.store.environment import Environment
+from qsfs.store.schema import PackRow, PackState, Table, split_u64
+from qsfs.store.snapshot import CommittedState
+
+_STEP_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class RowsRead:
+    """Pack rows that need attention, and the numbers of metadata packs by id."""
+
+    unsettled: tuple[tuple[int, PackRow], ...]
+    metadata: tuple[tuple[bytes, int], ...]
+    resume: bytes | None
+
+
+def read_rows(environment: Environment, clock: Clock, start: bytes) -> RowsRead:
+    """Reads pack rows from `start` on for about a tenth of a second, on a worker thread."""
+    unsettled = []
+    metadata = []
+    settled = PackState.FULL | PackState.LOOKED
+    until = clock.monotonic() + _STEP_SECONDS
+    with CommittedState(environment, clock) as state:
+        for key, value in state.view.scan(Table.PACKS, start, None):
+            row = PackRow.decode(bytes(value))
+            if row.kind == PackKind.METADATA:
+                metadata.append((row.pack_id, split_u64(key)))
+            if row.state & settled != settled and row.live:
+                unsettled.append((split_u64(key), row))
+            if clock.monotonic() >= until:
+                return RowsRead(tuple(unsettled), tuple(metadata), key + b"\0")
+    return RowsRead(tuple(unsettled), tuple(metadata), None)
+
+
+class Ledger:
+    """Packs that are not settled, by number.
+
+    `incomplete` maps those that are not full to (live bytes, when they were written, wall time);
+    `looks` those that were not looked at again to when that is due (running time).
+    """
+
+    def __init__(self, clock: Clock, second_look_seconds: float) -> None:
+        self.incomplete: dict[int, tuple[int, int]] = {}
+        self.looks: dict[int, float] = {}
+        self.metadata: dict[bytes, int] = {}
+        self._clock = clock
+        self._delay = second_look_seconds
+
+    def note(self, number: int, row: PackRow) -> None:
+        """Takes note of a row as it is now."""
+        if row.kind == PackKind.METADATA:
+            self.metadata[row.pack_id] = number
+        if row.state & PackState.FULL:
+            self.incomplete.pop(number, None)
+        else:
+            self.incomplete[number] = (row.live or row.body_length, row.written_at_ns)
+        if row.state & PackState.LOOKED:
+            self.looks.pop(number, None)
+        else:
+            self.looks[number] = self._clock.monotonic() + self._delay
+
+    def take(self, read: RowsRead) -> None:
+        """Takes over what was read of rows that nothing has been noted of since."""
+        for pack_id, number in read.metadata:
+            self.metadata.setdefault(pack_id, number)
+        for number, row in read.unsettled:
+            if number not in self.incomplete and number not in self.looks:
+                self.note(number, row)
+
+    def forget(self, number: int) -> None:
+        """Drops a pack that is gone or that nothing lives in."""
+        self.incomplete.pop(number, None)
+        self.looks.pop(number, None)
+
+    def due(self, most: int, *, written_too: bool) -> list[int]:
+        """Packs to look at now: full ones, and with `written_too` those that are only written."""
+        now = self._clock.monotonic()
+        found = []
+        for number, when in self.looks.items():
+            if when <= now and (written_too or number not in self.incomplete):
+                found.append(number)
+                if len(found) >= most:
+                    break
+        return found
+
+    def later(self, number: int, seconds: float) -> None:
+        """Puts a look off."""
+        if number in self.looks:
+            self.looks[number] = self._clock.monotonic() + seconds
+
+    @property
+    def incomplete_bytes(self) -> int:
+        """Live bytes in packs that are not full."""
+        return sum(live for live, _ in self.incomplete.values())

@@ -1,0 +1,207 @@
+"""Pre-copy: pages that have not been rewritten for a while leave for the backends all the time.
+
+They are read in short transactions, sealed into packs and uploaded; once a pack is written its pages
+turn clean, where they are still what was read.  What remains for a cut is little.  A pass takes
+whole packs and leaves small remainders to the cut; under pressure (more dirty than a cut may seal,
+or a cache too full of what cannot be evicted) it takes everything.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from qsfs import failpoints
+from qsfs.errors import CacheError, Corrupt
+from qsfs.format.extent import PackRef
+from qsfs.remote.context import FlushContext
+from qsfs.remote.packing import Sealer, row_of, sealed_runs
+from qsfs.remote.upload import Upload
+from qsfs.store.blocks import LocalDamage
+from qsfs.store.packs import SealedRun, record_run, reserve_numbers
+from qsfs.store.schema import BLOCK_PAGES, PAGE, u64_pair
+from qsfs.store.snapshot import CommittedState, DirtyPart, DirtyRun, Want
+
+_log = logging.getLogger(__name__)
+
+STEP_SECONDS = 0.1
+IDLE_SECONDS = 1.0
+_WORTH_A_PACK = 2
+"""A pass without pressure leaves what is less than a pack's bytes divided by this."""
+
+
+class PreCopier:
+    """Uploads quiet dirty pages.  `run` is a task; `pressed` says why it should take everything ("": not).
+
+    `elsewhere` says of a page whether a cut has sealed it.  `bytes_recorded` counts bytes that turned
+    clean since the start; `garbage` holds packs of which nothing was of use when they were written.
+    """
+
+    def __init__(self, context: FlushContext, elsewhere: Callable[[int, int, int], bool]) -> None:
+        self.pressed = ""
+        self.orphans_too = False
+        self.bytes_recorded = 0
+        self.garbage: list[PackRef] = []
+        self.problem = ""
+        self._context = context
+        self._elsewhere = elsewhere
+        self._position = b""
+        self._in_flight: dict[int, int] = {}
+        self._wake = trio.Event()
+
+    def press(self, why: str, *, orphans_too: bool = False) -> None:
+        """Sets or, with "", ends the pressure."""
+        if why and not self.pressed:
+            self._wake.set()
+        self.pressed, self.orphans_too = why, orphans_too
+
+    async def run(self) -> None:
+        """Goes round the dirty pages until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                if not await self._pass(nursery):
+                    self._wake = trio.Event()
+                    with trio.move_on_after(IDLE_SECONDS):
+                        await self._wake.wait()
+
+    async def _pass(self, nursery: trio.Nursery) -> bool:
+        """Reads and sends at most one pack; whether there was one."""
+        context = self._context
+        if not context.uploader.enough_backends():
+            return False
+        await context.packs.acquire()
+        handed_over = False
+        try:
+            runs = await self._collect()
+            if runs:
+                self._mark(runs)
+                nursery.start_soon(self._send, runs)
+                handed_over = True
+        finally:
+            if not handed_over:
+                context.packs.release()
+        return handed_over
+
+    async def _collect(self) -> tuple[DirtyRun, ...]:
+        """The runs of the next pack, read in as many transactions as it takes."""
+        context = self._context
+        target = context.sealer.pack_bytes
+        runs: list[DirtyRun] = []
+        size = 0
+        while size < target:
+            left = target - size
+            try:
+                part = await context.in_thread(lambda: self._read(left))  # noqa: B023 (awaited at once)
+            except Corrupt as error:
+                self._skip(error)
+                break
+            runs += part.runs
+            size += sum(len(run.data) for run in part.runs)
+            self._position = part.resume or b""
+            if part.resume is None:
+                break
+        if not self.pressed and size < target // _WORTH_A_PACK:
+            return ()
+        return tuple(runs)
+
+    def _read(self, most_bytes: int) -> DirtyPart:
+        context = self._context
+        quiet = None if self.pressed else self._quiet
+        want = Want(
+            most_bytes,
+            until=context.clock.monotonic() + STEP_SECONDS,
+            quiet=quiet,
+            taken=self._taken,
+            orphans=self.orphans_too,
+        )
+        with CommittedState(context.store.environment, context.clock) as state:
+            return state.dirty(self._position, want)
+
+    def _quiet(self, block: int) -> bool:
+        # Called on a worker thread: membership of a set is one step for the interpreter.
+        return block not in self._context.store.blocks.written
+
+    def _taken(self, inode: int, page: int, write_number: int) -> bool:
+        return self._in_flight.get(inode << 64 | page) == write_number or self._elsewhere(
+            inode, page, write_number
+        )
+
+    def _skip(self, error: Corrupt) -> None:
+        """Goes on behind a damaged page; a cut will not leave it out."""
+        if str(error) != self.problem:
+            _log.error("%s; it is not uploaded, and no generation can be made before that is mended", error)
+            self.problem = str(error)
+        if isinstance(error, LocalDamage):
+            self._position = _behind(error)
+
+    def _mark(self, runs: tuple[DirtyRun, ...]) -> None:
+        for run in runs:
+            base = run.inode << 64 | run.first
+            for index, write_number in enumerate(run.writes):
+                self._in_flight[base + index] = write_number
+
+    def _unmark(self, pages: list[tuple[int, int, tuple[int, ...]]]) -> None:
+        for inode, first, writes in pages:
+            base = inode << 64 | first
+            for index, write_number in enumerate(writes):
+                if self._in_flight.get(base + index) == write_number:
+                    del self._in_flight[base + index]
+
+    async def _send(self, runs: tuple[DirtyRun, ...]) -> None:
+        """Seals, uploads and records one pack."""
+        context = self._context
+        number = reserve_numbers(context.store, 1)[0]
+        pages = [(run.inode, run.first, run.writes) for run in runs]
+        try:
+            sealing = _Sealing(context.sealer, runs, number)
+            del runs
+            await context.in_thread(sealing.seal)
+            upload = await context.uploader.upload(sealing.ref, sealing.shards)
+            sealing.shards = []
+            failpoints.hit("flush.precopy.written")
+            await context.committer.room()
+            self._record(number, sealing, upload)
+            failpoints.hit("flush.precopy.recorded")
+        except CacheError as error:
+            # The local store has failed: whoever commits says so, and nothing of this pack is lost.
+            self.problem = str(error)
+        finally:
+            self._unmark(pages)
+            context.packs.release()
+
+    def _record(self, number: int, sealing: _Sealing, upload: Upload) -> None:
+        context = self._context
+        cleaned = sum(record_run(context.store, run) for run in sealing.runs)
+        if cleaned:
+            row = row_of(upload.ref, upload.placement, context.clock.time_ns())
+            context.add_pack(number, row, upload)
+            self.bytes_recorded += cleaned * PAGE
+        else:
+            self.garbage.append(upload.ref)
+
+
+class _Sealing:
+    """A pack being sealed; its plain bytes go as soon as they are."""
+
+    def __init__(self, sealer: Sealer, runs: tuple[DirtyRun, ...], number: int) -> None:
+        self._sealer = sealer
+        self._plain = runs
+        self._number = number
+        self.runs: list[SealedRun] = []
+        self.shards: list[bytes] = []
+        self.ref: PackRef
+
+    def seal(self) -> None:
+        """Seals and encodes; for a worker thread."""
+        pack = self._sealer.data_pack(self._plain)
+        self.runs = list(sealed_runs(pack, self._plain, self._number))
+        self._plain = ()
+        self.ref = pack.ref
+        self.shards = self._sealer.shards(pack)
+
+
+def _behind(damage: LocalDamage) -> bytes:
+    """The key behind the block of a damaged page."""
+    return u64_pair(damage.inode, damage.page // BLOCK_PAGES) + b"\0"

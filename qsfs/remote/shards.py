@@ -1,0 +1,30 @@
+"""Rebuilding shards that are missing, from k that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+from qsfs.format.shard import encode_shard
+from qsfs.remote.packing import Sealer
+from qsfs.remote.stored import StoredPack
+
+
+class ShardReader(Protocol):
+    """Who reads shards: `reader.PackReader`."""
+
+    async def shards(self, pack: StoredPack, wanted: Collection[int]) -> dict[int, memoryview]:
+        """The payloads of these data shards, read or decoded; raises `DataLost`, `Unavailable`."""
+        ...
+
+
+def rebuild(
+    sealer: Sealer, pack: StoredPack, payloads: dict[int, memoryview], wanted: Sequence[int]
+) -> list[bytes]:
+    """The values of all n shards, those not in `wanted` empty; for a worker thread."""
+    code = sealer.code
+    made = code.rebuild(payloads, wanted)
+    return [
+        encode_shard(pack.ref, number, made[number], code, sealer.keys) if number in made else b""
+        for number in range(code.params.n)
+    ]
