@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Sequence
 
 import pyfuse3
+import trio
 from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT, XAttrNameT
 
 from qsfs.filesystem.attributes import SET_IDS, AttributeChange
@@ -62,6 +63,11 @@ class Operations(pyfuse3.Operations):
         self._state = state
         self._xattr = xattr
         self._attributes = AttributeFiller(namespace)
+        self.initialized = trio.Event()
+
+    def init(self) -> None:
+        """The kernel and libfuse agree on the session; the answer goes out before any task runs."""
+        self.initialized.set()
 
     # names
 

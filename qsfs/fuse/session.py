@@ -54,14 +54,9 @@ async def serve(
         ) from error
     unmount = True
     try:
-        device = tuning.find_device(mountpoint)
-        if device is not None:
-            tuning.tune(
-                device, read_ahead_kb=config.read_ahead_kb, max_background=config.max_background
-            )
         async with trio.open_nursery() as nursery:
             operations.attributes_changed = AttributeRefresh(nursery).refresh
-            mounted()
+            nursery.start_soon(_when_initialized, operations, mountpoint, config, mounted)
             await pyfuse3.main(max_tasks=config.max_tasks)
             nursery.cancel_scope.cancel()
     except BaseException as error:
@@ -69,6 +64,17 @@ async def serve(
         raise
     finally:
         pyfuse3.close(unmount=unmount)
+
+
+async def _when_initialized(
+    operations: Operations, mountpoint: Path, config: MountConfig, mounted: Callable[[], None]
+) -> None:
+    """Tunes once the session is agreed on: until then the kernel would set readahead again."""
+    await operations.initialized.wait()
+    device = tuning.find_device(mountpoint)
+    if device is not None:
+        tuning.tune(device, read_ahead_kb=config.read_ahead_kb, max_background=config.max_background)
+    mounted()
 
 
 def _is_cancellation(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import inspect
 import json
 import logging
 import sys
@@ -39,7 +40,6 @@ class Daemon:
         self.state = MountState()
         self.room = True
         self.syncs: list[Any] = []
-        self.needs = 0
         self.released = trio.Event()
         self.wait_error = 0
         self.operations = Operations(self.namespace, self, self, self, self.state, xattr=settings["xattr"])
@@ -48,9 +48,9 @@ class Daemon:
     # what the handlers ask for
 
     async def satisfy(self, need: Need) -> None:
-        self.needs += 1
         await self.released.wait()
         if self.wait_error:
+            self.contents.need = need
             raise PosixError(self.wait_error)
 
     async def sync(self, number: int, data_only: bool) -> None:
@@ -87,6 +87,27 @@ class Daemon:
     def flags(self, number: int) -> int:
         return self.store.inodes[number].flags
 
+    async def settled(self) -> bool:
+        """Waits until nothing that has no name is left, which ends with a FORGET of the kernel."""
+        with trio.fail_after(30):
+            while self.namespace.references.orphans:
+                await trio.sleep(0.01)
+        return True
+
+    async def waiting(self, count: int) -> bool:
+        """Waits until so many requests wait."""
+        with trio.fail_after(30):
+            while self.operations.counts.waiting < count:
+                await trio.sleep(0.01)
+        return True
+
+    def times(self, number: int) -> list[int]:
+        inode = self.store.inodes[number]
+        return [inode.atime_ns, inode.mtime_ns, inode.ctime_ns]
+
+    def size(self, number: int) -> int:
+        return self.store.inodes[number].size
+
     def unexpected(self) -> int:
         return self.operations.counts.unexpected
 
@@ -122,11 +143,11 @@ class Daemon:
         self.contents.need = NeedPages(0, 0, 1)
 
     def release(self, error: int) -> None:
+        """Lets go what waits: with 0 it finds what it needs, else it and all that follow get `error`."""
         self.wait_error = error
+        if not error:
+            self.contents.need = None
         self.released.set()
-
-    def waits(self) -> int:
-        return self.needs
 
     def fill_up(self, full: bool) -> None:
         self.room = not full
@@ -148,7 +169,8 @@ class Daemon:
             while b"\n" in pending:
                 line, _, pending = pending.partition(b"\n")
                 name, *arguments = json.loads(line)
-                answer(getattr(self, name)(*arguments))
+                result = getattr(self, name)(*arguments)
+                answer(await result if inspect.iscoroutine(result) else result)
         cancel()
 
     async def run(self) -> None:

@@ -1,0 +1,158 @@
+"""Nothing that goes wrong in one request ends the mount or goes unseen."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+
+import pytest
+
+pytestmark = pytest.mark.mount
+
+
+def code_of(operation, *arguments):
+    with pytest.raises(OSError) as caught:
+        operation(*arguments)
+    return caught.value.errno
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "logged"),
+    [
+        ("ValueError", errno.EIO, "ValueError: planned"),
+        ("OSError", errno.ENOSPC, "planned"),
+        ("KeyError group", errno.EIO, "KeyError: 'planned'"),
+    ],
+)
+def test_an_unexpected_exception_is_an_error_of_its_request_only(mount, root, error, code, logged):
+    mount.expected_log = logged
+    mount.command("raise_in", "mkdir", error)
+    assert code_of(os.mkdir, root / "d") == code
+    os.mkdir(root / "d")
+    assert mount.command("unexpected") == 1
+    assert "Traceback" in mount.log
+
+
+def test_a_posix_error_in_a_group_is_that_error(mount, root):
+    mount.command("raise_in", "mkdir", "ExceptionGroup")
+    assert code_of(os.mkdir, root / "d") == errno.ENOENT
+    assert mount.command("unexpected") == 0
+
+
+@pytest.mark.parametrize(
+    "method", ["lookup", "unlink", "set_attributes", "create", "list_directory", "rename"]
+)
+def test_every_handler_is_guarded(mount, root, method):
+    mount.expected_log = "ValueError: planned"
+    actions = {
+        "lookup": lambda: os.stat(root / "new"),
+        "unlink": lambda: os.unlink(root / "f"),
+        "set_attributes": lambda: os.chmod(root / "f", 0o600),
+        "create": lambda: os.open(root / "g", os.O_CREAT),
+        "list_directory": lambda: os.listdir(root),
+        "rename": lambda: os.rename(root / "f", root / "h"),
+    }
+    (root / "f").touch()
+    mount.command("raise_in", method, "ValueError")
+    assert code_of(actions[method]) == errno.EIO
+    assert os.listdir(root) == ["f"]
+
+
+def test_an_exception_while_forgetting_ends_nothing(mount, root):
+    """pyfuse3 does not even let `FUSEError` through there."""
+    mount.expected_log = "ValueError: planned"
+    (root / "f").touch()
+    mount.command("raise_in_forget")
+    os.unlink(root / "f")
+    with open("/proc/sys/vm/drop_caches", "w") as file:
+        file.write("2")
+    (root / "g").touch()
+    assert os.listdir(root) == ["g"]
+    os.unlink(root / "g")
+    assert mount.command("settled") is True
+
+
+def read_in_thread(path):
+    """Reads a file in a thread; returns the thread and what comes of it."""
+    result = []
+
+    def read():
+        try:
+            result.append(path.read_bytes())
+        except OSError as error:
+            result.append(error.errno)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    return thread, result
+
+
+@pytest.mark.parametrize(("error", "expected"), [(0, b"x" * 5000), (errno.EIO, errno.EIO)])
+def test_a_request_waits_for_what_it_needs_while_others_go_on(mount, root, error, expected):
+    (root / "f").write_bytes(b"x" * 5000)
+    os.sync()
+    handle = os.open(root / "f", os.O_RDONLY)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+    mount.command("need_pages")
+    thread, result = read_in_thread(root / "f")
+    assert mount.command("waiting", 1)
+    (root / "g").write_text("meanwhile")
+    assert os.listdir(root) == ["f", "g"]
+    mount.command("release", error)
+    thread.join(30)
+    assert result == [expected]
+    mount.command("release", 0)
+    assert (root / "f").read_bytes() == b"x" * 5000
+
+
+def test_no_room_stops_new_files_and_no_write(mount, root):
+    with open(root / "f", "w+b") as file:
+        mount.command("fill_up", True)
+        assert code_of(os.mkdir, root / "d") == errno.ENOSPC
+        assert code_of(os.symlink, "t", root / "s") == errno.ENOSPC
+        assert code_of(os.open, root / "g", os.O_CREAT) == errno.ENOSPC
+        assert code_of(os.link, root / "f", root / "l") == errno.ENOSPC
+        assert code_of(os.mkfifo, root / "p") == errno.ENOSPC
+        assert os.statvfs(root).f_bavail == 0
+        file.write(b"x" * 100_000)
+        file.flush()
+        os.fsync(file.fileno())
+        file.truncate(1 << 40)
+        os.rename(root / "f", root / "moved")
+    os.unlink(root / "moved")
+    mount.command("fill_up", False)
+    (root / "d").mkdir()
+
+
+def test_a_fenced_mount_reads_and_changes_nothing(mount, root):
+    mount.expected_log = "read-only from now on: planned"
+    (root / "f").write_bytes(b"x")
+    os.sync()
+    handle = os.open(root / "f", os.O_RDWR)
+    mount.command("fence")
+    os.write(handle, b"y" * 10_000)
+    assert code_of(os.fsync, handle) == errno.EIO
+    with contextlib.suppress(OSError):
+        os.close(handle)
+    assert code_of(os.mkdir, root / "d") == errno.EROFS
+    assert code_of(os.unlink, root / "f") == errno.EROFS
+    assert code_of(os.chmod, root / "f", 0o600) == errno.EROFS
+    assert code_of(os.rename, root / "f", root / "g") == errno.EROFS
+    assert code_of(os.open, root / "f", os.O_WRONLY) == errno.EROFS
+    assert os.listdir(root) == ["f"]
+    assert (root / "f").exists()
+
+
+def test_a_failed_mount_answers_everything_that_changes_with_eio(mount, root):
+    mount.expected_log = "read-only from now on: planned"
+    (root / "f").write_bytes(b"x")
+    os.sync()
+    mount.command("fail")
+    directory = os.open(root, os.O_RDONLY)
+    assert code_of(os.fsync, directory) == errno.EIO
+    os.close(directory)
+    assert code_of(os.mkdir, root / "d") == errno.EIO
+    assert (root / "f").read_bytes() == b"x"
