@@ -9,6 +9,7 @@ Prints "ready" once mounted.  The control socket takes one JSON object a line an
     {"do": "fail", "kind": "write", "errno": 28, "match": "*", "count": -1} requests fail from now on
     {"do": "heal"}
     {"do": "stat"}
+    {"do": "restart"}                                                       mounts again once unmounted
 
 After a cut every request fails with EIO until the file system is unmounted, then the process ends.  An
 orderly unmount first makes everything durable.  With `--until-eof` the process also ends, as if killed,
@@ -44,16 +45,21 @@ def main() -> int:
     logging.basicConfig(format="powerloss: %(message)s", level=logging.WARNING)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
-    operations = Operations(Disk(options.backing, options.metadata))
+    trigger = None
     if options.at_fsync:
-        operations.trigger = Trigger(
-            "fsync", options.at_fsync, options.when == "before", options.match, options.seed, options.keep
-        )
-    pyfuse3.init(operations, str(options.mountpoint), {"fsname=powerloss", "default_permissions"})
-    try:
-        trio.run(_serve, operations, options)
-    finally:
-        pyfuse3.close(unmount=False)
+        before = options.when == "before"
+        trigger = Trigger("fsync", options.at_fsync, before, options.match, options.seed, options.keep)
+    again = True
+    while again:
+        operations = Operations(Disk(options.backing, options.metadata))
+        operations.trigger, trigger = trigger, None
+        pyfuse3.init(operations, str(options.mountpoint), {"fsname=powerloss", "default_permissions"})
+        try:
+            trio.run(_serve, operations, options)
+        finally:
+            pyfuse3.close(unmount=False)
+            options.control.unlink(missing_ok=True)
+        again = operations.comes_back
     return 0
 
 
@@ -75,8 +81,7 @@ async def _serve(operations: Operations, options: argparse.Namespace) -> None:
 
 async def _follow_input(mountpoint: Path) -> None:
     """Ends the process, without making anything durable, when nobody holds the other end of its input."""
-    while await trio.to_thread.run_sync(os.read, sys.stdin.fileno(), 4096, abandon_on_cancel=True):
-        pass
+    await trio.lowlevel.wait_readable(sys.stdin)
     detach(mountpoint)
     os._exit(1)
 
@@ -115,6 +120,8 @@ async def _obey(operations: Operations, seed: str, command: dict[str, Any]) -> d
                 )
             case "heal":
                 operations.fault = None
+            case "restart":
+                operations.comes_back = True
             case "stat":
                 return _status(operations)
             case _:

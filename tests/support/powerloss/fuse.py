@@ -98,6 +98,7 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self.disk = disk
         self.dead = False
+        self.comes_back = False
         self.went = trio.Event()
         self.report: CutReport | None = None
         self.trigger: Trigger | None = None

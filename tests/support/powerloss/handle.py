@@ -7,6 +7,7 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -54,12 +55,14 @@ class PowerLoss:
         scratch.session()
         arguments = [str(backing), str(mountpoint), "--control", str(self._control)]
         arguments += ["--seed", self.seed, "--metadata", metadata, "--until-eof"]
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
+        self._words = ""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.powerloss", *arguments],
             cwd=scratch.ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             start_new_session=True,
         )
         try:
@@ -75,6 +78,8 @@ class PowerLoss:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if error is None and (said := self._said()):
+            raise PowerLossError(f"the disk on {self.mountpoint} itself failed: {said}")
 
     def cut(self, *, seed: object = None, keep: str = "random", victims: Iterable[int] = ()) -> CutReport:
         """The power goes now, and with it the processes `victims` (by SIGKILL, before anything else).
@@ -132,6 +137,12 @@ class PowerLoss:
         """Counts: `dead`, `uncovered_bytes`, `uncovered_operations`, and `writes` and `fsyncs` by path."""
         return self._ask("stat")
 
+    def restart(self) -> None:
+        """The power comes back: mounts again what a cut left.  All that used the mount must have ended."""
+        self._ask("restart")
+        scratch.detach(self.mountpoint)
+        self._await_ready()
+
     def unmount(self) -> None:
         """An orderly unmount: everything becomes durable.  Raises `OSError` (EBUSY) while it is in use."""
         scratch.unmount(self.mountpoint)
@@ -144,9 +155,11 @@ class PowerLoss:
         if self._process.returncode is None:
             self._process.kill()
             self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+        for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
+        self._said()
+        self._errors.close()
         self._control.unlink(missing_ok=True)
 
     def _seed(self, seed: object) -> str:
@@ -186,6 +199,11 @@ class PowerLoss:
     def _last_words(self) -> str:
         if self._process.poll() is None:
             return "its process runs"
-        assert self._process.stderr is not None
-        said = self._process.stderr.read().decode(errors="replace").strip()
-        return f"its process ended with {self._process.returncode}: {said or 'it said nothing'}"
+        return f"its process ended with {self._process.returncode}: {self._said() or 'it said nothing'}"
+
+    def _said(self) -> str:
+        """What the process wrote to standard error."""
+        if not self._errors.closed:
+            self._errors.seek(0)
+            self._words = self._errors.read().decode(errors="replace").strip()
+        return self._words

@@ -26,6 +26,7 @@ import lmdb
 from tests.support.workload.acks import Acks, Promises, content
 from tests.support.workload.lmdb_writer import check_structure
 
+SIGNATURES = "block_metadata_v2"
 STORAGE_TABLES = (
     "transactions",
     "block_body_v2",
@@ -33,7 +34,7 @@ STORAGE_TABLES = (
     "versioned_approvals_hashes",
     "execution_results",
     "versioned_transfers",
-    "block_metadata_v2",
+    SIGNATURES,
     "state_store",
 )
 TRIE = "TRIE_STORE"
@@ -121,7 +122,8 @@ def verify(directory: Path, promises: Promises) -> list[str]:
     state = held.get(("state_store", STATE_KEY))
     tip = struct.unpack("<QQ", state)[1] if state is not None else -1
     if not promises.acked <= tip <= promises.begun:
-        return [f"storage.lmdb is at block {tip}; acknowledged was {promises.acked}, begun {promises.begun}"]
+        promised = f"acknowledged was {promises.acked}, begun {promises.begun}"
+        return [f"{directory / 'storage.lmdb'}: is at block {tip}; {promised}"]
     problems = []
     for height in range(tip + 1):
         block = plan(promises.seed, height, options["validators"], options["transactions"])
@@ -130,9 +132,12 @@ def verify(directory: Path, promises: Promises) -> list[str]:
         }
         for (table, key), value in wanted.items():
             found = (tries if table == TRIE else held).get((table, key))
-            if found != value:
+            # Signatures of a block still come in after it counts as complete.
+            late = height > promises.acked and table == SIGNATURES and found and value.startswith(found)
+            if found != value and not late:
                 what = "is missing" if found is None else f"holds {len(found)} wrong bytes"
-                problems.append(f"block {height}: {table} record {key.hex()} {what}")
+                file = "data.lmdb" if table == TRIE else "storage.lmdb"
+                problems.append(f"{directory / file}: block {height}: {table} record {key.hex()} {what}")
     if options["units"]:
         needed = promises.acked if options["units"] == "durable" else -1
         problems += _verify_units(directory / UNITS, promises, needed, 2 * options["validators"] + 1)
@@ -184,10 +189,10 @@ def plan(seed: str, height: int, validators: int, transactions: int) -> Block:
     whole.append(record("versioned_transfers", 0, 8 + 170 * count))
     block.after.append(whole)
     first = 56 + SIGNATURE * (2 * validators // 3)
-    block.after.append([record("block_metadata_v2", 0, first)])
+    block.after.append([record(SIGNATURES, 0, first)])
     block.after.append([("state_store", STATE_KEY, struct.pack("<QQ", 0, height))])
     for late in range(1, validators // 3 + 1):
-        block.after.append([record("block_metadata_v2", 0, first + SIGNATURE * late)])
+        block.after.append([record(SIGNATURES, 0, first + SIGNATURE * late)])
     return block
 
 

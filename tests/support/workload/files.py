@@ -1,11 +1,12 @@
 """Plain files and names: created, written, truncated, renamed, linked, removed, each followed by its fsyncs.
 
 Options: `sync_every` N operations, after which all files and directories that they touched are synced and the
-last operation is acknowledged; `largest` write in bytes.  A step is one operation.
+last operation is acknowledged; `largest` write in bytes; `grain`, see below.  A step is one operation.
 
 What is promised of the tree that a crash leaves: the names are as after one of the operations, from the last
-acknowledged on.  A file holds in each 4 KiB what it held there after one of its writes since it was synced.
-So with `sync_every` 1 only the very last operation may be there in part.
+acknowledged on.  A file holds in each `grain` bytes (4096; on a bare disk 512, its sector) what it held there
+after one of its writes since it was synced.  So with `sync_every` 1 only the last operation may be there in
+part.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from pathlib import Path
 from tests.support.workload.acks import Acks, Promises
 from tests.support.workload.tree import Entry, File, Link, Operation, Tree
 
-GRAIN = 4096
-
 
 def run(
     directory: Path,
@@ -30,8 +29,12 @@ def run(
     *,
     sync_every: int = 1,
     largest: int = 60_000,
+    grain: int = 4096,
 ) -> None:
-    """Does the operations, and acknowledges them once the fsyncs that make them durable returned."""
+    """Does the operations, and acknowledges them once the fsyncs that make them durable returned.
+
+    `grain` is for the verifier, which finds it in the ack file.
+    """
     tree = Tree()
     touched: list[Operation] = []
     for step in steps:
@@ -63,7 +66,7 @@ def verify(directory: Path, promises: Promises) -> list[str]:
     for after, entries in enumerate(states, promises.acked):
         problems = list(_compare_names(entries, found, after))
         if not problems:
-            return list(_compare_contents(directory, entries))
+            return list(_compare_contents(directory, entries, promises.options.get("grain", 4096)))
         if closest is None or len(problems) < len(closest):
             closest = problems
     return closest or []
@@ -138,25 +141,25 @@ def _compare_names(expected: dict[str, Entry], found: dict[str, os.stat_result],
         yield f"two files are one (names as after operation {after})"
 
 
-def _compare_contents(directory: Path, expected: dict[str, Entry]) -> Iterator[str]:
+def _compare_contents(directory: Path, expected: dict[str, Entry], grain: int) -> Iterator[str]:
     for path, entry in sorted(expected.items()):
         if isinstance(entry, Link):
             target = str((directory / path).readlink())
             if target != entry.target:
                 yield f"{path} points at {target}, not at {entry.target}"
         elif isinstance(entry, File):
-            yield from _compare_file(path, (directory / path).read_bytes(), [*entry.past, entry.data])
+            yield from _compare_file(path, (directory / path).read_bytes(), [*entry.past, entry.data], grain)
 
 
-def _compare_file(path: str, found: bytes, states: list[bytes]) -> Iterator[str]:
+def _compare_file(path: str, found: bytes, states: list[bytes], grain: int) -> Iterator[str]:
     """What of a file's content it can never have had there since it was synced."""
     sizes = [len(state) for state in states]
     if not min(sizes) <= len(found) <= max(sizes):
         yield f"{path} has {len(found)} bytes; it had {sorted(set(sizes))}"
-    for start in range(0, len(found), GRAIN):
-        part = found[start : start + GRAIN]
+    for start in range(0, len(found), grain):
+        part = found[start : start + grain]
         if not any(
-            state[start : start + GRAIN][: len(part)].ljust(len(part), b"\0") == part for state in states
+            state[start : start + grain][: len(part)].ljust(len(part), b"\0") == part for state in states
         ):
             what = "zeros" if not any(part) else "wrong bytes"
             yield f"{path} holds {what} in [{start}, {start + len(part)})"

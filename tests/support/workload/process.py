@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -32,12 +33,13 @@ class Running:
         scratch.session()
         words = [name, str(directory), str(ack_file), "--seed", str(seed), "--count", str(count), "--echo"]
         words += [f"--option={key}={value}" for key, value in options.items()]
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.workload", *words],
             cwd=scratch.ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
         )
         self.pid = self._process.pid
@@ -84,9 +86,9 @@ class Running:
         self._process.kill()
         self._process.wait()
         self._reader.join()
-        for stream in (self._process.stdout, self._process.stderr):
-            if stream is not None:
-                stream.close()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._errors.close()
 
     def _follow(self) -> None:
         assert self._process.stdout is not None
@@ -102,5 +104,6 @@ class Running:
         if not ended:
             return "it is still at it"
         self._process.wait()
-        assert self._process.stderr is not None
-        return f"it ended with {self._process.returncode}: {self._process.stderr.read().strip()}"
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip()
+        return f"it ended with {self._process.returncode}: {said}"
