@@ -1,9 +1,9 @@
 """A small file system on memory backends, built from formats and rows directly: for fetch, restore and fsck.
 
-    fs = await SmallFs.make(scratch)           # 8 backends, 4 + 2 shards
-    number = fs.write("a", data)               # a file in the root, dirty
-    fs.upload(number); fs.evict(number)        # remote only
-    async with fs.fetching() as fetcher: ...
+fs = await SmallFs.make(scratch)           # 8 backends, 4 + 2 shards
+number = fs.write("a", data)               # a file in the root, dirty
+fs.upload(number); fs.evict(number)        # remote only
+async with fs.fetching() as fetcher: ...
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from pathlib import Path
 
 import trio
 
+from qsfs.filesystem.transient import TransientPages
 from qsfs.format.erasure import Code
-from qsfs.format.head import MetadataPack, Owner
+from qsfs.format.head import MetadataPack, Owner, SealedHead
 from qsfs.format.pack import Pack, PackKind, PlainExtent, build_pack
 from qsfs.format.rows import encode_rows
 from qsfs.format.shard import encode_shards, shard_key
-from qsfs.remote.control import ControlIndex
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.members import Member, Members
 from qsfs.remote.reader import PackReader
-from qsfs.filesystem.transient import TransientPages
 from qsfs.store.limits import Limits
 from qsfs.store.schema import (
     BLOCK_PAGES,
@@ -71,15 +70,16 @@ class SmallFs:
         self.backends: dict[int, FaultyBackend] = {}
         self.members = self.connect()
         self.room_waits = 0
+        self.sealed: SealedHead | None = None
 
     @classmethod
-    async def make(cls, directory: Path, count: int = 8, *, k: int = 4, m: int = 2, limits: Limits = LIMITS) -> SmallFs:
+    async def make(
+        cls, directory: Path, count: int = 8, *, k: int = 4, m: int = 2, limits: Limits = LIMITS
+    ) -> SmallFs:
         fs = cls(await make_world(count, k=k, m=m), directory, limits)
         fs.store.set_local(FSID_KEY, fs.keys.fsid)
         with fs.store.change() as change:
-            change.create(
-                Inode(ROOT_INODE, stat.S_IFDIR | 0o755, nlink=2, parent=ROOT_INODE, next_cookie=3)
-            )
+            change.create(Inode(ROOT_INODE, stat.S_IFDIR | 0o755, nlink=2, parent=ROOT_INODE, next_cookie=3))
         fs.store.set_counter(NEXT_INODE, 1)
         fs.commit()
         return fs
@@ -92,7 +92,9 @@ class SmallFs:
         ):
             self.backends[entry.number] = FaultyBackend(data)
             members.add(
-                Member(entry, self.backends[entry.number], FaultyBackend(control), self.clock, identified=True)
+                Member(
+                    entry, self.backends[entry.number], FaultyBackend(control), self.clock, identified=True
+                )
             )
         return members
 
@@ -113,7 +115,9 @@ class SmallFs:
 
     # files
 
-    def create(self, name: str, *, mode: int = stat.S_IFREG | 0o644, flags: int = 0, parent: int = ROOT_INODE) -> int:
+    def create(
+        self, name: str, *, mode: int = stat.S_IFREG | 0o644, flags: int = 0, parent: int = ROOT_INODE
+    ) -> int:
         """A new file or directory; returns its inode."""
         number = self.store.allocate_inode()
         above = self.store.inode(parent)
@@ -130,9 +134,7 @@ class SmallFs:
                     parent=parent if directory else 0,
                 )
             )
-            change.put(
-                Table.ENTRIES, u64(parent) + name.encode(), Entry(number, cookie, mode >> 12).encode()
-            )
+            change.put(Table.ENTRIES, u64(parent) + name.encode(), Entry(number, cookie, mode >> 12).encode())
             change.put(Table.COOKIES, u64_pair(parent, cookie), name.encode())
             change.patch(parent, next_cookie=cookie + 1, nlink=above.nlink + directory)
         return number
@@ -187,9 +189,7 @@ class SmallFs:
         for block in self.store.blocks.numbers(number, 0):
             state = self.store.blocks.state(number, block)
             if state is not None:
-                found += [
-                    block * BLOCK_PAGES + i for i in range(BLOCK_PAGES) if state.dirty & 1 << i
-                ]
+                found += [block * BLOCK_PAGES + i for i in range(BLOCK_PAGES) if state.dirty & 1 << i]
         return found
 
     def _upload_pack(self, number: int, runs: list[list[int]]) -> int:
@@ -290,7 +290,13 @@ class SmallFs:
 
     # generations
 
-    def publish(self, generation: int = 1, *, rows: list[tuple[int, bytes, bytes | None]] | None = None, **fields: object) -> None:
+    def publish(
+        self,
+        generation: int = 1,
+        *,
+        rows: list[tuple[int, bytes, bytes | None]] | None = None,
+        **fields: object,
+    ) -> None:
         """Puts a head on every backend that names a snapshot of the committed rows (or of `rows`)."""
         if rows is None:
             rows = [
@@ -302,6 +308,7 @@ class SmallFs:
             self.world,
             OWNER,
             generation,
+            None if self.sealed is None else self.sealed.ref,
             snapshot=(self.metadata(rows),),
             write_number=self.store.layers.committed_write_number,
             **fields,
@@ -319,7 +326,7 @@ class SmallFs:
     # reading
 
     def reader(self) -> PackReader:
-        """A reader that leaves the event loop's thread only for huge packs: the virtual clock would run on."""
+        """A reader that stays on the event loop's thread: the virtual clock would run on meanwhile."""
         return PackReader(self.members, self.keys, self.code, worth_a_thread=64 << 20)
 
     @contextlib.asynccontextmanager
@@ -342,6 +349,3 @@ class SmallFs:
 def noise(count: int, seed: int = 1) -> bytes:
     """Bytes that do not compress."""
     return TrioClock(1000 + seed).random_bytes(count)
-
-
-__all__ = ["LIMITS", "OWNER", "ControlIndex", "SmallFs", "noise"]

@@ -1,0 +1,542 @@
+"""Restore: from backends and key alone comes the file system as it was at its cut, or nothing at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import stat
+
+import pytest
+import trio
+
+from qsfs import failpoints
+from qsfs.errors import (
+    CacheError,
+    Corrupt,
+    FormatMismatch,
+    KeyFileError,
+    NotFound,
+    QuorumUnavailable,
+    SplitHeads,
+    Unavailable,
+)
+from qsfs.format.superblock import SUPERBLOCK_KEY, create_superblock, encode_superblock
+from qsfs.remote.base import BASE_KEY, local_head
+from qsfs.remote.generation import GENERATION
+from qsfs.remote.members import Candidate
+from qsfs.remote.rebuild import AsideFile
+from qsfs.remote.restore import restore, set_aside
+from qsfs.remote.survey import Timing
+from qsfs.store.schema import (
+    PAGE,
+    REMOTE_TABLES,
+    ROOT_INODE,
+    Entry,
+    InodeFlag,
+    Table,
+    split_u64_pair,
+    u64,
+)
+from qsfs.store.store import FSID_KEY, NEXT_INODE, NEXT_PACK, Store
+from tests.remote.harness import FaultyBackend, make_head, plant
+from tests.remote.small_fs import LIMITS, OWNER, SmallFs, noise
+
+TIMING = Timing(attempt=2.0, retry=0.01, retry_most=0.02, grace=0.2)
+SECRET = b"k" * 32
+
+
+class Original(SmallFs):
+    """A file system with a superblock, and machines that restore it."""
+
+    def add_superblock(self) -> None:
+        superblock, _ = create_superblock(SECRET, code=self.world.code, clock=self.clock)
+        from qsfs.format.keys import wrap_keys
+
+        slots = wrap_keys(SECRET, self.keys, slot_number=1, clock=self.clock)
+        superblock = dataclasses.replace(superblock, fsid=self.keys.fsid, slots=slots)
+        self.superblock = encode_superblock(superblock, self.keys, self.clock)
+        for store in self.world.data:
+            store.put(SUPERBLOCK_KEY, self.superblock)
+
+    def candidates(self, down: tuple[int, ...] = (), silent: tuple[int, ...] = ()) -> list[Candidate]:
+        """New connections, as a machine with only a configuration makes them."""
+        found = []
+        self.connections = {}
+        for entry, data, control in zip(
+            self.world.fleet.entries, self.world.data, self.world.control, strict=True
+        ):
+            backend, heads = FaultyBackend(data), FaultyBackend(control)
+            backend.down = entry.number in down
+            heads.down = entry.number in (*down, *silent)
+            self.connections[entry.number] = backend
+            found.append(Candidate(entry.address, entry.namespace, backend, lambda _, heads=heads: heads))
+        return found
+
+    async def restore(self, directory, down=(), **options):
+        directory.mkdir(exist_ok=True)
+        options.setdefault("timing", TIMING)
+        options.setdefault("secret", SECRET)
+        options.setdefault("deadline_seconds", 10.0)
+        return await restore(
+            options.pop("candidates", None) or self.candidates(down),
+            directory=directory,
+            limits=LIMITS,
+            clock=self.clock,
+            **options,
+        )
+
+    def restored(self, directory) -> Original:
+        """A machine that works on what was restored in `directory`."""
+        return Original(self.world, directory)
+
+
+def rows_of(fs: SmallFs, *, without: frozenset[Table] = frozenset()) -> dict[Table, dict[bytes, bytes]]:
+    """The rows that a generation holds."""
+    return {
+        table: dict(fs.store.scan(table, b"", None))
+        for table in sorted(REMOTE_TABLES)
+        if table not in without
+    }
+
+
+@pytest.fixture
+async def fs(scratch):
+    fs = await Original.make(scratch / "cache")
+    fs.add_superblock()
+    yield fs
+    fs.close()
+
+
+async def a_small_tree(fs):
+    directory = fs.create("dir", mode=stat.S_IFDIR | 0o750)
+    files = {
+        "a": fs.write("a", noise(20 * PAGE)),
+        "b": fs.write("b", noise(3 * PAGE + 17, 2), parent=directory),
+    }
+    fs.commit()
+    for number in files.values():
+        fs.upload(number)
+    fs.commit()
+    return directory, files
+
+
+async def test_everything_comes_back(fs, scratch):
+    _, files = await a_small_tree(fs)
+    fs.publish()
+    said = []
+    report = await fs.restore(scratch / "new", say=said.append)
+    assert (report.tally.files, report.tally.directories, report.withstands >= 0) == (2, 2, True)
+    assert any("generation 1 of epoch 1" in sentence for sentence in report.sentences)
+    assert said[-1].step == "restored"
+    new = fs.restored(scratch / "new")
+    skip = frozenset({Table.PACKS, Table.COUNTERS})
+    assert rows_of(new, without=skip) == rows_of(fs, without=skip)
+    assert dict(new.store.scan(Table.COOKIES, b"", None)) == dict(fs.store.scan(Table.COOKIES, b"", None))
+    for name, number in files.items():
+        assert new.read(number, 0, 3) == [None] * 3, f"{name} stays remote"
+    async with new.fetching() as fetcher:
+        for number in files.values():
+            await fetcher.fetch(number, 0, 20)
+            assert new.read(number, 0, 20) == fs.read(number, 0, 20)
+    new.close()
+
+
+async def test_the_restored_head_is_the_base_and_not_ours(fs, scratch):
+    await a_small_tree(fs)
+    fs.publish(generation=5)
+    await fs.restore(scratch / "new")
+    new = fs.restored(scratch / "new")
+    base = local_head(new.store, BASE_KEY, fs.keys)
+    assert base is not None and base.sealed.ref == fs.sealed.ref and not base.ours
+    assert new.store.local(FSID_KEY) == fs.keys.fsid
+    assert new.store.counter(GENERATION) == 5
+    assert new.store.write_number > fs.head.write_number
+    assert new.store.counter(NEXT_INODE) == 4
+    new.close()
+
+
+async def test_numbers_in_use_are_never_given_out_again(fs, scratch):
+    """The counters of the rows may be behind what the head knows, and both behind the rows themselves."""
+    await a_small_tree(fs)
+    rows = [
+        (int(table), key, value)
+        for table, found in rows_of(fs).items()
+        for key, value in found.items()
+        if table is not Table.COUNTERS
+    ]
+    fs.publish(rows=rows, counters={"next-inode": 2, "other": 9})
+    await fs.restore(scratch / "new")
+    new = fs.restored(scratch / "new")
+    assert new.store.counter(NEXT_INODE) == 4
+    packs = [int.from_bytes(key, "big") for key, _ in new.store.scan(Table.PACKS, b"", None)]
+    assert new.store.counter(NEXT_PACK) == max(packs) == 3
+    assert new.store.counter(b"other") == 9
+    new.close()
+
+
+@pytest.mark.parametrize("lost", list(itertools.combinations(range(1, 9), 2))[::3])
+async def test_any_m_backends_may_be_gone(fs, scratch, lost):
+    _, files = await a_small_tree(fs)
+    fs.publish()
+    report = await fs.restore(scratch / "new", down=lost)
+    assert any("Left out" in sentence for sentence in report.sentences)
+    new = fs.restored(scratch / "new")
+    for place in lost:
+        new.backends[place].down = True
+    async with new.fetching() as fetcher:
+        await fetcher.fetch(files["a"], 0, 20)
+    assert new.read(files["a"], 0, 20) == fs.read(files["a"], 0, 20)
+    new.close()
+
+
+async def test_deltas_follow_the_snapshot(fs, scratch):
+    _, files = await a_small_tree(fs)
+    fs.publish()
+    snapshot = fs.head.snapshot
+    before = rows_of(fs)
+    with fs.store.change() as change:
+        change.delete(Table.ENTRIES, u64(ROOT_INODE) + b"a")
+        change.delete(Table.COOKIES, next(k for k, v in fs.store.scan(Table.COOKIES, b"", None) if v == b"a"))
+        change.remove(files["a"])
+    new_file = fs.write("c", b"new")
+    fs.store.work_off_truncations(1000)
+    fs.commit()
+    fs.upload(new_file)
+    after = rows_of(fs)
+    delta = []
+    for table, rows in after.items():
+        delta += [(int(table), key, value) for key, value in rows.items() if before[table].get(key) != value]
+        delta += [(int(table), key, None) for key in before[table] if key not in rows]
+    plant(
+        fs.world,
+        make_head(
+            fs.world,
+            OWNER,
+            2,
+            fs.sealed.ref,
+            snapshot=snapshot,
+            deltas=((fs.metadata(delta),),),
+            write_number=fs.store.layers.committed_write_number,
+        ),
+    )
+    await fs.restore(scratch / "new")
+    new = fs.restored(scratch / "new")
+    skip = frozenset({Table.PACKS, Table.COUNTERS})
+    assert rows_of(new, without=skip) == rows_of(fs, without=skip)
+    assert new.store.get(Table.ENTRIES, u64(ROOT_INODE) + b"a") is None
+    assert new.store.inode(files["a"]) is None
+    new.close()
+
+
+async def test_local_only_files_come_back_empty(fs, scratch):
+    number = fs.write("lock.mdb", noise(PAGE), flags=int(InodeFlag.LOCAL_ONLY))
+    fs.commit()
+    fs.publish()
+    report = await fs.restore(scratch / "new")
+    assert report.tally.emptied == 1
+    new = fs.restored(scratch / "new")
+    assert (new.inode(number).size, new.inode(number).allocated) == (0, 0)
+    new.close()
+
+
+async def test_files_of_a_validator_are_put_beside(fs, scratch):
+    directory = fs.create("unit", mode=stat.S_IFDIR | 0o750)
+    inner = fs.create("files", mode=stat.S_IFDIR | 0o750, parent=directory)
+    number = fs.write("unit_file", noise(PAGE), flags=int(InodeFlag.RESTORE_ASIDE), parent=inner)
+    fs.commit()
+    fs.upload(number)
+    fs.publish(generation=12)
+    report = await fs.restore(scratch / "new")
+    assert report.tally.aside == [AsideFile("/unit/files/unit_file", "unit_file.restored-12")]
+    assert any("sign twice" in sentence for sentence in report.sentences)
+    new = fs.restored(scratch / "new")
+    assert new.store.get(Table.ENTRIES, u64(inner) + b"unit_file") is None
+    row = new.store.get(Table.ENTRIES, u64(inner) + b"unit_file.restored-12")
+    entry = Entry.decode(row)
+    assert entry.inode == number
+    assert not new.inode(number).flags & InodeFlag.RESTORE_ASIDE
+    cookies = {split_u64_pair(k): v for k, v in new.store.scan(Table.COOKIES, b"", None)}
+    assert cookies[inner, entry.cookie] == b"unit_file.restored-12"
+    marks = {key for key, _ in new.store.scan(Table.CHANGED, b"", None)}
+    entries = bytes((Table.ENTRIES,)) + u64(inner)
+    assert {entries + b"unit_file", entries + b"unit_file.restored-12"} <= marks, (
+        "the next generation must carry what the restore changed"
+    )
+    new.close()
+
+
+async def test_a_name_that_is_taken_or_too_long_is_put_beside_too(fs, scratch):
+    long = "x" * 255
+    for name in ("u", long):
+        fs.write(name, b"1", flags=int(InodeFlag.RESTORE_ASIDE))
+    fs.write("u.restored-3", b"2")
+    fs.commit()
+    fs.publish(generation=3)
+    report = await fs.restore(scratch / "new")
+    assert {aside.name for aside in report.tally.aside} == {"u.restored-3-2", "x" * 244 + ".restored-3"}
+
+
+async def test_pending_truncations_are_kept(fs, scratch):
+    number = fs.remote_file("a", noise(8 * PAGE))
+    fs.store.blocks.truncate(fs.inode(number), 2, fs.store.next_write())
+    fs.commit()
+    fs.publish()
+    await fs.restore(scratch / "new")
+    new = fs.restored(scratch / "new")
+    assert [new.store.blocks.remote_extent(number, page) is None for page in range(8)] == [
+        False,
+        False,
+        *[True] * 6,
+    ]
+    assert new.inode(number).allocated == 8
+    while not new.store.work_off_truncations(4):
+        pass
+    assert new.inode(number).allocated == 2
+    new.close()
+
+
+async def test_what_only_this_machine_knew_is_not_there(fs, scratch):
+    """Residency and orphans are local."""
+    await a_small_tree(fs)
+    fs.publish()
+    await fs.restore(scratch / "new")
+    new = fs.restored(scratch / "new")
+    for table in (Table.BLOCKS, Table.VALUES, Table.DIRTY, Table.ORPHANS, Table.SPILL_BLOCKS):
+        assert list(new.store.scan(table, b"", None)) == []
+    new.close()
+
+
+async def test_metadata_packs_of_the_head_are_known_afterwards(fs, scratch):
+    await a_small_tree(fs)
+    fs.publish()
+    await fs.restore(scratch / "new")
+    new = fs.restored(scratch / "new")
+    ids = {new.pack_row(int.from_bytes(k, "big")).pack_id for k, _ in new.store.scan(Table.PACKS, b"", None)}
+    assert {pack.ref.pack_id for pack in fs.head.snapshot} <= ids
+    new.close()
+
+
+async def test_live_bytes_and_allocation_are_counted_anew(fs, scratch):
+    number = fs.remote_file("a", noise(8 * PAGE))
+    fs.inode(number).allocated = 77
+    fs.store.inodes.touch(fs.inode(number))
+    fs.commit()
+    fs.publish()
+    await fs.restore(scratch / "new")
+    new = fs.restored(scratch / "new")
+    assert new.inode(number).allocated == 8
+    assert new.pack_row(1).live == 8 * PAGE
+    new.close()
+
+
+# refusals
+
+
+async def test_a_directory_with_a_file_system_is_refused_and_can_be_set_aside(fs, scratch):
+    await a_small_tree(fs)
+    fs.publish()
+    await fs.restore(scratch / "new")
+    before = (scratch / "new" / "data.mdb").read_bytes()
+    with pytest.raises(CacheError, match="already"):
+        await fs.restore(scratch / "new")
+    assert (scratch / "new" / "data.mdb").read_bytes() == before
+    aside = set_aside(scratch / "new", fs.clock)
+    assert aside is not None and (aside / "data.mdb").read_bytes() == before
+    await fs.restore(scratch / "new")
+
+
+async def test_a_spool_that_holds_heads_is_refused(fs, scratch):
+    fs.publish()
+    (scratch / "new" / "spool").mkdir(parents=True)
+    (scratch / "new" / "spool" / "head-x").write_bytes(b"x")
+    with pytest.raises(CacheError, match="spool"):
+        await fs.restore(scratch / "new")
+
+
+async def test_the_wrong_key_opens_nothing(fs, scratch):
+    fs.publish()
+    with pytest.raises(KeyFileError):
+        await fs.restore(scratch / "new", secret=b"x" * 32)
+
+
+async def test_no_superblock_and_no_head_are_told_apart(fs, scratch):
+    with pytest.raises(NotFound, match="head"):
+        await fs.restore(scratch / "new")
+    for store in fs.world.data:
+        store.lose(SUPERBLOCK_KEY)
+    with pytest.raises(NotFound, match="no file system"):
+        await fs.restore(scratch / "new")
+    with pytest.raises(QuorumUnavailable):
+        await fs.restore(scratch / "new", down=(1, 2, 3, 4, 5, 6, 7, 8))
+
+
+async def test_rotten_superblocks_are_passed_over_and_named(fs, scratch):
+    await a_small_tree(fs)
+    fs.publish()
+    for store in fs.world.data[:7]:
+        store.rot(SUPERBLOCK_KEY, lambda value: value[:-1] + bytes([value[-1] ^ 1]))
+    report = await fs.restore(scratch / "new")
+    assert sum("Superblock" in sentence for sentence in report.sentences) == 7
+
+
+async def test_too_few_backends_to_be_sure_need_force(fs, scratch):
+    await a_small_tree(fs)
+    fs.publish()
+    # Q is 6 of 8: a published head may be missed by two, so a third must answer.
+    silent = (1, 2, 3, 4, 5, 6)
+    with pytest.raises(QuorumUnavailable, match="--force"):
+        await fs.restore(scratch / "new", candidates=fs.candidates(silent=silent))
+    assert not (scratch / "new" / "data.mdb").exists()
+    report = await fs.restore(scratch / "new", candidates=fs.candidates(silent=silent), force=True)
+    assert (report.base, report.withstands) == (fs.sealed.ref, -1)
+
+
+async def test_an_older_generation_is_restored_by_choice_only(fs, scratch):
+    await a_small_tree(fs)
+    fs.publish(generation=1)
+    old = fs.sealed.ref
+    fs.write("later", b"x")
+    fs.commit()
+    fs.publish(generation=2)
+    new = await fs.restore(scratch / "newest")
+    assert new.base.generation == 2 and new.tally.files == 3
+    chosen = await fs.restore(scratch / "chosen", chosen=old)
+    assert chosen.base == old and chosen.tally.files == 2
+
+
+async def test_split_heads_stop_and_list_both(fs, scratch):
+    await a_small_tree(fs)
+    fs.publish(generation=2)
+    plant(fs.world, dataclasses.replace(fs.head, time_ns=fs.head.time_ns + 1))
+    with pytest.raises(SplitHeads, match=r"generation 2 .*generation 2 "):
+        await fs.restore(scratch / "new")
+    report = await fs.restore(scratch / "new", chosen=fs.sealed.ref)
+    assert report.base == fs.sealed.ref
+
+
+async def test_metadata_that_do_not_come_leave_nothing_behind(fs, scratch):
+    await a_small_tree(fs)
+    fs.publish()
+    pack = fs.head.snapshot[0]
+    candidates = fs.candidates()
+
+    def refuse(call, key):
+        from qsfs.errors import BackendUnavailable
+        from qsfs.format.shard import parse_shard_key
+
+        if call == "get" and parse_shard_key(key) is not None:
+            raise BackendUnavailable("backend x: no shards now")
+
+    for place in pack.placement[:3]:
+        fs.connections[place].gate = refuse
+    with pytest.raises(Unavailable, match="metadata pack"):
+        await fs.restore(scratch / "new", candidates=candidates, deadline_seconds=1.0)
+    assert not (scratch / "new" / "data.mdb").exists()
+    await fs.restore(scratch / "new")
+
+
+async def test_any_m_shards_of_the_metadata_may_be_wrong(fs, scratch, expect_log):
+    expect_log(r"read from others", logging.WARNING)
+    await a_small_tree(fs)
+    fs.publish()
+    from qsfs.format.shard import shard_key
+
+    pack = fs.head.snapshot[0]
+    for number in (0, 3):
+        key = shard_key(fs.keys.fsid, pack.ref.owner_epoch, pack.ref.pack_id, number)
+        fs.world.data[pack.placement[number] - 1].rot(key, lambda value: value[:-1])
+    await fs.restore(scratch / "new")
+    new = fs.restored(scratch / "new")
+    assert rows_of(new)[Table.ENTRIES] == rows_of(fs)[Table.ENTRIES]
+    new.close()
+
+
+@pytest.mark.parametrize("point", ["restore.rows", "restore.derived", "restore.complete"])
+async def test_a_restore_that_crashes_is_repeated_never_half_used(fs, scratch, point):
+    await a_small_tree(fs)
+    fs.publish()
+
+    class Crash(Exception):
+        pass
+
+    def crash():
+        raise Crash
+
+    failpoints.arm(point, crash)
+    with pytest.raises(Crash):
+        await fs.restore(scratch / "new")
+    failpoints.disarm(point)
+    assert not (scratch / "new" / "data.mdb").exists()
+    await fs.restore(scratch / "new")
+    assert not (scratch / "new" / "restoring").exists()
+    new = fs.restored(scratch / "new")
+    assert rows_of(new)[Table.ENTRIES] == rows_of(fs)[Table.ENTRIES]
+    new.close()
+
+
+async def test_a_crash_after_the_rename_leaves_a_whole_store(fs, scratch):
+    await a_small_tree(fs)
+    fs.publish()
+
+    class Crash(Exception):
+        pass
+
+    def crash():
+        raise Crash
+
+    failpoints.arm("restore.renamed", crash)
+    with pytest.raises(Crash):
+        await fs.restore(scratch / "new")
+    new = fs.restored(scratch / "new")
+    assert rows_of(new)[Table.ENTRIES] == rows_of(fs)[Table.ENTRIES]
+    new.close()
+
+
+async def test_rows_that_are_no_file_system_are_refused(fs, scratch):
+    fs.publish(rows=[(int(Table.ENTRIES), u64(1) + b"x", Entry(2, 3, 8).encode())])
+    with pytest.raises(Corrupt, match="no root"):
+        await fs.restore(scratch / "new")
+    fs.publish(2, rows=[(int(Table.BLOCKS), b"x" * 16, b"y")])
+    with pytest.raises(Corrupt, match="cannot be"):
+        await fs.restore(scratch / "new")
+    assert not (scratch / "new" / "data.mdb").exists()
+
+
+async def test_another_layout_is_refused(fs, scratch):
+    fs.publish(schema_version=99)
+    with pytest.raises(FormatMismatch, match="schema 99"):
+        await fs.restore(scratch / "new")
+
+
+async def test_a_cache_too_small_for_the_metadata_says_so(fs, scratch):
+    rows = [(int(Table.XATTRS), u64(i) + b"name", noise(1900, i)) for i in range(400)]
+    fs.publish(rows=rows)
+    (scratch / "new").mkdir()
+    with pytest.raises(CacheError, match=r"larger \[cache\] size"):
+        await restore(
+            fs.candidates(),
+            secret=SECRET,
+            directory=scratch / "new",
+            limits=dataclasses.replace(LIMITS, map_bytes=256 << 10),
+            clock=fs.clock,
+            timing=TIMING,
+        )
+    assert not (scratch / "new" / "data.mdb").exists()
+
+
+async def test_a_restored_store_is_one_that_opens_and_works(fs, scratch):
+    await a_small_tree(fs)
+    fs.publish()
+    await fs.restore(scratch / "new")
+    store = Store(scratch / "new", LIMITS, fs.clock)
+    store.check_identity(fs.keys.fsid)
+    assert store.root_exists()
+    store.close()
+    new = fs.restored(scratch / "new")
+    number = new.write("new file", noise(PAGE))
+    assert number == 5
+    new.commit()
+    new.upload(number)
+    new.close()
+    await trio.lowlevel.checkpoint()
