@@ -28,6 +28,8 @@ COMMANDS = (
     "umount",
     "status",
     "sync",
+    "takeover",
+    "restore",
     "unblock",
 )
 

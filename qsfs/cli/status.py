@@ -46,18 +46,20 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append(f"waiting for {found['waiting_for']}")
     if not found["writable"]:
         out.append(f"READ-ONLY: {found['reason']}")
-    exposure = found.get("exposure")
-    if exposure is not None:
-        out += ["", "not yet safe on the backends (bytes, age of the oldest):"]
+    flush = found.get("flush")
+    if flush is not None:
+        out += ["", "not yet safe (bytes, age of the oldest):"]
         rows = [
-            (name, format_size(entry["bytes"]), _age(entry["age_seconds"]))
-            for name, entry in exposure.items()
+            (name, format_size(entry["bytes"]), _age(entry.get("age")))
+            for name, entry in flush["exposure"].items()
         ]
         out.append(format_table(("class", "bytes", "age"), rows))
-    if found.get("generation") is not None:
-        out.append(f"last generation: {found['generation']}, published {_age(found['generation_age'])} ago")
-    if found.get("flush_waits"):
-        out.append(f"flushing waits for {found['flush_waits']}")
+        out.append(f"last generation: {flush['generation']}; flushing is {flush['phase']}")
+        out += [f"flushing waits: {what}" for what in flush["waiting"]]
+        if flush["last_error"]:
+            out.append(f"last error: {flush['last_error']}")
+    elif not found.get("owner", True):
+        out.append("not the owner: nothing is uploaded")
     out += [
         "",
         f"cache: {format_size(cache['used_bytes'])} of {format_size(cache['limit_bytes'])} used, "

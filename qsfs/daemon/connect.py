@@ -17,11 +17,12 @@ from qsfs.errors import BackendError, ConfigError, KeyFileError
 from qsfs.format.erasure import Code
 from qsfs.format.head import Fleet
 from qsfs.format.keys import KeyRing, parse_key_file
-from qsfs.format.superblock import Superblock, open_superblock
+from qsfs.format.superblock import Superblock, encode_superblock, open_superblock
 from qsfs.remote.control import Records
 from qsfs.remote.identity import Stranger, find_members
 from qsfs.remote.members import Candidate, Members
 from qsfs.remote.superblocks import find_superblock
+from qsfs.store.store import Store
 
 SUPERBLOCK_ROW = b"superblock"
 """LOCAL row: the superblock as it lies on the backends, so that a mount needs none of them."""
@@ -128,9 +129,20 @@ async def open_from_backends(found: Links, secret: bytes) -> Opened:
     return _opened(answer.superblock, answer.keys)
 
 
-def open_from_local(encoded: bytes, secret: bytes) -> Opened:
-    """Opens the superblock that the local store keeps; raises `KeyFileError` for another key."""
+async def open_file_system(store: Store, found: Links, secret: bytes, clock: Clock) -> Opened:
+    """Opens the superblock that the local store keeps; a restored store takes it from the backends.
+
+    Raises `KeyFileError` for another key, `CacheError` or `FormatMismatch` if the store is of no, or of
+    another, file system, and what `open_from_backends` raises.
+    """
+    encoded = store.local(SUPERBLOCK_ROW)
+    if encoded is None:
+        opened = await open_from_backends(found, secret)
+        store.check_identity(opened.keys.fsid)
+        store.set_local(SUPERBLOCK_ROW, encode_superblock(opened.superblock, opened.keys, clock))
+        return opened
     superblock, keys = open_superblock(encoded, secret)
+    store.check_identity(keys.fsid)
     return _opened(superblock, keys)
 
 

@@ -23,24 +23,18 @@ from qsfs.clock import Clock
 from qsfs.config import Config
 from qsfs.daemon import control, mountpoint
 from qsfs.daemon.committer import Committer
-from qsfs.daemon.connect import (
-    SUPERBLOCK_ROW,
-    Links,
-    Opened,
-    links,
-    members_of,
-    open_from_local,
-    read_secret,
-)
+from qsfs.daemon.connect import Links, Opened, links, members_of, open_file_system, read_secret
 from qsfs.daemon.flushing import Flushing
 from qsfs.daemon.keeper import Keeper
 from qsfs.daemon.lock import CacheLock
 from qsfs.daemon.notify import notify
+from qsfs.daemon.owning import local_fleets
 from qsfs.daemon.paths import find, path_of
+from qsfs.daemon.probing import probe
 from qsfs.daemon.space import DaemonSpace
 from qsfs.daemon.status import status_of
 from qsfs.daemon.waiter import DaemonWaiter
-from qsfs.errors import CacheError, Fenced, MountError, NotFound, QsfsError
+from qsfs.errors import CacheError, Fenced, MountError, NotFound
 from qsfs.filesystem.contents import Contents
 from qsfs.filesystem.namespace import Namespace
 from qsfs.filesystem.needs import Need
@@ -122,19 +116,8 @@ class Service:
                 f"{config.cache.directory}: no file system here yet; run 'qsfs format' for a new one or "
                 "'qsfs restore' for the one that the backends hold"
             )
+        self._secret = secret
         self.store = Store(config.cache.directory, limits, self.clock)
-        try:
-            encoded = self.store.local(SUPERBLOCK_ROW)
-            if encoded is None:
-                raise CacheError(
-                    f"{config.cache.directory}: the local store holds no file system; run 'qsfs format' or "
-                    "'qsfs restore'"
-                )
-            self.opened = open_from_local(encoded, secret)
-            self.store.check_identity(self.opened.keys.fsid)
-        except QsfsError:
-            self.store.close()
-            raise
 
     async def _run_with_store(self) -> None:
         config, store = self.config, self.store
@@ -147,6 +130,7 @@ class Service:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals)
                 nursery.start_soon(self.committer.run)
+                self.opened = await open_file_system(store, self.links, self._secret, self.clock)
                 await nursery.start(
                     control.serve, config.cache.directory / "control.sock", self._control_handlers()
                 )
@@ -178,8 +162,7 @@ class Service:
         self._scope = None
 
     async def _start_remote(self, nursery: trio.Nursery) -> None:
-        self.flushing = Flushing(self)
-        fleets = self.flushing.fleets()
+        fleets = local_fleets(self.store, self.opened)
         members, strangers = await members_of(self.links, self.opened, self.clock, fleets)
         for stranger in strangers:
             _log.warning("%s: %s", stranger.candidate.name, stranger.error)
@@ -197,7 +180,20 @@ class Service:
             self.store, members, self.opened.superblock.code, self.store.limits.group_bytes
         )
         nursery.start_soon(self.space.run)
-        await self.flushing.start(nursery, members, offline=self.offline)
+        nursery.start_soon(probe, members, self.opened.keys)
+        self.flushing = Flushing(
+            self.config.flush,
+            self.config.cache.second_look_seconds,
+            self.store,
+            self.committer,
+            self.opened,
+            members,
+            reader,
+            self.clock,
+            on_fenced=self.fenced,
+            waiting=self.wait_for,
+        )
+        await self.flushing.start(nursery, offline=self.offline)
 
     async def _mounted(self, nursery: trio.Nursery) -> None:
         removed = self.namespace.remove_orphans()

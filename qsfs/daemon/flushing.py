@@ -1,0 +1,172 @@
+"""Flushing in the daemon: own when a quorum answers, then flush; what `sync` and `status` ask for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from qsfs.clock import Clock
+from qsfs.config import FlushConfig
+from qsfs.daemon.committer import Committer
+from qsfs.daemon.connect import Opened
+from qsfs.daemon.owning import local_state, own_when_possible
+from qsfs.daemon.status import backends_of
+from qsfs.errors import DeadlineExceeded, Fenced, QsfsError
+from qsfs.remote.context import FlushContext
+from qsfs.remote.flush import Flusher
+from qsfs.remote.ledger import Ledger
+from qsfs.remote.members import Members
+from qsfs.remote.mount_check import check_offline, offline_warning
+from qsfs.remote.packing import Sealer
+from qsfs.remote.placement import FreeSpace
+from qsfs.remote.quorum import assess
+from qsfs.remote.reader import PackReader
+from qsfs.remote.spool import Spool
+from qsfs.remote.upload import Uploader
+from qsfs.store.store import Store
+
+_log = logging.getLogger(__name__)
+
+
+class Flushing:
+    """Owns and flushes for one mount.  `flusher` is None until this mount owns the file system."""
+
+    def __init__(
+        self,
+        config: FlushConfig,
+        second_look_seconds: float,
+        store: Store,
+        committer: Committer,
+        opened: Opened,
+        members: Members,
+        reader: PackReader,
+        clock: Clock,
+        *,
+        on_fenced: Callable[[Fenced], None],
+        waiting: Callable[[str], None],
+    ) -> None:
+        """`waiting` is told what the owning waits for ("": nothing any more)."""
+        self.members = members
+        self.flusher: Flusher | None = None
+        self.fenced: Fenced | None = None
+        self.waiting = ""
+        self._config = config
+        self._store = store
+        self._committer = committer
+        self._opened = opened
+        self._reader = reader
+        self._clock = clock
+        self._on_fenced = on_fenced
+        self._tell = waiting
+        self._ledger = Ledger(clock, second_look_seconds)
+        self._spool = Spool(store.directory / "spool", store.limits.spool_bytes)
+        self._ready = trio.Event()
+
+    async def start(self, nursery: trio.Nursery, *, offline: bool) -> None:
+        """Owns, and starts flushing in `nursery`; `offline` leaves both to when backends answer.
+
+        Raises what says that this mount must not own.
+        """
+        if not offline:
+            await self._own(nursery)
+            return
+        local = local_state(self._store, self._spool, self._opened)
+        check_offline(local)
+        _log.warning("%s", offline_warning(local))
+        nursery.start_soon(self._own_later, nursery)
+
+    async def _own_later(self, nursery: trio.Nursery) -> None:
+        try:
+            await self._own(nursery)
+        except QsfsError as error:
+            self._fence(error if isinstance(error, Fenced) else Fenced(str(error)))
+
+    async def _own(self, nursery: trio.Nursery) -> None:
+        opened, store = self._opened, self._store
+        owned = await own_when_possible(
+            store,
+            self._spool,
+            opened,
+            self.members,
+            self._clock,
+            nursery,
+            takeover=False,
+            on_fenced=self._fence,
+            waiting=self._wait,
+        )
+        await self._committer.commit()
+        code = opened.superblock.code
+        free = FreeSpace(self.members, self._clock)
+        context = FlushContext(
+            store=store,
+            committer=self._committer,
+            sealer=Sealer(
+                opened.keys, opened.code, owned.owner.epoch, self._clock, self._config.compression_level
+            ),
+            uploader=Uploader(
+                self.members,
+                free,
+                code,
+                opened.keys.fsid,
+                self._clock,
+                full_grace_seconds=self._config.full_grace_seconds,
+            ),
+            spool=self._spool,
+            ledger=self._ledger,
+            clock=self._clock,
+        )
+        flusher = Flusher(
+            context, self._config, owned.publisher, owned.first, self._reader, on_fenced=self._fence
+        )
+        await nursery.start(flusher.run)
+        self.flusher = flusher
+        self._ready.set()
+        _log.info("owner with epoch %d, at generation %d", owned.owner.epoch, owned.first_ref.generation)
+
+    def _wait(self, what: str) -> None:
+        if what != self.waiting:
+            self.waiting = what
+            self._tell(what)
+
+    def _fence(self, error: Fenced) -> None:
+        if self.fenced is None:
+            self.fenced = error
+            self._ready.set()
+            self._on_fenced(error)
+
+    async def sync(self) -> dict[str, Any]:
+        """Publishes everything accepted so far; waits, visibly, for backends."""
+        await self._ready.wait()
+        if self.fenced is not None:
+            raise self.fenced
+        assert self.flusher is not None
+        done = await self.flusher.sync()
+        return {"generation": done.generation, "class": done.durability}
+
+    async def stop(self, deadline: float) -> bool:
+        """Makes a last generation if this mount owns; returns whether it was published."""
+        if self.flusher is None or self.fenced is not None:
+            return False
+        try:
+            return await self.flusher.stop(deadline)
+        except DeadlineExceeded:
+            return False
+
+    def status(self) -> dict[str, Any]:
+        """Exposure, generations, backends, and what is waited for."""
+        now_ns = self._clock.time_ns()
+        found: dict[str, Any] = {
+            "owner": self.flusher is not None and self.fenced is None,
+            "backends": backends_of(self.members, now_ns),
+        }
+        if self.flusher is not None:
+            found["flush"] = self.flusher.status()
+            generations = self.flusher.generations
+            if generations is not None:
+                assessment = assess(generations.fleets[-1], self._opened.superblock.code)
+                found["sentences"] = list(assessment.sentences())
+                found["warnings"] = list(assessment.warnings())
+        return found

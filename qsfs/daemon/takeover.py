@@ -1,0 +1,78 @@
+"""`takeover`: this machine becomes the owner of a file system that another machine published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from qsfs.clock import Clock
+from qsfs.config import Config
+from qsfs.daemon.committer import Committer
+from qsfs.daemon.connect import links, members_of, open_file_system, read_secret
+from qsfs.daemon.formatting import local_store_exists
+from qsfs.daemon.lock import CacheLock
+from qsfs.daemon.owning import local_fleets, own_when_possible
+from qsfs.daemon.restoring import restore_file_system
+from qsfs.errors import Fenced
+from qsfs.filesystem.contents import Contents
+from qsfs.remote.ownership import Ownership
+from qsfs.remote.spool import Spool
+from qsfs.store.limits import Limits
+from qsfs.store.store import Store
+
+
+async def take_over(config: Config, clock: Clock, progress: Callable[[str], None]) -> Ownership:
+    """Restores where there is no local state, then owns and publishes the newest head as its own first.
+
+    Waits for a quorum of backends as long as it takes; `progress` is told what it does and waits for.
+    """
+    if not local_store_exists(config.cache.directory):
+        progress("no local state: restoring the newest generation")
+        await restore_file_system(config, clock, progress)
+    lock = CacheLock(config.cache.directory)
+    try:
+        secret = read_secret(config)
+        limits = Limits.of(config.cache, config.flush.spool_bytes)
+        store = Store(config.cache.directory, limits, clock)
+        try:
+            return await _own(config, store, secret, clock, progress)
+        finally:
+            store.close()
+    finally:
+        lock.release()
+
+
+async def _own(
+    config: Config, store: Store, secret: bytes, clock: Clock, progress: Callable[[str], None]
+) -> Ownership:
+    spool = Spool(store.directory / "spool", store.limits.spool_bytes)
+    found = links(config, clock)
+    try:
+        opened = await open_file_system(store, found, secret, clock)
+        members, strangers = await members_of(found, opened, clock, local_fleets(store, opened))
+        for stranger in strangers:
+            progress(f"left out: {stranger.error}")
+        committer = Committer(store, Contents(store), config.cache.group_seconds)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(committer.run)
+            owned = await own_when_possible(
+                store,
+                spool,
+                opened,
+                members,
+                clock,
+                nursery,
+                takeover=True,
+                on_fenced=_raise,
+                waiting=lambda what: progress(f"waiting for {what}") if what else None,
+            )
+            await committer.commit()
+            nursery.cancel_scope.cancel()
+        return owned
+    finally:
+        await found.aclose()
+
+
+def _raise(error: Fenced) -> None:
+    raise error
