@@ -29,9 +29,31 @@ _LONGEST_LINE = 1 << 20
 Handler = Callable[[Mapping[str, Any]], Awaitable[Any]]
 
 
+class Pending:
+    """Requests that are being answered, so that a daemon that ends can answer them first."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._none = trio.Event()
+
+    def __enter__(self) -> None:
+        self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        self._none.set()
+        self._none = trio.Event()
+
+    async def answered(self) -> None:
+        """Waits until nothing is being answered."""
+        while self._count:
+            await self._none.wait()
+
+
 async def serve(
     path: Path,
     handlers: Mapping[str, Handler],
+    pending: Pending,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answers requests on a Unix socket at `path` until cancelled."""
@@ -52,7 +74,7 @@ async def serve(
 
     async def answer(stream: trio.SocketStream) -> None:
         async with stream:
-            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError), pending:
                 await _answer(stream, handlers)
 
     try:

@@ -51,6 +51,7 @@ _log = logging.getLogger(__name__)
 
 _POLICY_STEP_SECONDS = 0.2
 _SWITCH_INTERVAL_SECONDS = 0.0005
+_ANSWER_SECONDS = 2.0
 _BUSY_TRIES_SECONDS = 0.1
 
 
@@ -77,6 +78,7 @@ class Service:
         self._ready = ready
         self._tell_waiting = waiting
         self._stopping = trio.Event()
+        self._pending = control.Pending()
         self._lock: CacheLock | None = None
         self.store: Store
         self.contents: Contents
@@ -132,13 +134,18 @@ class Service:
                 nursery.start_soon(self.committer.run)
                 self.opened = await open_file_system(store, self.links, self._secret, self.clock)
                 await nursery.start(
-                    control.serve, config.cache.directory / "control.sock", self._control_handlers()
+                    control.serve,
+                    config.cache.directory / "control.sock",
+                    self._control_handlers(),
+                    self._pending,
                 )
                 with self._stop_scope() as scope:
                     await self._start_remote(nursery)
                 if not scope.cancelled_caught:
                     await self._mounted(nursery)
                 await self._finish()
+                with trio.move_on_after(_ANSWER_SECONDS):
+                    await self._pending.answered()
                 nursery.cancel_scope.cancel()
         finally:
             await self.links.aclose()
