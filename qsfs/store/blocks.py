@@ -331,9 +331,10 @@ class Blocks:
         if steps <= 0:
             return False
         for row in list(self._extents.overlapping(inode.number, first, 1 << 63)):
-            for t in pending:
-                if row.write_number < t.write_number and row.first + row.pages > t.first:
-                    self._drop_extent(inode, row, max(row.first, t.first))
+            stop = row.first + row.pages
+            cuts = [t.first for t in pending if row.write_number < t.write_number and t.first < stop]
+            if cuts:
+                self._drop_extent(inode, row, max(row.first, min(cuts)))
             steps -= 1
             if steps <= 0:
                 return False

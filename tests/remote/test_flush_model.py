@@ -1,0 +1,21 @@
+"""Random histories of writes, pre-copies, cuts and crashes: what a restore finds is the state at the cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.remote.flush_history import FlushHistory
+from tests.remote.harness import make_world
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_the_newest_head_alone_gives_the_file_system_at_its_cut(tmp_path: Path, autojump_clock, seed):
+    world = await make_world(5, k=2, m=2)
+    history = FlushHistory(world, tmp_path / "cache", seed)
+    try:
+        await history.run(mounts=4, steps=40)
+    except BaseException:
+        print(f"seed {seed}:", " | ".join(history.trace))
+        raise
