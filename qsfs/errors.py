@@ -55,7 +55,7 @@ class QuorumUnavailable(BackendError):
 
 
 class Unavailable(BackendError):
-    """Data that lie on the backends did not come in time, or the wait for them was ended.  They may still come."""
+    """Data on the backends did not come in time, or the wait for them was ended.  They may still come."""
 
 
 class DataLost(QsfsError):

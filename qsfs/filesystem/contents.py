@@ -156,8 +156,10 @@ class Contents:
 
     # writing
 
-    def write(self, inode: Inode, offset: int, data: bytes | memoryview) -> int:
-        """Writes `data` at `offset`; returns its length.
+    def write(
+        self, inode: Inode, offset: int, data: bytes | memoryview, *, times: bool = True
+    ) -> int:
+        """Writes `data` at `offset`; returns its length.  Sets mtime and ctime if `times`.
 
         Raises `NeedPages` where a page that is remote only is written in part, `NeedRoom` while
         there is none.
@@ -175,16 +177,16 @@ class Contents:
             before = bytes(self._page(inode, u, first)[:head]) if head else b""
             after = bytes(self._page(inode, u, last)[tail:]) if tail != PAGE else b""
             whole = memoryview(b"".join((before, data, after)))
-        now = self._store.clock.time_ns()
+        target: Uncovered | Inode = inode if u is None else u
+        if times:
+            target.mtime_ns = target.ctime_ns = self._store.clock.time_ns()
         if u is not None:
             self._put_uncovered(inode, u, first, whole)
             u.size = max(u.size, end)
-            u.mtime_ns = u.ctime_ns = now
             self._cover_if_closed(inode)
             return len(data)
         self._store.put_pages(inode, first, whole, self._store.next_write())
         inode.size = max(inode.size, end)
-        inode.mtime_ns = inode.ctime_ns = now
         log_of(self._store.layers.open, inode.number).touched = self._store.write_number
         return len(data)
 

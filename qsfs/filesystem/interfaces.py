@@ -91,8 +91,8 @@ class Contents(Protocol):
     def read(self, inode: Inode, offset: int, size: int) -> bytes:
         """Up to `size` bytes; fewer at the end of the file."""
 
-    def write(self, inode: Inode, offset: int, data: bytes) -> int:
-        """Writes all of `data`; returns its length."""
+    def write(self, inode: Inode, offset: int, data: bytes, *, times: bool = True) -> int:
+        """Writes all of `data`; returns its length.  Without `times` somebody else sets mtime and ctime."""
 
     def truncate(self, inode: Inode, size: int) -> None:
         """Sets the size and the times that go with it."""

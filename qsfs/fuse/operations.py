@@ -287,10 +287,14 @@ class Operations(pyfuse3.Operations):
 
     @request
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        """Writes; never refused for lack of room."""
+        """Writes; never refused for lack of room.
+
+        The times of a cached file are the kernel's: it sends them (SETATTR) after the pages, and has
+        shown them to applications already.
+        """
         self._state.check_write()
         inode = self._namespace.inode(inode_of(fh))
-        written = self._contents.write(inode, off, buf)
+        written = self._contents.write(inode, off, buf, times=is_durable(fh))
         if inode.mode & SET_IDS and self._namespace.written(inode):
             self.attributes_changed(inode.number)
         if is_durable(fh):

@@ -141,7 +141,7 @@ class MemoryContents:
         joined = b"".join(pages.get(page, bytes(PAGE)) for page in range(first, (end - 1) // PAGE + 1))
         return joined[offset - first * PAGE : end - first * PAGE]
 
-    def write(self, inode: Inode, offset: int, data: bytes | memoryview) -> int:
+    def write(self, inode: Inode, offset: int, data: bytes | memoryview, *, times: bool = True) -> int:
         self._check()
         pages = self.store.data.setdefault(inode.number, {})
         done = 0
@@ -152,7 +152,8 @@ class MemoryContents:
             pages[page] = old[:start] + part + old[start + len(part) :]
             done += len(part)
         inode.size = max(inode.size, offset + len(data))
-        self._touched(inode)
+        if times:
+            self._touched(inode)
         return len(data)
 
     def truncate(self, inode: Inode, size: int) -> None:
