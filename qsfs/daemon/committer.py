@@ -7,6 +7,7 @@ time" and "one flushes at a time" are plain flags.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -14,11 +15,15 @@ import trio
 
 from qsfs.errors import CacheError
 from qsfs.filesystem.contents import Contents
+from qsfs.store.environment import StoreFull
+from qsfs.store.group import Group
 from qsfs.store.store import CommitNeeded, Frame, Store
 
 _log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 4.0
+_FULL_TRIES = 200
+_FULL_PAUSE_SECONDS = 0.1
 
 
 class Committer:
@@ -59,7 +64,7 @@ class Committer:
         group = self._store.seal()
         try:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._store.commit, group)
+                await self._apply(group)
         except CacheError as error:
             self._fail(error)
             return
@@ -71,6 +76,23 @@ class Committer:
             callback()
         if self._store.group_is_full() or self._wanted > group.number:
             self._wake.set()
+
+    async def _apply(self, group: Group) -> None:
+        """Commits a sealed group.  Room that is only held up by readers is waited for."""
+        for attempt in range(_FULL_TRIES):
+            try:
+                await trio.to_thread.run_sync(self._store.commit, group)
+                return
+            except StoreFull as error:
+                if attempt + 1 == _FULL_TRIES:
+                    raise
+                if attempt == 0:
+                    _log.warning("%s; waiting for pages that are being read to become free", error)
+                await trio.sleep(_FULL_PAUSE_SECONDS)
+                self._store.layers.renew_view()
+                with contextlib.suppress(StoreFull):
+                    await trio.to_thread.run_sync(self._store.environment.release_freed)
+                self._store.layers.renew_view()
 
     def _fail(self, error: CacheError) -> None:
         _log.critical("%s; the mount is read-only from here on, its open group stays in memory", error)

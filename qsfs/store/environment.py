@@ -18,7 +18,11 @@ from qsfs.errors import CacheError, Corrupt, FormatMismatch
 from qsfs.store.schema import PAGE, SCHEMA_VERSION, Table
 
 _SCHEMA_KEY = b"schema"
-_FSID_KEY = b"fsid"
+_TURN_KEY = b"turn"
+
+
+class StoreFull(CacheError):
+    """LMDB found no free page within its map: pages freed lately may not be reused yet."""
 
 
 class Environment:
@@ -77,16 +81,28 @@ class Environment:
     def write(self) -> Iterator[Any]:
         """A write transaction; commits durably at the end of the block, or aborts on an exception.
 
-        Raises `CacheError` for whatever LMDB reports (a full map, a failing disk); nothing of the
-        transaction is in the store then.
+        Raises `StoreFull` for a full map and `CacheError` for whatever else LMDB reports; nothing of
+        the transaction is in the store then.
         """
         try:
             with self.env.begin(write=True) as txn:
                 yield txn
+        except lmdb.MapFullError as error:
+            raise StoreFull(f"{self.directory}: the local store is full ({error})") from error
         except lmdb.CorruptedError as error:
             raise Corrupt(f"{self.directory}: LMDB: {error}; run 'qsfs fsck'") from error
         except (lmdb.Error, OSError) as error:
             raise CacheError(f"{self.directory}: the local commit failed: {error}") from error
+
+    def release_freed(self) -> None:
+        """Commits nothing, so that pages which the last commits freed may be reused by the next.
+
+        LMDB reuses what a transaction freed only two transactions later, and later still while a
+        reader is open.  Raises as `write`.
+        """
+        for turn in range(2):
+            with self.write() as txn:
+                txn.put(_TURN_KEY, bytes((turn,)), db=self.databases[Table.LOCAL])
 
     def used_bytes(self) -> int:
         """Bytes of LMDB pages that hold something: the tables' pages, not the free list."""
