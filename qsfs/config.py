@@ -61,7 +61,10 @@ class FilesystemConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """`[cache]`: the local store and its bound, which covers everything below `directory`."""
+    """`[cache]`: the local store and its bound, which covers everything below `directory`.
+
+    Where `size` is small, journal, spool, groups and uncovered writes get less than configured here.
+    """
 
     directory: Path = _key(Path("cache"), file_path)
     size_bytes: int = _key(20 << 30, size(16 << 20), "size")
@@ -79,11 +82,6 @@ class CacheConfig:
                 f"low_watermark ({self.low_watermark}) must be above 0 and below high_watermark "
                 f"({self.high_watermark}), and that below 1"
             )
-        if self.journal_bytes * 2 >= self.size_bytes:
-            raise ValueError(
-                f"journal_size ({self.journal_bytes} bytes, kept twice) leaves nothing of size "
-                f"({self.size_bytes} bytes); make the journal smaller or the cache larger"
-            )
 
 
 @dataclass(frozen=True)
@@ -93,16 +91,11 @@ class CodeConfig:
     data_shards: int = _key(16, number(1, 255))
     parity_shards: int = _key(4, number(1, 255))
     codec: str = _key("zfec", word)
-    block_size: int = _key(16 << 10, size(PAGE_BYTES))
 
     def __post_init__(self) -> None:
         total = self.data_shards + self.parity_shards
         if total > 256:
             raise ValueError(f"data_shards + parity_shards is {total}; at most 256 are possible")
-        if self.block_size > 128 << 10 or self.block_size & (self.block_size - 1):
-            raise ValueError(
-                f"block_size ({self.block_size} bytes) must be a power of two from 4KiB to 128KiB"
-            )
 
 
 @dataclass(frozen=True)
@@ -275,7 +268,7 @@ class Config:
                     f"{path}: [[backend]] {name} is listed {count} times; "
                     "each needs an address or a namespace of its own"
                 )
-        config = cls(
+        return cls(
             path=path,
             filesystem=_read_section(FilesystemConfig, "filesystem", document, path),
             cache=_read_section(CacheConfig, "cache", document, path),
@@ -287,14 +280,6 @@ class Config:
             policies=_read_list(PolicyRule, "policy", document, path),
             log=_read_section(LogConfig, "log", document, path),
         )
-        cache, flush = config.cache, config.flush
-        if cache.journal_bytes * 2 + flush.spool_bytes >= cache.size_bytes:
-            raise ConfigError(
-                f"{path}: [cache] size ({cache.size_bytes} bytes) does not hold the journal (2 x "
-                f"{cache.journal_bytes}) and the spool ({flush.spool_bytes}); "
-                "raise [cache] size or lower [flush] spool_size"
-            )
-        return config
 
 
 def find(path: Path | str | None = None) -> Path:

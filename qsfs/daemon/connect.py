@@ -13,7 +13,7 @@ from qsfs.backend.metrics import Metrics
 from qsfs.backend.open import create_control_namespace, create_namespace, open_backend, open_control
 from qsfs.clock import Clock
 from qsfs.config import BackendConfig, Config
-from qsfs.errors import BackendError, ConfigError, KeyFileError
+from qsfs.errors import BackendError, ConfigError, FormatMismatch, KeyFileError
 from qsfs.format.erasure import Code
 from qsfs.format.head import Fleet
 from qsfs.format.keys import KeyRing, parse_key_file
@@ -22,6 +22,7 @@ from qsfs.remote.control import Records
 from qsfs.remote.identity import Stranger, find_members
 from qsfs.remote.members import Candidate, Members
 from qsfs.remote.superblocks import find_superblock
+from qsfs.store.schema import BLOCK_SIZE
 from qsfs.store.store import Store
 
 SUPERBLOCK_ROW = b"superblock"
@@ -147,6 +148,11 @@ async def open_file_system(store: Store, found: Links, secret: bytes, clock: Clo
 
 
 def _opened(superblock: Superblock, keys: KeyRing) -> Opened:
+    if superblock.block_size != BLOCK_SIZE:
+        raise FormatMismatch(
+            f"file system {keys.fsid.hex()} has blocks of {superblock.block_size} bytes, this qsfs works "
+            f"with {BLOCK_SIZE}; use the version that made it"
+        )
     return Opened(superblock, keys, Code(superblock.code), Records(keys))
 
 

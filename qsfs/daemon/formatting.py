@@ -29,7 +29,7 @@ from qsfs.remote.placement import FreeSpace
 from qsfs.remote.spool import Spool
 from qsfs.remote.upload import Uploader
 from qsfs.store.limits import Limits
-from qsfs.store.schema import SCHEMA_VERSION, Table
+from qsfs.store.schema import BLOCK_SIZE, SCHEMA_VERSION, Table
 from qsfs.store.snapshot import CommittedState
 from qsfs.store.store import FSID_KEY, Store
 
@@ -81,7 +81,7 @@ async def format_file_system(config: Config, clock: Clock, *, force: bytes | Non
                     prepare_root=forming.prepare_root,
                     store_before_send=forming.store_before_send,
                     label=config.filesystem.label,
-                    block_size=config.code.block_size,
+                    block_size=BLOCK_SIZE,
                     force=force,
                 )
                 forming.finish(report)

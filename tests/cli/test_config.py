@@ -126,7 +126,6 @@ class TestRefusals:
             ("[code]\ndata_shards = 0", ["data_shards", "out of range"]),
             ("[code]\nparity_shards = 0", ["parity_shards", "out of range"]),
             ("[code]\ndata_shards = 250\nparity_shards = 7", ["257", "256"]),
-            ("[code]\nblock_size = 12288", ["block_size", "power of two"]),
             ("[log]\nlevel = 'loud'", ["level", "loud", "info"]),
             ("[[policy]]\nmatch = ''", ["match", "empty"]),
             ("[[policy]]\nmatch = '/'", ["match", "empty"]),
@@ -141,8 +140,6 @@ class TestRefusals:
             ("[backend]\naddress = 'a:1'", ["backend", "[[backend]]"]),
             ("cache = 3", ["cache", "[cache]"]),
             ("cache = [", ["not TOML"]),
-            ("[cache]\nsize = '600MiB'", ["size", "spool_size"]),
-            ("[cache]\nsize = '100MiB'", ["journal_size"]),
         ],
     )
     def test_wrong_values_are_refused_by_key(self, content, words):
