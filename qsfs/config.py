@@ -33,7 +33,6 @@ from qsfs.values import (
     word,
 )
 
-PAGE_BYTES = 4096
 ENVIRONMENT_VARIABLE = "QSFS_CONFIG"
 FILE_NAME = "qsfs.toml"
 SYSTEM_FILE = Path("/etc/qsfs") / FILE_NAME

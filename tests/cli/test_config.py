@@ -32,7 +32,7 @@ class TestValues:
         config = parse("")
         assert config.cache.size_bytes == 20 << 30
         assert config.cache.group_seconds == 5.0
-        assert config.code == CodeConfig(16, 4, "zfec", 16384)
+        assert config.code == CodeConfig(16, 4, "zfec")
         assert config.flush.retention_seconds == 86400
         assert config.flush.spool_bytes == 512 << 20
         assert config.mount.max_tasks == 5000
