@@ -48,26 +48,29 @@ def uncounted(reading: Reading, newest: HeadRef | None) -> str | None:
     return None
 
 
-def descent(young: HeadRef, old: HeadRef, facts: Facts) -> Descent:
-    """Whether `young` descends from `old`, two heads of one owner.
+class Line:
+    """The heads that `young` descends from, as far as they can be followed.
 
-    A head names its predecessor and the kept generations, all of which it descends from.  NO needs
-    proof: another head in the place of `old`, or a chain that passes it.  What lies between may be
-    lost or collected: then it is UNDECIDED.
+    A head names its predecessor and the kept generations, and descends from all of them.
     """
-    ancestors = _ancestors(young, facts)
-    if old in ancestors:
-        return Descent.YES
-    # A generation's number is never used twice by one owner.
-    if any(_position(ref) == _position(old) for ref in ancestors):
-        return Descent.NO
-    step: HeadRef | None = young
-    while step is not None and _position(step) > _position(old):
-        known = facts(step)
-        if known is None:
-            return Descent.UNDECIDED
-        step = known.predecessor
-    return Descent.NO
+
+    def __init__(self, young: HeadRef, facts: Facts) -> None:
+        self._ancestors = _ancestors(young, facts)
+        self._positions = {_position(ref) for ref in self._ancestors}
+        self._lowest = _follow(young, facts)
+
+    def descends_from(self, old: HeadRef) -> Descent:
+        """Whether it descends from `old`, an older or equally old head of the same owner.
+
+        NO needs proof: another head in the place of `old`, or a line of predecessors that passes it.
+        What lies between may be lost or collected: then it is UNDECIDED.
+        """
+        if old in self._ancestors:
+            return Descent.YES
+        # A generation's number is never used twice by one owner.
+        if _position(old) in self._positions or self._lowest is None or self._lowest <= _position(old):
+            return Descent.NO
+        return Descent.UNDECIDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +112,12 @@ def judge(
     others = frozenset(
         ref for reading in readings for ref in reading.heads if ref.owner == newest.owner and ref != newest
     )
+    line = Line(newest, facts)
     last = _last_published(newest, facts)
     splits: list[HeadRef] = []
     undecided: list[HeadRef] = []
     for ref in sorted(others):
-        answer = descent(newest, ref, facts)
+        answer = line.descends_from(ref)
         # Of two lines only one gets a head published.  What is older than a head that this line has
         # published was therefore not published by another one; what is newer may have been.
         if answer is Descent.NO or (answer is Descent.UNDECIDED and ref.generation > last):
@@ -145,6 +149,18 @@ def _last_published(newest: HeadRef, facts: Facts) -> int:
     known = facts(newest)
     kept = () if known is None else known.kept
     return max((ref.generation for ref in kept if ref.owner == newest.owner), default=-1)
+
+
+def _follow(young: HeadRef, facts: Facts) -> tuple[Owner, int] | None:
+    """The place of the last head that predecessors lead to without a gap; None where the line began."""
+    step = young
+    while (known := facts(step)) is not None:
+        if known.predecessor is None:
+            return None
+        if _position(known.predecessor) >= _position(step):
+            break
+        step = known.predecessor
+    return _position(step)
 
 
 def _ancestors(young: HeadRef, facts: Facts) -> set[HeadRef]:

@@ -27,7 +27,8 @@ Judge = Callable[[Reading], str | None]
 class QuorumWrite:
     """Writes `value` to `key` on every backend of some fleets until a quorum of each counts.
 
-    `before` are records that a backend must hold before it gets this one.  Counts are kept between runs: the record and its bytes stay the same.
+    `before` are records that a backend must hold before it gets this one.  Counts are kept between
+    runs: the record and its bytes stay the same.
     """
 
     def __init__(

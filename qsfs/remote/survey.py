@@ -195,10 +195,10 @@ class Found:
     def sentences(self) -> tuple[str, ...]:
         """What a restore prints: which head, how many losses the reading withstands, what did not answer."""
         verdict = self.judgement
-        total = len({entry.number for fleet in self.head.fleets for entry in fleet.entries})
+        fleet = {entry.number for fleet in self.head.fleets for entry in fleet.entries}
+        answered = len(verdict.counted & fleet)
         found = [
-            f"The newest head is {describe_head(self.ref)}; {len(verdict.counted)} of {total} backends "
-            "answered."
+            f"The newest head is {describe_head(self.ref)}; {answered} of {len(fleet)} backends answered."
         ]
         if verdict.withstands >= 0:
             found.append(f"This holds even if {verdict.withstands} of those have lost it, are stale or lie.")

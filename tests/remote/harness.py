@@ -28,6 +28,12 @@ from qsfs.remote.survey import Timing
 FSID = bytes(range(16))
 TIMING = Timing(attempt=5.0, retry=0.1, retry_most=1.0, grace=0.5)
 
+
+def keys_of(store: MemoryStore) -> list[bytes]:
+    """What the store holds."""
+    return store.keys()
+
+
 Gate = Callable[[str, bytes], None]
 """Called before each call with its name and key; raises to make the call fail."""
 
@@ -166,7 +172,8 @@ async def make_world(
         data
         if shared
         else [
-            MemoryStore(f"host{entry.number}:9900/qsfs-heads", clock=clock, page_entries=4) for entry in entries
+            MemoryStore(f"host{entry.number}:9900/qsfs-heads", clock=clock, page_entries=4)
+            for entry in entries
         ]
     )
     for entry, data_store, control_store in zip(entries, data, control, strict=True):
@@ -176,7 +183,9 @@ async def make_world(
     return World(CodeParams(k, k + m), clock, keys, Fleet(1, entries), data, control, shared)
 
 
-def make_head(world: World, owner: Owner, generation: int, predecessor: HeadRef | None = None, **fields: object) -> Head:
+def make_head(
+    world: World, owner: Owner, generation: int, predecessor: HeadRef | None = None, **fields: object
+) -> Head:
     """A head of the world's fleet that names nothing else."""
     head = Head(
         fsid=FSID,
@@ -259,7 +268,12 @@ class Machine:
         published = self.published or [KeptGeneration(publisher.published, 0, ())]
         kept = kept_with(self.ownership.first.kept, published, {})
         return make_head(
-            self.world, publisher.owner, publisher.last_sent.generation + 1, publisher.last_sent, kept=kept, **fields
+            self.world,
+            publisher.owner,
+            publisher.last_sent.generation + 1,
+            publisher.last_sent,
+            kept=kept,
+            **fields,
         )
 
     async def publish(self, head: Head | None = None, *, deadline: float = 20.0) -> Published | NotYet:

@@ -30,7 +30,7 @@ from qsfs.remote.mount_check import LocalState, accept_for_mount
 from qsfs.remote.publish import Published, Publisher
 from qsfs.remote.quorum import FenceQuorum, fence_quorum
 from qsfs.remote.survey import Timing, find_newest
-from tests.remote.harness import FaultyBackend, Machine, World, make_head, make_world, plant
+from tests.remote.harness import FaultyBackend, Machine, World, keys_of, make_head, make_world, plant
 
 HISTORY_SECONDS = 300.0
 
@@ -131,7 +131,7 @@ class Simulation:
                 elif turn < 0.7:
                     store.go_back_to(self.images[number])
                 elif turn < 0.8:
-                    keys = [key for key in store.keys() if not key.startswith(b"qsfs:i:")]
+                    keys = [key for key in keys_of(store) if not key.startswith(b"qsfs:i:")]
                     for key in self.random.sample(keys, len(keys) // 2):
                         store.rot(key, lambda value: value[:-1] + bytes([value[-1] ^ 1]))
 
@@ -155,7 +155,9 @@ class Simulation:
     def _boot(self, name: str) -> Machine:
         # Timeouts must only matter for progress: without them a machine may pause at any step.
         patient = self.random.random() < 0.5
-        timing = Timing(attempt=1e6 if patient else 5.0, retry=0.2, retry_most=5.0, grace=self.random.choice((0.0, 1.0)))
+        timing = Timing(
+            attempt=1e6 if patient else 5.0, retry=0.2, retry_most=5.0, grace=self.random.choice((0.0, 1.0))
+        )
         machine = Machine(self.history.world, name, timing, self.random.getrandbits(60))
         slow = self.random.choice((0.05, 1.0, 5.0))
         for number, backend in machine.backends.items():
@@ -257,7 +259,12 @@ class Simulation:
     async def _restore(self, machine: Machine, disk: Disk) -> None:
         world = self.history.world
         found = await find_newest(
-            machine.members, Records(world.keys), world.code, machine.clock, machine.timing, deadline_seconds=60.0
+            machine.members,
+            Records(world.keys),
+            world.code,
+            machine.clock,
+            machine.timing,
+            deadline_seconds=60.0,
         )
         if found.judgement.withstands < 0:
             raise QuorumUnavailable("too few answered for a restore")
@@ -305,12 +312,16 @@ async def check_restores(history: History, chance: random.Random) -> None:
         machine = Machine(world, "restorer", seed=chance.getrandbits(60))
         machine.cut_off(*lost)
         try:
-            found = await find_newest(machine.members, machine.records, world.code, machine.clock, machine.timing, tries=1)
+            found = await find_newest(
+                machine.members, machine.records, world.code, machine.clock, machine.timing, tries=1
+            )
         except SplitHeads as error:
             check_alarm(history, error)
             continue
         assert found.judgement.withstands >= 0 or history.stale
-        assert latest in history.ancestors(found.ref), f"seed {history.seed}: restore without {lost} missed {latest}"
+        assert latest in history.ancestors(found.ref), (
+            f"seed {history.seed}: restore without {lost} missed {latest}"
+        )
 
 
 def repeatable(seed: int) -> None:

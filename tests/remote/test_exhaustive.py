@@ -62,7 +62,7 @@ def own_head(found: HeadRef) -> HeadRef:
 
 
 def changed(states: tuple[int, ...], backend: int, state: int) -> tuple[int, ...]:
-    return states[:backend] + (state,) + states[backend + 1 :]
+    return (*states[:backend], state, *states[backend + 1 :])
 
 
 def counted(states: tuple[int, ...]) -> set[int]:
@@ -76,7 +76,7 @@ def stored(world: World, backend: int, item: Owner | HeadRef) -> World:
 def changed_held(
     held: tuple[frozenset[Owner | HeadRef], ...], backend: int, item: Owner | HeadRef
 ) -> tuple[frozenset[Owner | HeadRef], ...]:
-    return held[:backend] + (held[backend] | {item},) + held[backend + 1 :]
+    return (*held[:backend], held[backend] | {item}, *held[backend + 1 :])
 
 
 def steps(world: World, quorum: FleetQuorum, *, mixed: bool) -> Iterator[World]:

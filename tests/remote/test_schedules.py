@@ -15,7 +15,7 @@ from qsfs.remote.kept import kept_with
 from qsfs.remote.mount_check import LocalState, accept_for_mount
 from qsfs.remote.publish import NotYet, Published, Publisher
 from qsfs.remote.survey import find_newest
-from tests.remote.harness import TIMING, Machine, World, make_head, make_world, plant
+from tests.remote.harness import TIMING, Machine, World, keys_of, make_head, make_world, plant
 
 OLD = Owner(1, b"o" * 16)
 
@@ -84,7 +84,7 @@ async def test_a_restart_is_another_owner_and_no_head_overwrites_another(autojum
     assert other.generation == 11
     await again.publish(other)
     await trio.testing.wait_all_tasks_blocked()
-    keys = {key for store in world.control for key in store.keys() if parse_head_key(key)}
+    keys = {key for store in world.control for key in keys_of(store) if parse_head_key(key)}
     assert len([key for key in keys if parse_head_key(key).ref.generation == 11]) == 2
 
 
@@ -252,7 +252,7 @@ def grown(machine: Machine, world: World, *fleets: Fleet) -> Machine:
 
 
 async def test_a_healthy_machine_mounts_after_a_crash_between_sending_and_recording(autojump_clock, nursery):
-    """Cut, head sent, crash before its record is committed: the newer head lies in the spool, so it is ours."""
+    """Cut, head sent, crash before its record is committed: the newer head is in the spool, so it is ours."""
     world = await make_world(3)
     plant(world, make_head(world, OLD, 10))
     a = await owning_machine(world, nursery, "a", 1)

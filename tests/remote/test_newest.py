@@ -1,0 +1,131 @@
+"""Choosing the newest head: lines of heads, splits, and what a reading is worth."""
+
+from __future__ import annotations
+
+import pytest
+
+from qsfs.errors import SplitHeads
+from qsfs.format.head import HeadRef, Owner
+from qsfs.remote.control import HeadFacts, Reading
+from qsfs.remote.newest import Descent, Facts, Line, judge, largest_owner, newest_head, uncounted
+from qsfs.remote.quorum import FenceQuorum, FleetQuorum
+
+A, B = Owner(1, b"a" * 16), Owner(2, b"b" * 16)
+
+
+def ref(generation: int, branch: int = 0, owner: Owner = A) -> HeadRef:
+    return HeadRef(owner, generation, bytes([generation, branch]) * 16)
+
+
+class Heads(dict[HeadRef, HeadFacts]):
+    """Heads as they were read, by what they name."""
+
+    def add(self, head: HeadRef, predecessor: HeadRef | None, *kept: HeadRef) -> Heads:
+        self[head] = HeadFacts(head, 0, predecessor, frozenset(kept))
+        return self
+
+
+def descent(young: HeadRef, old: HeadRef, facts: Facts) -> Descent:
+    return Line(young, facts).descends_from(old)
+
+
+def reading(number: int, *heads: HeadRef, unproven: tuple[tuple[Owner | HeadRef, str], ...] = ()) -> Reading:
+    return Reading(number, frozenset(head.owner for head in heads), frozenset(heads), unproven)
+
+
+def line(*numbers: int) -> Heads:
+    """Heads that follow one another."""
+    heads = Heads()
+    for before, number in zip((None, *numbers), numbers, strict=False):
+        heads.add(ref(number), None if before is None else ref(before))
+    return heads
+
+
+def test_the_newest_head_is_the_largest_owner_then_generation():
+    readings = [reading(1, ref(9)), reading(2, ref(3, owner=B), ref(2, owner=B)), reading(3)]
+    assert newest_head(readings) == ref(3, owner=B)
+    assert newest_head([reading(3)]) is None
+    assert largest_owner(readings) == B
+    assert largest_owner([reading(1)]) is None
+
+
+def test_a_head_descends_from_what_its_line_and_its_kept_list_name():
+    heads = line(1, 2, 3, 4)
+    assert descent(ref(4), ref(1), heads.get) is Descent.YES
+    del heads[ref(3)]
+    assert descent(ref(4), ref(3), heads.get) is Descent.YES, "named, though it was not read"
+    assert descent(ref(4), ref(1), heads.get) is Descent.UNDECIDED
+    heads.add(ref(4), ref(3), ref(1))
+    assert descent(ref(4), ref(1), heads.get) is Descent.YES
+
+
+def test_a_line_that_passes_a_head_does_not_descend_from_it():
+    heads = line(1, 2, 4)
+    assert descent(ref(4), ref(3, 1), heads.get) is Descent.NO
+    assert descent(ref(4), ref(2, 1), heads.get) is Descent.NO
+    first = Heads().add(ref(5, owner=B), ref(4)).add(ref(5, 1, owner=B), ref(4))
+    assert descent(ref(5, owner=B), ref(5, 1, owner=B), first.get) is Descent.NO
+
+
+def test_another_head_of_the_same_generation_proves_another_line():
+    heads = line(1, 2).add(ref(5), ref(4), ref(2))
+    assert descent(ref(5), ref(2, 1), heads.get) is Descent.NO
+
+
+def test_heads_that_name_newer_ones_do_not_hold_up_the_walk():
+    """Only a forged head names a newer one; the walk ends all the same."""
+    heads = Heads().add(ref(5), ref(5), ref(6)).add(ref(6), ref(5))
+    assert descent(ref(6), ref(1), heads.get) is Descent.UNDECIDED
+    assert descent(ref(6), ref(5), heads.get) is Descent.YES
+
+
+def judged(heads: Heads, newest: HeadRef, *others: HeadRef):
+    quorum = FleetQuorum(1, frozenset({1, 2, 3}), FenceQuorum(3, 2))
+    return judge([reading(1, newest, *others), reading(2, newest)], newest, [quorum], heads.get)
+
+
+def test_two_lines_of_one_owner_stop_a_restore_and_are_both_listed():
+    heads = line(1, 2, 3).add(ref(2, 1), ref(1))
+    judgement = judged(heads, ref(3), ref(2), ref(2, 1))
+    assert judgement.splits == (ref(2, 1),) and not judgement.undecided
+    with pytest.raises(SplitHeads) as caught:
+        judgement.require_one_line()
+    for head in (ref(3), ref(2, 1)):
+        assert f"generation {head.generation} of epoch 1 (digest {head.digest.hex()[:8]})" in str(
+            caught.value
+        )
+
+
+def test_one_line_with_heads_that_were_given_up_is_no_split():
+    judged(line(1, 2, 3), ref(3), ref(1), ref(2)).require_one_line()
+
+
+def test_what_a_published_head_is_newer_than_may_stay_undecided():
+    """Head 7 was published by this line, so head 5 was not published by another."""
+    heads = Heads().add(ref(8), ref(7), ref(7))
+    judgement = judged(heads, ref(8), ref(5))
+    assert judgement.undecided == (ref(5),)
+    judgement.require_one_line()
+
+
+def test_what_may_have_been_published_by_another_line_stops():
+    """Head 7 names head 4 as the last published: whether head 5 is its ancestor cannot be seen."""
+    heads = Heads().add(ref(7), ref(6), ref(4))
+    assert judged(heads, ref(7), ref(5)).splits == (ref(5),)
+
+
+def test_what_the_reading_withstands_counts_only_backends_that_hide_nothing():
+    quorum = FleetQuorum(1, frozenset(range(5)), FenceQuorum(5, 3))
+    rotten = reading(2, ref(3), unproven=((ref(4), "does not authenticate"),))
+    older = reading(3, ref(3), unproven=((ref(2), "does not authenticate"),))
+    judgement = judge([reading(0, ref(3)), reading(1), rotten, older], ref(3), [quorum], line(1, 2, 3).get)
+    assert judgement.counted == {0, 1, 3}
+    assert judgement.withstands == 0
+    assert judgement.uncounted == {2: "does not authenticate"}
+    assert uncounted(reading(7, unproven=((A, "rot"),)), ref(3)) is None, "an owner record hides no head"
+    assert uncounted(rotten, None) is not None
+
+
+def test_below_zero_a_newer_head_may_exist():
+    quorum = FleetQuorum(1, frozenset(range(5)), FenceQuorum(5, 3))
+    assert judge([reading(0, ref(3)), reading(1, ref(3))], ref(3), [quorum], line(3).get).withstands == -1
