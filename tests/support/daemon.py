@@ -150,9 +150,9 @@ class FileSystem:
         """Makes the file system on the backends."""
         self.run("format")
 
-    def mount(self, *options: str, failpoints: str = "") -> None:
+    def mount(self, *options: str, failpoints: str = "", **env: str) -> None:
         """Starts the daemon; returns once it is mounted.  `failpoints` is a value of `QSFS_FAILPOINTS`."""
-        answer = self.run("--json", "mount", *options, QSFS_FAILPOINTS=failpoints).json()
+        answer = self.run("--json", "mount", *options, QSFS_FAILPOINTS=failpoints, **env).json()
         self.adopt(answer["process"])
 
     def adopt(self, process: int) -> None:

@@ -9,7 +9,8 @@ may be (what was begun), and that nothing else can be; it returns one sentence f
 `sqlite` a database.  As a process: `Running`, or `python -m tests.support.workload NAME DIR ACKFILE`.
 """
 
+from tests.support.workload.acks import read
 from tests.support.workload.process import Running
 from tests.support.workload.registry import WORKLOADS, run, verify
 
-__all__ = ["WORKLOADS", "Running", "run", "verify"]
+__all__ = ["WORKLOADS", "Running", "read", "run", "verify"]

@@ -1,0 +1,115 @@
+"""fsync means power-loss durability, and a crash yields an honest state: the running system, cut off.
+
+The cache lies on a disk that loses at each cut what no fsync covered and tears what was in flight.  Programs
+write to the mount until it dies under them; after each remount all that they, and those before them, were
+promised must be there, and nothing that they never wrote.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import scratch as places
+from tests.support import workload
+from tests.support.daemon import FileSystem
+from tests.support.workload import Running
+
+pytestmark = pytest.mark.mount
+
+# Groups commit, pages are uploaded and generations are cut between the power cuts too.
+EAGER = {
+    "cache.group_seconds": 0.3,
+    "flush.quiet_seconds": 0.2,
+    "flush.cut_seconds": 1,
+    "log.level": "warning",
+}
+
+WORKLOADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "files": ("files", {}),
+    "files-unsynced": ("files", {"sync_every": 20}),
+    "lmdb": ("lmdb", {"single": "plain.db"}),
+    "lmdb-map-async": ("lmdb", {"mode": "manual", "single": "data.lmdb"}),
+    "casper": ("casper", {"validators": 6, "units": "durable"}),
+    "sqlite-wal": ("sqlite", {"journal": "wal"}),
+    "sqlite-delete": ("sqlite", {"journal": "delete"}),
+}
+
+
+def survive(scratch: Path, chosen: str, rounds: int, first_seed: int = 0) -> None:
+    """Runs one workload into `rounds` ends of the daemon, by power cut or SIGKILL, at random moments."""
+    name, options = WORKLOADS[chosen]
+    with FileSystem(scratch, shards=(2, 1), count=4, forgetting=True, settings=EAGER) as fs:
+        fs.format()
+        fs.mount()
+        for number in range(first_seed, first_seed + rounds):
+            cut_off(fs, scratch, number, random.Random(f"{chosen}/{number}"), name, options)
+            fs.mount()
+            check_all(fs, scratch, number, first_seed)
+        fs.umount()
+
+
+def cut_off(
+    fs: FileSystem, scratch: Path, number: int, choose: random.Random, name: str, options: dict[str, Any]
+) -> None:
+    """Lets one program write until the machine fails under it."""
+    assert fs.disk is not None
+    by_power = choose.random() < 0.75
+    if by_power:
+        fs.disk.arm(
+            kind=choose.choice(("fsync", "write")),
+            at=choose.randint(1, 120),
+            before=choose.random() < 0.5,
+            match=choose.choice(("*", "journal*")),
+            seed=number,
+            victims=[fs.process],
+        )
+    with Running(
+        name, fs.mountpoint / f"w{number}", scratch / f"acks{number}", seed=number, **options
+    ) as writer:
+        if by_power:
+            fs.wait_power_cut()
+        else:
+            writer.wait_for(20)
+            fs.kill()
+            # A power cut takes the programs with it; so does this.
+            writer.kill()
+    for mountpoint in places.mounts_below(fs.mountpoint):
+        places.detach(mountpoint)
+
+
+def check_all(fs: FileSystem, scratch: Path, last: int, first_seed: int) -> None:
+    """What each program was promised is there, after the last crash and all before it."""
+    for number in range(first_seed, last + 1):
+        directory, acks = fs.mountpoint / f"w{number}", scratch / f"acks{number}"
+        if directory.exists() or workload.read(acks).acked >= 0:
+            assert workload.verify(directory, acks) == [], f"w{number} after crash {last}"
+
+
+@pytest.mark.parametrize("chosen", ["files", "files-unsynced", "casper"])
+def test_what_was_synced_survives_power_cuts_and_kills(scratch: Path, chosen: str) -> None:
+    survive(scratch, chosen, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("chosen", WORKLOADS)
+def test_what_was_synced_survives_many_power_cuts_and_kills(scratch: Path, chosen: str) -> None:
+    survive(scratch, chosen, 40, first_seed=100)
+
+
+def test_a_daemon_that_does_not_sync_its_journal_is_caught(scratch: Path) -> None:
+    """Else the tests above would prove nothing."""
+    (scratch / "liar").mkdir()
+    (scratch / "liar" / "sitecustomize.py").write_text("import os\nos.fdatasync = lambda descriptor: None\n")
+    with FileSystem(scratch, shards=(2, 1), count=4, forgetting=True) as fs:
+        fs.format()
+        fs.mount(PYTHONPATH=str(scratch / "liar"))
+        with Running("files", fs.mountpoint / "w", scratch / "acks", seed=1) as writer:
+            writer.wait_for(40)
+            fs.power_cut(keep="none")
+        fs.mount()
+        assert not (fs.mountpoint / "w").exists() or workload.verify(fs.mountpoint / "w", scratch / "acks")
