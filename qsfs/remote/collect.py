@@ -78,11 +78,12 @@ class AbandonedCollector:
                         self._context.sealer.keys.fsid, pack.owner_epoch, pack.pack_id, shard
                     )
                     try:
-                        self.deleted += await member.data.delete(key)
+                        gone = await member.data.delete(key)
                     except BackendError as error:
                         member.failed(error)
                         answered = False
                         return
+                    self.deleted += gone
             answered = answered and not scope.cancelled_caught
 
         async with trio.open_nursery() as nursery:

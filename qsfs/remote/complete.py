@@ -52,8 +52,10 @@ class Completer:
             tried += 1
             self._not_before[number] = now + _RETRY_SECONDS
             try:
+                pack = StoredPack.of_row(row, context.sealer.code.params)
                 with trio.move_on_after(PACK_SECONDS):
-                    done += await self._complete(number, StoredPack.of_row(row, context.sealer.code.params))
+                    if await self._complete(number, pack):
+                        done += 1
             except CacheError:
                 raise
             except QsfsError as error:

@@ -45,7 +45,8 @@ class SecondLook:
         async def one(number: int) -> None:
             nonlocal found
             async with limit:
-                found += await self._look(number)
+                whole = await self._look(number)
+            found += whole
 
         async with trio.open_nursery() as nursery:
             for number in self._context.ledger.due(most, written_too=written_too):

@@ -162,6 +162,7 @@ class FlushMachine:
         self.backends = [FaultyBackend(store) for store in world.data]
         self.epoch = 0
         self.before_seal: Callable[[int], None] = lambda number: None
+        self.opened: Callable[[], None] = lambda: None
         self.store: Store
         self.spool: Spool
         self.context: FlushContext
@@ -187,6 +188,7 @@ class FlushMachine:
         """
         self.directory.mkdir(exist_ok=True)
         self.store = Store(self.directory, self.limits, self.clock)
+        self.opened()
         try:
             self.spool = Spool(self.directory / "spool", self.limits.spool_bytes)
             self.committer = DirectCommitter(self.store)
@@ -289,9 +291,9 @@ class FlushMachine:
         await self.generations.publish(cut, fresh if fresh is not None and fresh.packs is not None else None)
         return True
 
-    async def precopy(self) -> None:
+    async def precopy(self, *, orphans_too: bool = False) -> None:
         """Uploads one round of everything that is dirty and committed."""
-        self.precopier.press("test")
+        self.precopier.press("test", orphans_too=orphans_too)
         self.store.blocks.written.turn()
         self.store.blocks.written.turn()
         with self._unwrapped():
@@ -406,7 +408,7 @@ def newest_head(world: World) -> tuple[HeadRef, Head] | None:
     """The newest head that any backend holds."""
     found: dict[HeadRef, tuple[bytes, bytes]] = {}
     for store in world.control:
-        for key in store.keys():
+        for key in list(store.keys()):
             named = parse_head_key(key)
             if named is not None:
                 found[named.ref] = (key, store.peek(key) or b"")
@@ -457,7 +459,7 @@ def image_of(world: World, head: Head, rows: dict[int, dict[bytes, bytes]]) -> I
 def check_extents(
     rows: dict[int, dict[bytes, bytes]], pending: dict[int, tuple[Truncation, ...]]
 ) -> None:
-    """Extents do not overlap, their packs have rows and the right live bytes, and no file that is gone has data."""
+    """Extents do not overlap, their packs have rows and the right live bytes, no file that is gone has data."""
     last: dict[int, int] = {}
     live: dict[int, int] = {}
     for key in sorted(rows[Table.EXTENTS]):
@@ -472,7 +474,8 @@ def check_extents(
     for pack, size in live.items():
         stored = rows[Table.PACKS].get(u64(pack))
         assert stored is not None, f"pack {pack} is named by an extent and has no row"
-        assert PackRow.decode(stored).live == size, f"pack {pack}: {PackRow.decode(stored).live} live, not {size}"
+        counted = PackRow.decode(stored).live
+        assert counted == size, f"pack {pack}: {counted} live, not {size}"
 
 
 def file_content(
