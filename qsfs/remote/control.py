@@ -12,7 +12,7 @@ stored since the last listing is found behind the cursor.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass
 
 from qsfs.backend.contract import Session
@@ -133,6 +133,12 @@ class Records:
     def held(self, ref: HeadRef) -> Head | None:
         """A head that is still in memory: always the one that was read or sealed last."""
         return self._heads.get(ref)
+
+    def prune(self, keep: Set[HeadRef]) -> None:
+        """Forgets all heads but `keep`; they are read again where they are met again."""
+        self._facts = {ref: facts for ref, facts in self._facts.items() if ref in keep}
+        for ref in [ref for ref in self._heads if ref not in keep]:
+            del self._heads[ref]
 
     async def owner(self, session: Session, owner: Owner) -> OwnerRecord:
         """The record of `owner`; `NotFound` or `Corrupt` where `session` has to be asked and has none."""

@@ -85,12 +85,13 @@ class Publisher:
         self._on_fenced = on_fenced
         self._written: set[HeadRef] = set()
         self._unpublished: list[SealedHead] = []
+        self._listed: set[HeadRef] = set()
         self._pending: tuple[Head, SealedHead, QuorumWrite] | None = None
         self._turn = trio.Lock()
 
     @property
     def sent(self) -> frozenset[HeadRef]:
-        """All heads of this owner that may have left this machine."""
+        """The last published head, and all that may have left this machine since."""
         return frozenset(self._written)
 
     async def publish(self, head: Head, *, deadline_seconds: float) -> Published | NotYet:
@@ -120,8 +121,7 @@ class Publisher:
                 return NotYet(sealed.ref, frozenset(write.counted), write.reasons())
             failpoints.hit("publish.published")
             self.published = sealed.ref
-            self._pending = None
-            self._unpublished.clear()
+            self._forget_older(sealed.ref, write)
             return Published(sealed.ref, frozenset(write.counted), write.missing)
 
     async def _prepare(self, head: Head) -> tuple[SealedHead, QuorumWrite]:
@@ -149,6 +149,15 @@ class Publisher:
         self._unpublished.append(sealed)
         self._pending = (head, sealed, write)
         return sealed, write
+
+    def _forget_older(self, ref: HeadRef, write: QuorumWrite) -> None:
+        """Keeps what is still listed somewhere, so that months of heads do not stay in memory."""
+        self._pending = None
+        self._unpublished.clear()
+        self._written = {sent for sent in self._written if sent >= ref}
+        listed = {head for reading in write.survey.readings.values() for head in reading.heads}
+        self._records.prune(listed | self._listed | {ref})
+        self._listed = listed
 
     def _check(self, head: Head) -> None:
         if head.owner != self.owner or head.predecessor != self.last_sent or head.fsid != self._records.fsid:

@@ -20,6 +20,8 @@ B = Owner(2, b"b" * 16)
 TEN = HeadRef(A, 10, b"\x0a" * 32)
 ELEVEN = HeadRef(A, 11, b"\x0b" * 32)
 
+NOTHING_YET: frozenset[Owner | HeadRef] = frozenset({A, TEN})
+
 # What a conversation with one backend has done so far.
 NONE, WRITTEN, COUNTED, DEAD = range(4)
 
@@ -44,7 +46,7 @@ class World:
 
 def start(count: int) -> World:
     nothing = (NONE,) * count
-    return World((frozenset({A, TEN}),) * count, nothing, nothing, nothing)
+    return World((NOTHING_YET,) * count, nothing, nothing, nothing)
 
 
 def reading(world: World, backend: int) -> Reading:
@@ -137,8 +139,11 @@ def forks(world: World, quorum: FleetQuorum) -> bool:
     return published and owns and world.found != ELEVEN
 
 
-def walk(count: int, *, mixed: bool = False) -> tuple[int, int]:
-    """Visits every world that can be reached; how many there are, and how many of them are forks."""
+def walk(count: int, *, mixed: bool = False, forgetful: bool = False) -> tuple[int, int]:
+    """Visits every world that can be reached; how many there are, and how many of them are forks.
+
+    `forgetful`: the first backend may go back to what it held at the start, at any time.
+    """
     quorum = FleetQuorum(1, frozenset(range(count)), fence_quorum(count, 1, 1))
     seen = {start(count)}
     pending = list(seen)
@@ -146,7 +151,8 @@ def walk(count: int, *, mixed: bool = False) -> tuple[int, int]:
     while pending:
         world = pending.pop()
         forked += forks(world, quorum)
-        for after in steps(world, quorum, mixed=mixed):
+        forgotten = [replace(world, held=(NOTHING_YET, *world.held[1:]))] if forgetful else []
+        for after in (*forgotten, *steps(world, quorum, mixed=mixed)):
             if after not in seen:
                 seen.add(after)
                 pending.append(after)
@@ -164,6 +170,20 @@ def test_the_walk_finds_the_fork_where_readings_count_without_a_write_before():
     """Proof that the walk above can fail: the rule of one set of backends is needed."""
     _, forked = walk(3, mixed=True)
     assert forked > 0
+
+
+def test_one_forgetful_backend_of_three_is_one_too_many():
+    """2Q - N - 1 = 0 of three may be stale, and the walk shows why."""
+    _, forked = walk(3, forgetful=True)
+    assert forked > 0
+
+
+@pytest.mark.slow
+def test_one_forgetful_backend_of_four_is_withstood():
+    """2Q - N - 1 = 1 of four may be stale."""
+    assert fence_quorum(4, 1, 1).may_be_stale == 1
+    _, forked = walk(4, forgetful=True)
+    assert forked == 0
 
 
 @pytest.mark.slow

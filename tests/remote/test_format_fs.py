@@ -21,7 +21,7 @@ from qsfs.errors import (
     QuorumUnavailable,
 )
 from qsfs.format.erasure import CodeParams
-from qsfs.format.head import SealedHead
+from qsfs.format.head import Head, Owner, SealedHead, seal_head
 from qsfs.format.superblock import SUPERBLOCK_KEY, encode_superblock, replace_slots
 from qsfs.remote.control import Records
 from qsfs.remote.format_fs import FirstGeneration, FormatContext, FormatReport, format_fs
@@ -238,6 +238,26 @@ async def test_a_format_that_broke_off_can_be_repeated(autojump_clock, step):
     fsid = bytes.fromhex(str(caught.value).split("file system ")[1][:32])
     await servers.format(force=fsid)
     assert (await find_superblock(servers.candidates(), SECRET)).keys.fsid != fsid
+
+
+async def test_two_formats_at_once_do_not_both_succeed(autojump_clock):
+    """The head is read back as a restore reads it: a head of another owner above it is noticed."""
+    servers = Servers()
+
+    def somebody_else() -> None:
+        context = servers.prepared[0]
+        head = dataclasses.replace(first_head_of(context), owner=Owner(9, b"e" * 16))
+        sealed = seal_head(head, context.keys, servers.clock)
+        for store in servers.control:
+            store.put(sealed.key, sealed.value)
+
+    failpoints.arm("publish.published", somebody_else)
+    with pytest.raises(ConfigError, match="another qsfs is formatting"):
+        await servers.format()
+
+
+def first_head_of(context: FormatContext) -> Head:
+    return Head(context.keys.fsid, context.owner, 1, 0, 0, None, (context.fleet,), (), (), ())
 
 
 async def test_a_code_that_does_not_decode_is_refused_before_anything_is_written(autojump_clock, monkeypatch):

@@ -259,6 +259,32 @@ async def test_wherever_a_head_is_found_the_heads_sent_before_it_are_found_too(a
     assert len(sets(machine, 1)) == 1, "what is published is not sent again"
 
 
+async def test_nothing_more_is_sent_once_a_mount_is_fenced(autojump_clock, nursery):
+    world = await make_world(4)
+    machine = await owner_of(world, nursery)
+    announce(world, Owner(99, b"b" * 16), 1)
+    for number in (2, 3, 4):
+        machine.backends[number].delay = lambda call: 1.0
+    with pytest.raises(Fenced):
+        await machine.publish()
+    await trio.sleep(60)
+    assert not any(sets(machine, number) for number in (2, 3, 4))
+
+
+async def test_months_of_heads_do_not_stay_in_memory(autojump_clock, nursery):
+    """What the backends no longer list is forgotten; the next head is judged all the same."""
+    world = await make_world(3)
+    machine = await owner_of(world, nursery)
+    for _ in range(40):
+        assert isinstance(await machine.publish(), Published)
+        await trio.sleep(machine.timing.grace)
+        for store in world.control:
+            heads = [key for key in keys_of(store) if parse_head_key(key)]
+            for key in heads[:-2]:
+                store.remove(key)
+    assert len(machine.records._facts) < 8 and len(machine.ownership.publisher.sent) == 1
+
+
 async def test_a_cancelled_publication_leaves_nothing_running(autojump_clock, nursery):
     world = await make_world(3)
     machine = await owner_of(world, nursery)

@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 
+from qsfs import failpoints
 from qsfs.errors import BackendUnavailable, Fenced, QuorumUnavailable, StaleCache
 from qsfs.format.head import Fleet, HeadRef, KeptGeneration, Owner, parse_head_key
 from qsfs.format.owner import parse_owner_key
@@ -230,6 +231,26 @@ async def test_the_newest_fleet_is_that_of_the_newest_head_not_the_highest_numbe
     b = grown(Machine(world, "b", seed=2), world, one, nine)
     b.cut_off(4, 5)
     assert (await b.own(nursery)).first.fleets == (one,)
+
+
+async def test_a_count_in_a_fleet_that_changes_meanwhile_is_worth_nothing(autojump_clock, nursery):
+    """The owner record counted in fleet 1; by then the newest head names fleet 2 too: it is written anew."""
+    world = await make_world(5)
+    one, two = split_fleet(world, (1, 2, 3), (3, 4, 5))
+    plant(world, make_head(world, OLD, 10, fleets=(one,)), (1, 2, 3))
+    world.fleet = one
+    changed = make_head(world, OLD, 11, fleets=(one, two))
+
+    def change() -> None:
+        plant(world, changed, (1, 2, 3, 4, 5))
+
+    failpoints.arm("own.announce", change)
+    b = grown(Machine(world, "b", seed=2), world, one, two)
+    ownership = await b.own(nursery)
+    assert ownership.first.fleets == (one, two)
+    for number in (4, 5):
+        records = [parse_owner_key(key) for key in keys_of(world.control_of(number))]
+        assert ownership.owner in [named.owner for named in records if named]
 
 
 def split_fleet(
