@@ -37,16 +37,20 @@ def run(
     """
     tree = Tree()
     touched: list[Operation] = []
+    changed: list[File] = []
     for step in steps:
         operation = tree.next(seed, step, largest)
         acks.begin(step)
         _perform(directory, operation)
         tree.apply(operation)
         touched.append(operation)
+        if isinstance(entry := tree.entries.get(operation.to or operation.path), File):
+            changed.append(entry)
         if len(touched) >= sync_every:
-            _sync(directory, tree, touched)
+            _sync(directory, tree, touched, changed)
             acks.ack(step)
             touched.clear()
+            changed.clear()
 
 
 def verify(directory: Path, promises: Promises) -> list[str]:
@@ -99,12 +103,13 @@ def _perform(directory: Path, operation: Operation) -> None:
                 os.close(descriptor)
 
 
-def _sync(directory: Path, tree: Tree, operations: list[Operation]) -> None:
-    """Syncs every file and directory that the operations touched and that is still there."""
+def _sync(directory: Path, tree: Tree, operations: list[Operation], changed: list[File]) -> None:
+    """Syncs every directory that the operations touched and every file, by any name that it still has."""
     names = {name for operation in operations for name in (operation.path, operation.to) if name}
-    parents = {posixpath.dirname(name) for name in names}
-    files = {id(entry): name for name in names if isinstance(entry := tree.entries.get(name), File)}
-    folders = {name for name in names | parents if name in tree.entries and tree.entries[name] is None}
+    names |= {posixpath.dirname(name) for name in names}
+    folders = {name for name in names if name in tree.entries and tree.entries[name] is None}
+    numbers = {file.number for file in changed}
+    files = {tree.file(path).number: path for path in tree.files() if tree.file(path).number in numbers}
     for name in sorted(files.values()) + sorted(folders):
         descriptor = os.open(directory / name, os.O_RDONLY)
         try:
