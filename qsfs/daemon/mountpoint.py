@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,13 +22,23 @@ def check_dependencies() -> None:
 
 def kind_of_mount(path: Path) -> str | None:
     """The file system type mounted at `path`, or None if nothing is."""
-    found = None
-    for line in Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines():
-        fields = line.split(" ")
-        mounted = fields[4].encode("utf-8", "surrogateescape").decode("unicode_escape", "surrogateescape")
-        if mounted == str(path):
-            found = fields[fields.index("-") + 1]
+    found, wanted = None, os.fsencode(os.path.realpath(path))
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        fields = line.split(b" ")
+        mounted = re.sub(rb"\\([0-7]{3})", lambda match: bytes((int(match[1], 8),)), fields[4])
+        if mounted == wanted:
+            found = os.fsdecode(fields[fields.index(b"-") + 1])
     return found
+
+
+def is_dead(path: Path) -> bool:
+    """Whether the daemon of the mount at `path` has ended.  Waits while it lives and does not answer."""
+    try:
+        # What stat shows may come from the kernel's cache, also after the daemon's death; this always asks.
+        os.statvfs(path)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
 
 
 def prepare(path: Path) -> None:
@@ -33,16 +46,12 @@ def prepare(path: Path) -> None:
 
     A dead mount of qsfs is cleared first.  Raises `MountError` for everything else.
     """
-    kind = kind_of_mount(path)
-    if kind == "fuse.qsfs":
-        try:
-            path.stat()
-        except OSError:
-            clear(path)
-        else:
+    while (kind := kind_of_mount(path)) is not None:
+        if kind != "fuse.qsfs":
+            raise MountError(f"{path}: a file system of type {kind} is mounted there; choose another place")
+        if not is_dead(path):
             raise MountError(f"{path}: a qsfs is mounted there already; 'qsfs umount' ends it")
-    elif kind is not None:
-        raise MountError(f"{path}: a file system of type {kind} is mounted there; choose another place")
+        clear(path)
     try:
         if next(path.iterdir(), None) is not None:
             raise MountError(
@@ -79,13 +88,14 @@ def _fusermount(path: Path, *, lazy: bool) -> None:
 
 def _users(path: Path) -> list[str]:
     """Processes with an open file, working directory or map below `path`."""
-    prefix = f"{path}/"
+    place = os.path.realpath(path)
+    prefix = f"{place}/"
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
             targets = [str(link.readlink()) for link in links]
-            if any(t == str(path) or t.startswith(prefix) for t in targets):
+            if any(t == place or t.startswith(prefix) for t in targets):
                 found.append(f"{(process / 'comm').read_text().strip()} ({process.name})")
         except OSError:
             continue
