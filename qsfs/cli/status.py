@@ -46,6 +46,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append(f"waiting for {found['waiting_for']}")
     if not found["writable"]:
         out.append(f"READ-ONLY: {found['reason']}")
+    if found.get("failure"):
+        out.append(f"FLUSHING ENDED: {found['failure']}")
     flush = found.get("flush")
     if flush is not None:
         out += ["", "not yet safe (bytes, age of the oldest):"]

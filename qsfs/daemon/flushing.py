@@ -14,7 +14,7 @@ from qsfs.daemon.committer import Committer
 from qsfs.daemon.connect import Opened
 from qsfs.daemon.owning import local_state, own_when_possible
 from qsfs.daemon.status import backends_of
-from qsfs.errors import DeadlineExceeded, Fenced, QsfsError
+from qsfs.errors import DeadlineExceeded, Fenced, QsfsBug, QsfsError
 from qsfs.remote.context import FlushContext
 from qsfs.remote.flush import Flusher
 from qsfs.remote.ledger import Ledger
@@ -53,6 +53,7 @@ class Flushing:
         self.flusher: Flusher | None = None
         self.fenced: Fenced | None = None
         self.waiting = ""
+        self.failure = ""
         self._config = config
         self._store = store
         self._committer = committer
@@ -121,10 +122,22 @@ class Flushing:
         flusher = Flusher(
             context, self._config, owned.publisher, owned.first, self._reader, on_fenced=self._fence
         )
-        await nursery.start(flusher.run)
+        await nursery.start(self._run, flusher)
         self.flusher = flusher
         self._ready.set()
         _log.info("owner with epoch %d, at generation %d", owned.owner.epoch, owned.first_ref.generation)
+
+    async def _run(
+        self, flusher: Flusher, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Runs the flusher; a bug in it must not take the mount along, whose data are safe locally."""
+        try:
+            await flusher.run(task_status)
+        except Exception as error:
+            if flusher.generations is None:
+                raise
+            self.failure = f"flushing ended by an internal error: {error!r}; remount to start it again"
+            _log.critical("%s", self.failure, exc_info=error)
 
     def _wait(self, what: str) -> None:
         if what != self.waiting:
@@ -143,6 +156,8 @@ class Flushing:
         if self.fenced is not None:
             raise self.fenced
         assert self.flusher is not None
+        if self.failure:
+            raise QsfsBug(self.failure)
         done = await self.flusher.sync()
         return {"generation": done.generation, "class": done.durability}
 
@@ -160,6 +175,7 @@ class Flushing:
         now_ns = self._clock.time_ns()
         found: dict[str, Any] = {
             "owner": self.flusher is not None and self.fenced is None,
+            "failure": self.failure,
             "backends": backends_of(self.members, now_ns),
         }
         if self.flusher is not None:

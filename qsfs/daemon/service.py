@@ -33,6 +33,7 @@ from qsfs.daemon.paths import find, path_of
 from qsfs.daemon.probing import probe
 from qsfs.daemon.space import DaemonSpace
 from qsfs.daemon.status import status_of
+from qsfs.daemon.supervision import supervised
 from qsfs.daemon.waiter import DaemonWaiter
 from qsfs.errors import CacheError, Fenced, MountError, NotFound
 from qsfs.filesystem.contents import Contents
@@ -186,8 +187,8 @@ class Service:
         self.space = DaemonSpace(
             self.store, members, self.opened.superblock.code, self.store.limits.group_bytes
         )
-        nursery.start_soon(self.space.run)
-        nursery.start_soon(probe, members, self.opened.keys)
+        nursery.start_soon(supervised, self.space.run)
+        nursery.start_soon(supervised, partial(probe, members, self.opened.keys))
         self.flushing = Flushing(
             self.config.flush,
             self.config.cache.second_look_seconds,
@@ -206,9 +207,9 @@ class Service:
         removed = self.namespace.remove_orphans()
         if removed:
             _log.info("%d files that were unlinked while open are gone now", removed)
-        nursery.start_soon(self.keeper.run)
+        nursery.start_soon(supervised, self.keeper.run)
         waiter = DaemonWaiter(self.keeper, self.fetcher, self.state)
-        nursery.start_soon(self._walk_policies, waiter)
+        nursery.start_soon(supervised, partial(self._walk_policies, waiter))
         self.operations = Operations(
             self.namespace,
             waiter,
