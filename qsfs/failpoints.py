@@ -2,8 +2,9 @@
 
 Production code calls `hit("flush.cut.sealed")`; nothing is armed there, so it costs one check of
 an empty dictionary.  A test arms a point with an action, which may raise, kill the process or
-block.  `QSFS_FAILPOINTS="name=kill[@COUNT],..."` arms points in a daemon that a test starts:
-`kill` sends SIGKILL to the process at the COUNT-th hit (default the first).
+block.  `QSFS_FAILPOINTS="[FIRST[@COUNT]>]name=kill[@COUNT],..."` arms points in a daemon that a test
+starts: `kill` sends SIGKILL to the process at the COUNT-th hit (default the first), where FIRST is given
+only counting from its own COUNT-th hit on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 
 _armed: dict[str, Callable[[], None]] = {}
 
@@ -39,23 +41,30 @@ def disarm_all() -> None:
 def arm_from_environment(setting: str) -> None:
     """Arms the points of a `QSFS_FAILPOINTS` value.
 
-    Raises `ValueError` for an entry that is not `name=kill` or `name=kill@COUNT`.
+    Raises `ValueError` for an entry that is not `[FIRST[@COUNT]>]name=kill[@COUNT]`.
     """
     for entry in filter(None, setting.split(",")):
-        name, _, verb = entry.partition("=")
+        names, _, verb = entry.partition("=")
         action, _, count = verb.partition("@")
         if action != "kill":
-            raise ValueError(f"QSFS_FAILPOINTS: '{entry}' is not name=kill or name=kill@COUNT")
-        arm(name, _kill_at(int(count or "1")))
+            raise ValueError(f"QSFS_FAILPOINTS: '{entry}' is not [FIRST[@COUNT]>]name=kill[@COUNT]")
+        first, _, name = names.rpartition(">")
+        kill = _at(int(count or "1"), lambda: os.kill(os.getpid(), signal.SIGKILL))
+        if first:
+            first, _, before = first.partition("@")
+            arm(first, _at(int(before or "1"), partial(arm, name, kill)))
+        else:
+            arm(name, kill)
 
 
-def _kill_at(count: int) -> Callable[[], None]:
+def _at(count: int, then: Callable[[], None]) -> Callable[[], None]:
+    """An action that does `then` when it is run for the `count`-th time."""
     remaining = count
 
     def action() -> None:
         nonlocal remaining
         remaining -= 1
         if remaining == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            then()
 
     return action

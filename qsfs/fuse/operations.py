@@ -15,6 +15,7 @@ import pyfuse3
 import trio
 from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT, XAttrNameT
 
+from qsfs import failpoints
 from qsfs.filesystem.attributes import SET_IDS, AttributeChange
 from qsfs.filesystem.namespace import Namespace
 from qsfs.filesystem.posix import MAX_NAME, PosixError
@@ -299,6 +300,7 @@ class Operations(pyfuse3.Operations):
             self.attributes_changed(inode.number)
         if is_durable(fh):
             await self._durability.sync(inode.number, True)
+        failpoints.hit("fuse.write")
         return written
 
     @request
@@ -319,6 +321,7 @@ class Operations(pyfuse3.Operations):
         """Returns when the file is durable.  Never ENOSYS: the kernel would not ask again."""
         self._state.check_write()
         await self._durability.sync(inode_of(fh), datasync)
+        failpoints.hit("fuse.fsync")
 
     # directories
 
