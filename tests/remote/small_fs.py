@@ -9,6 +9,7 @@ async with fs.fetching() as fetcher: ...
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,12 +18,15 @@ import trio
 
 from qsfs.filesystem.transient import TransientPages
 from qsfs.format.erasure import Code
-from qsfs.format.head import MetadataPack, Owner, SealedHead
+from qsfs.format.head import MetadataPack, Owner, OwnerRecord, SealedHead, seal_owner_record
+from qsfs.format.keys import wrap_keys
 from qsfs.format.pack import Pack, PackKind, PlainExtent, build_pack
 from qsfs.format.rows import encode_rows
 from qsfs.format.shard import encode_shards, shard_key
+from qsfs.format.superblock import SUPERBLOCK_KEY, create_superblock, encode_superblock
+from qsfs.remote.base import record_base
 from qsfs.remote.fetch import Fetcher
-from qsfs.remote.members import Member, Members
+from qsfs.remote.members import Candidate, Member, Members
 from qsfs.remote.reader import PackReader
 from qsfs.store.limits import Limits
 from qsfs.store.schema import (
@@ -54,6 +58,8 @@ LIMITS = Limits(
     full_bytes=48 << 20,
 )
 OWNER = Owner(1, b"first mount's id")
+SECRET = b"k" * 32
+"""What the key file holds."""
 
 
 class SmallFs:
@@ -322,6 +328,42 @@ class SmallFs:
         extents = [PlainExtent(0, i, 0, 0, chunk) for i, chunk in enumerate(chunks)]
         pack, placement = self.put_pack(PackKind.METADATA, extents)
         return MetadataPack(pack.ref, placement, len(chunks))
+
+    def record_base(self) -> None:
+        """Makes the head published last the local base, as after a flush."""
+        assert self.sealed is not None
+        record_base(self.store, self.sealed, ours=True)
+        key, value = seal_owner_record(
+            OwnerRecord(self.keys.fsid, OWNER, self.clock.time_ns(), "host"), self.keys, self.clock
+        )
+        for control in self.world.control:
+            control.put(key, value)
+        self.commit()
+
+    # as a machine with only a configuration sees it
+
+    def add_superblock(self) -> None:
+        """Puts the superblock on every backend."""
+        superblock, _ = create_superblock(SECRET, code=self.world.code, clock=self.clock)
+        slots = wrap_keys(SECRET, self.keys, slot_number=1, clock=self.clock)
+        superblock = dataclasses.replace(superblock, fsid=self.keys.fsid, slots=slots)
+        value = encode_superblock(superblock, self.keys, self.clock)
+        for store in self.world.data:
+            store.put(SUPERBLOCK_KEY, value)
+
+    def candidates(self, down: tuple[int, ...] = (), silent: tuple[int, ...] = ()) -> list[Candidate]:
+        """New connections; `down` backends do not answer, `silent` ones only for heads."""
+        found = []
+        self.connections: dict[int, FaultyBackend] = {}
+        for entry, data, control in zip(
+            self.world.fleet.entries, self.world.data, self.world.control, strict=True
+        ):
+            backend, heads = FaultyBackend(data), FaultyBackend(control)
+            backend.down = entry.number in down
+            heads.down = entry.number in (*down, *silent)
+            self.connections[entry.number] = backend
+            found.append(Candidate(entry.address, entry.namespace, backend, lambda _, heads=heads: heads))
+        return found
 
     # reading
 

@@ -21,10 +21,9 @@ from qsfs.errors import (
     SplitHeads,
     Unavailable,
 )
-from qsfs.format.superblock import SUPERBLOCK_KEY, create_superblock, encode_superblock
+from qsfs.format.superblock import SUPERBLOCK_KEY
 from qsfs.remote.base import BASE_KEY, local_head
 from qsfs.remote.generation import GENERATION
-from qsfs.remote.members import Candidate
 from qsfs.remote.rebuild import AsideFile
 from qsfs.remote.restore import restore, set_aside
 from qsfs.remote.survey import Timing
@@ -39,39 +38,14 @@ from qsfs.store.schema import (
     u64,
 )
 from qsfs.store.store import FSID_KEY, NEXT_INODE, NEXT_PACK, Store
-from tests.remote.harness import FaultyBackend, make_head, plant
-from tests.remote.small_fs import LIMITS, OWNER, SmallFs, noise
+from tests.remote.harness import make_head, plant
+from tests.remote.small_fs import LIMITS, OWNER, SECRET, SmallFs, noise
 
 TIMING = Timing(attempt=2.0, retry=0.01, retry_most=0.02, grace=0.2)
-SECRET = b"k" * 32
 
 
 class Original(SmallFs):
-    """A file system with a superblock, and machines that restore it."""
-
-    def add_superblock(self) -> None:
-        superblock, _ = create_superblock(SECRET, code=self.world.code, clock=self.clock)
-        from qsfs.format.keys import wrap_keys
-
-        slots = wrap_keys(SECRET, self.keys, slot_number=1, clock=self.clock)
-        superblock = dataclasses.replace(superblock, fsid=self.keys.fsid, slots=slots)
-        self.superblock = encode_superblock(superblock, self.keys, self.clock)
-        for store in self.world.data:
-            store.put(SUPERBLOCK_KEY, self.superblock)
-
-    def candidates(self, down: tuple[int, ...] = (), silent: tuple[int, ...] = ()) -> list[Candidate]:
-        """New connections, as a machine with only a configuration makes them."""
-        found = []
-        self.connections = {}
-        for entry, data, control in zip(
-            self.world.fleet.entries, self.world.data, self.world.control, strict=True
-        ):
-            backend, heads = FaultyBackend(data), FaultyBackend(control)
-            backend.down = entry.number in down
-            heads.down = entry.number in (*down, *silent)
-            self.connections[entry.number] = backend
-            found.append(Candidate(entry.address, entry.namespace, backend, lambda _, heads=heads: heads))
-        return found
+    """A file system, and machines that restore it."""
 
     async def restore(self, directory, down=(), **options):
         directory.mkdir(exist_ok=True)
