@@ -63,8 +63,9 @@ class FileSystem:
 
     `directory` gets `qsfs.toml`, `qsfs.key`, `mnt`, `cache` and `daemon.log`.  `shards` is (k, m), `count`
     the number of backends (k + 2m unless given), each an embedded 0-db; `separate` gives each a process, so
-    that single ones can be killed.  `servers` are used instead where given, and outlive this.  `settings`
-    change the configuration: "table.key" to a value; "policy" to a list of tables, put before the presets.
+    that single ones can be killed.  `servers` are used instead where given, the first `count` of them or
+    all, and outlive this.  `namespace` is the one that is used on each.  `settings` change the
+    configuration: "table.key" to a value; "policy" to a list of tables, put before the presets.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class FileSystem:
         count: int | None = None,
         separate: bool = False,
         servers: Servers | None = None,
+        namespace: str = "qsfs",
         settings: Mapping[str, Any] | None = None,
         forgetting: bool = False,
         metadata: str = "ordered",
@@ -92,6 +94,8 @@ class FileSystem:
         self._metadata = metadata
         self._own_servers = servers is None
         k, m = shards
+        self.namespace = namespace
+        self._count = count
         self.servers = servers or Servers(directory / "zdb", count or k + 2 * m, separate=separate)
         self._handle = -1
         self._declared: list[str] = []
@@ -251,7 +255,9 @@ class FileSystem:
         `with_cache` copies the cache too, as a cloned disk would; this one must not be mounted then.  Use it
         as a context manager.
         """
-        other = FileSystem(directory, shards=self._shards, servers=self.servers)
+        other = FileSystem(
+            directory, shards=self._shards, servers=self.servers, count=self._count, namespace=self.namespace
+        )
         other._settings = self._settings | {"log.file": str(other.log_file)}
         directory.mkdir(parents=True, exist_ok=True)
         shutil.copy(self.directory / "qsfs.key", directory / "qsfs.key")
@@ -323,8 +329,8 @@ class FileSystem:
             return
         k, m = self._shards
         words: list[str] = ["init", str(self.directory), "--data-shards", str(k), "--parity-shards", str(m)]
-        for port in self.servers.ports:
-            words += ["--backend", f"127.0.0.1:{port}"]
+        for port in self.servers.ports[: self._count]:
+            words += ["--backend", f"127.0.0.1:{port}/{self.namespace}"]
         words += [
             "--cache-size",
             self._settings["cache.size"],
