@@ -278,7 +278,7 @@ class _Forming:
             timing=self._timing,
             clock=self._clock,
         )
-        nursery.start_soon(write.run)
+        write.start(nursery)
         if not await write.settle(deadline):
             raise QuorumUnavailable(f"the owner record was not stored: {'; '.join(write.reasons())}")
 

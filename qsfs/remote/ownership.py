@@ -190,7 +190,7 @@ class _Attempt:
             clock=self.clock,
         )
         failpoints.hit("own.announce")
-        self.nursery.start_soon(write.run)
+        write.start(self.nursery)
         try:
             done = await write.settle(self.deadline)
         except BaseException:

@@ -110,7 +110,7 @@ class Publisher:
             sealed, write = await self._prepare(head)
             deadline = trio.current_time() + deadline_seconds
             failpoints.hit("publish.send")
-            self._nursery.start_soon(write.run)
+            write.start(self._nursery)
             try:
                 done = await write.settle(deadline)
             except BaseException:

@@ -88,20 +88,17 @@ class QuorumWrite:
             ),
         )
 
-    async def run(self) -> None:
-        """Writes and reads until all have counted, `timing.grace` after the quorum, or until `stop`.
+    def start(self, nursery: trio.Nursery) -> None:
+        """Writes and reads in `nursery`: until all have counted, `timing.grace` after the quorum, or `stop`.
 
-        Raises nothing: what ends the attempt early is in `failure`.
+        Raises nothing there; what ends the attempt early is in `failure`.
         """
-        with trio.CancelScope() as self._scope:
-            self._shorten()
-            async with trio.open_nursery() as nursery:
-                for member in self._members.of(self.missing):
-                    nursery.start_soon(self._persist, member)
-        self._scope = None
+        self._scope = trio.CancelScope()
+        self._shorten()
+        nursery.start_soon(self._run, self._scope)
 
     def stop(self) -> None:
-        """Ends a run now.  What is under way may still take effect at its backend."""
+        """Ends what `start` began.  What is under way may still take effect at its backend."""
         if self._scope is not None:
             self._scope.cancel()
 
@@ -118,6 +115,12 @@ class QuorumWrite:
         if self.failure is not None:
             raise self.failure
         return False
+
+    async def _run(self, scope: trio.CancelScope) -> None:
+        with scope:
+            async with trio.open_nursery() as nursery:
+                for member in self._members.of(self.missing):
+                    nursery.start_soon(self._persist, member)
 
     async def _persist(self, member: Member) -> None:
         failed = 0

@@ -259,6 +259,21 @@ async def test_wherever_a_head_is_found_the_heads_sent_before_it_are_found_too(a
     assert len(sets(machine, 1)) == 1, "what is published is not sent again"
 
 
+async def test_a_publication_without_time_leaves_nothing_running(autojump_clock, nursery):
+    """It is over before the first conversation begins, and given again it keeps its grace."""
+    world = await make_world(4)
+    machine = await owner_of(world, nursery)
+    head = machine.next_head()
+    assert isinstance(await machine.publish(head, deadline=0.0), NotYet)
+    await trio.sleep(60)
+    assert not any(backend.calls for backend in machine.backends.values())
+    machine.backends[1].delay = lambda call: 100.0
+    assert isinstance(await machine.publish(head, deadline=0.0), NotYet)
+    assert isinstance(await machine.publish(head), Published)
+    await trio.sleep(1000)
+    assert not machine.backends[1].calls
+
+
 async def test_nothing_more_is_sent_once_a_mount_is_fenced(autojump_clock, nursery):
     world = await make_world(4)
     machine = await owner_of(world, nursery)
