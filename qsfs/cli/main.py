@@ -31,6 +31,7 @@ COMMANDS = (
     "takeover",
     "restore",
     "unblock",
+    "fsck",
 )
 
 _BUG = 70
@@ -42,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: this process's own) and returns its exit code."""
     modules = {name: importlib.import_module(f"qsfs.cli.{name}") for name in COMMANDS}
     parser = build_parser(modules)
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _parser_of(parser, arguments.command).error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.command is None:
         parser.print_help(sys.stderr)
         return 2
@@ -54,6 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BaseException as error:  # noqa: BLE001 - the last border: everything ends as one line
         return _report(error, arguments)
+
+
+def _parser_of(parser: argparse.ArgumentParser, command: str | None) -> argparse.ArgumentParser:
+    """The parser of a command, which ends a wrong command line as that command documents it."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and command is not None:
+            found: argparse.ArgumentParser = action.choices[command]
+            return found
+    return parser
 
 
 def build_parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
