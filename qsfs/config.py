@@ -131,6 +131,7 @@ class MountConfig:
     max_tasks: int = _key(5000, number(10, 100_000))
     read_ahead_kb: int = _key(1024, number(0, 65536))
     max_background: int = _key(64, number(1, 65535))
+    short_loop: bool = _key(True, flag)
 
 
 @dataclass(frozen=True)

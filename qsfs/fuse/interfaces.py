@@ -32,7 +32,7 @@ class Space(Protocol):
         """What statfs shows."""
 
     def has_room(self) -> bool:
-        """Whether new files may be made; a WRITE is accepted in any case."""
+        """Whether new files may be made; a WRITE is accepted in any case.  May raise `NeedRoom`."""
 
 
 class State(Protocol):

@@ -11,7 +11,7 @@ import trio
 
 from qsfs.config import MountConfig
 from qsfs.errors import MountError
-from qsfs.fuse import tuning
+from qsfs.fuse import loop, tuning
 from qsfs.fuse.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ async def serve(
         async with trio.open_nursery() as nursery:
             operations.attributes_changed = AttributeRefresh(nursery).refresh
             nursery.start_soon(_when_initialized, operations, mountpoint, config, mounted)
-            await pyfuse3.main(max_tasks=config.max_tasks)
+            with loop.installed(config.short_loop):
+                await pyfuse3.main(max_tasks=config.max_tasks)
             nursery.cancel_scope.cancel()
     except BaseException as error:
         unmount = _is_cancellation(error)

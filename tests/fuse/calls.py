@@ -25,6 +25,16 @@ def msync(address: int, length: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+def hand_over(path: Path) -> None:
+    """syncfs(2): the kernel hands over what it holds back for the mount at `path`, and no other."""
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        if _libc.syncfs(directory):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    finally:
+        os.close(directory)
+
+
 def as_nobody(root: Path, action: Callable[[], int | None]) -> int:
     """Runs `action` in `root` as user and group 65534; returns its result or the errno it ended with."""
     return in_child(action, root)

@@ -9,6 +9,8 @@ import threading
 
 import pytest
 
+from tests.fuse.calls import hand_over
+
 pytestmark = pytest.mark.mount
 
 
@@ -92,11 +94,11 @@ def read_in_thread(path):
 @pytest.mark.parametrize(("error", "expected"), [(0, b"x" * 5000), (errno.EIO, errno.EIO)])
 def test_a_request_waits_for_what_it_needs_while_others_go_on(mount, root, error, expected):
     (root / "f").write_bytes(b"x" * 5000)
-    os.sync()
+    hand_over(root)
     handle = os.open(root / "f", os.O_RDONLY)
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(handle)
-    mount.command("need_pages")
+    mount.command("need_pages", os.stat(root / "f").st_ino)
     thread, result = read_in_thread(root / "f")
     assert mount.command("waiting", 1)
     (root / "g").write_text("meanwhile")
@@ -130,7 +132,7 @@ def test_no_room_stops_new_files_and_no_write(mount, root):
 def test_a_fenced_mount_reads_and_changes_nothing(mount, root):
     mount.expected_log = "read-only from now on: planned"
     (root / "f").write_bytes(b"x")
-    os.sync()
+    hand_over(root)
     handle = os.open(root / "f", os.O_RDWR)
     mount.command("fence")
     os.write(handle, b"y" * 10_000)
@@ -149,7 +151,7 @@ def test_a_fenced_mount_reads_and_changes_nothing(mount, root):
 def test_a_failed_mount_answers_everything_that_changes_with_eio(mount, root):
     mount.expected_log = "read-only from now on: planned"
     (root / "f").write_bytes(b"x")
-    os.sync()
+    hand_over(root)
     mount.command("fail")
     directory = os.open(root, os.O_RDONLY)
     assert code_of(os.fsync, directory) == errno.EIO

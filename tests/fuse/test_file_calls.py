@@ -13,7 +13,7 @@ import subprocess
 import pytest
 
 from qsfs.store.schema import PAGE
-from tests.fuse.calls import as_nobody, in_child, msync
+from tests.fuse.calls import as_nobody, hand_over, in_child, msync
 
 pytestmark = pytest.mark.mount
 
@@ -49,7 +49,7 @@ def test_appends_go_to_the_end(root, access):
 
 def test_a_write_only_handle_fills_a_page_that_is_not_cached(root, mount):
     (root / "f").write_bytes(b"x" * 3 * PAGE)
-    os.sync()
+    hand_over(root)
     handle = os.open(root / "f", os.O_WRONLY)
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     mount.requests()
@@ -70,7 +70,7 @@ def test_a_shared_map_is_written_and_synced(root, mount):
             assert mount.command("take_syncs") == [[os.stat(root / "f").st_ino, True]]
             shared[20:22] = b"no"
         assert os.pread(file.fileno(), 22, 0) == bytes(10) + b"hello" + bytes(5) + b"no"
-    os.sync()
+    hand_over(root)
     with open(root / "f", "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         assert file.read()[40 * PAGE :][:5] == b"world"
@@ -145,12 +145,12 @@ def test_a_file_keeps_the_times_of_its_writes(root, mount):
     """The kernel sets them while it holds the pages back, and hands them over."""
     (root / "f").write_bytes(b"x")
     shown = os.stat(root / "f")
-    os.sync()
+    hand_over(root)
     number = shown.st_ino
     assert mount.command("times", number)[1:] == [shown.st_mtime_ns, shown.st_ctime_ns]
     os.utime(root / "f", ns=(5, 6))
     (root / "f").read_bytes()
-    os.sync()
+    hand_over(root)
     assert mount.command("times", number)[:2] == [5, 6]
 
 
@@ -225,7 +225,7 @@ def test_chmod_after_a_write_keeps_the_set_id_bits(root):
         file.flush()
         os.fchmod(file.fileno(), 0o6755)
         os.fsync(file.fileno())
-    os.sync()
+    hand_over(root)
     assert set_ids(root) == 0o6000
 
 

@@ -8,6 +8,7 @@ import os
 import pytest
 
 from qsfs.store.schema import PAGE
+from tests.fuse.calls import hand_over
 
 pytestmark = pytest.mark.mount
 
@@ -23,7 +24,7 @@ def counted(mount, action):
 def test_names_and_attributes_are_asked_once(mount, root):
     (root / "d").mkdir()
     (root / "d" / "f").write_bytes(b"x")
-    os.sync()
+    hand_over(root)
     os.stat(root / "d" / "f")
     assert counted(mount, lambda: [os.stat(root / "d" / "f") for _ in range(100)]) == {}
 
@@ -36,7 +37,7 @@ def test_a_name_that_does_not_exist_is_asked_once(mount, root):
 def test_a_listing_brings_all_attributes(mount, root):
     for number in range(100):
         (root / str(number)).touch()
-    os.sync()
+    hand_over(root)
     drop_names()
 
     def list_all():
@@ -58,7 +59,7 @@ def drop_names():
 def test_cached_data_stay_over_opens_and_stats(mount, root):
     """After a close the kernel asks for the block count again; it never asks for data again."""
     (root / "f").write_bytes(os.urandom(100 * PAGE))
-    os.sync()
+    hand_over(root)
     (root / "f").read_bytes()
 
     def read_again():
@@ -111,7 +112,7 @@ def test_fsync_is_always_asked(mount, root):
 
 def test_a_map_is_read_by_the_page_and_written_by_the_page(mount, root):
     (root / "f").write_bytes(bytes(64 * PAGE))
-    os.sync()
+    hand_over(root)
     handle = os.open(root / "f", os.O_RDWR)
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     with mmap.mmap(handle, 64 * PAGE) as shared:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from qsfs.clock import Clock, FixedClock
-from qsfs.filesystem.needs import Need
+from qsfs.filesystem.needs import Need, NeedPages
 from qsfs.store.schema import PAGE, Inode, InodeFlag, Table, u64
 
 _PATCHABLE = {
@@ -64,8 +64,7 @@ class MemoryStore:
         self.data: dict[int, dict[int, bytes]] = {}
         self.changes: list[MemoryChange] = []
         self.need: Need | None = None
-        self._next_inode = 1
-        self._iterating = 0
+        self._last_inode = 1
 
     def get(self, table: Table, key: bytes) -> bytes | None:
         return self.rows[table].get(key)
@@ -83,8 +82,8 @@ class MemoryStore:
         return self.inodes.get(number)
 
     def allocate_inode(self) -> int:
-        self._next_inode = max(self._next_inode, *self.inodes, 1) + 1
-        return self._next_inode
+        self._last_inode += 1
+        return self._last_inode
 
     @contextmanager
     def change(self) -> Iterator[MemoryChange]:
@@ -125,14 +124,17 @@ class MemoryContents:
         self.uncovered: set[int] = set()
         self.left_local_only: list[int] = []
         self.need: Need | None = None
+        self.need_stays = False
 
-    def _check(self) -> None:
-        if self.need is not None:
-            need, self.need = self.need, None
+    def _check(self, inode: Inode) -> None:
+        need = self.need
+        if need is not None and (not isinstance(need, NeedPages) or need.inode in (0, inode.number)):
+            if not self.need_stays:
+                self.need = None
             raise need
 
     def read(self, inode: Inode, offset: int, size: int) -> bytes:
-        self._check()
+        self._check(inode)
         end = min(offset + size, inode.size)
         if offset >= end:
             return b""
@@ -142,7 +144,7 @@ class MemoryContents:
         return joined[offset - first * PAGE : end - first * PAGE]
 
     def write(self, inode: Inode, offset: int, data: bytes | memoryview, *, times: bool = True) -> int:
-        self._check()
+        self._check(inode)
         pages = self.store.data.setdefault(inode.number, {})
         done = 0
         while done < len(data):
@@ -152,30 +154,30 @@ class MemoryContents:
             pages[page] = old[:start] + part + old[start + len(part) :]
             done += len(part)
         inode.size = max(inode.size, offset + len(data))
-        if times:
-            self._touched(inode)
+        self._changed(inode, times)
         return len(data)
 
     def truncate(self, inode: Inode, size: int) -> None:
-        self._check()
+        self._check(inode)
         pages = self.store.data.setdefault(inode.number, {})
         for page in [page for page in pages if page * PAGE >= size]:
             del pages[page]
         if size % PAGE and size // PAGE in pages:
             pages[size // PAGE] = pages[size // PAGE][: size % PAGE].ljust(PAGE, b"\0")
         inode.size = size
-        self._touched(inode)
+        self._changed(inode, times=True)
 
-    def _touched(self, inode: Inode) -> None:
+    def _changed(self, inode: Inode, times: bool) -> None:
         inode.allocated = len(self.store.data.get(inode.number, {}))
-        inode.mtime_ns = inode.ctime_ns = self.store.clock.time_ns()
+        if times:
+            inode.mtime_ns = inode.ctime_ns = self.store.clock.time_ns()
         if inode.flags & InodeFlag.ATOMIC_SYNC and inode.number in self.open_count:
             self.uncovered.add(inode.number)
 
     def set_times(
         self, inode: Inode, atime_ns: int | None, mtime_ns: int | None, ctime_ns: int | None
     ) -> None:
-        self._check()
+        self._check(inode)
         inode.atime_ns = inode.atime_ns if atime_ns is None else atime_ns
         inode.mtime_ns = inode.mtime_ns if mtime_ns is None else mtime_ns
         inode.ctime_ns = inode.ctime_ns if ctime_ns is None else ctime_ns
@@ -187,7 +189,7 @@ class MemoryContents:
         self.open_count[inode.number] = self.open_count.get(inode.number, 0) + 1
 
     def closed(self, inode: Inode) -> None:
-        self._check()
+        self._check(inode)
         self.open_count[inode.number] -= 1
         if not self.open_count[inode.number]:
             del self.open_count[inode.number]
@@ -197,7 +199,7 @@ class MemoryContents:
         return number in self.open_count
 
     def leave_local_only(self, inode: Inode) -> None:
-        self._check()
+        self._check(inode)
         self.left_local_only.append(inode.number)
 
     def has_uncovered(self, number: int) -> bool:

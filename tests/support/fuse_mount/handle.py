@@ -21,6 +21,7 @@ class Settings:
 
     mountpoint: str = ""
     xattr: bool = False
+    short_loop: bool = True
     policies: tuple[dict[str, Any], ...] = ()
     total_bytes: int = 1 << 40
     free_bytes: int = 1 << 39

@@ -42,6 +42,7 @@ class Daemon:
         self.syncs: list[Any] = []
         self.released = trio.Event()
         self.wait_error = 0
+        self.needed: NeedPages | None = None
         self.operations = Operations(self.namespace, self, self, self, self.state, xattr=settings["xattr"])
         self._seen: dict[str, int] = {}
 
@@ -50,7 +51,6 @@ class Daemon:
     async def satisfy(self, need: Need) -> None:
         await self.released.wait()
         if self.wait_error:
-            self.contents.need = need
             raise PosixError(self.wait_error)
 
     async def sync(self, number: int, data_only: bool) -> None:
@@ -137,16 +137,20 @@ class Daemon:
 
         self.namespace.references.forget = fail  # type: ignore[method-assign]
 
-    def need_pages(self) -> None:
-        """The next access to contents waits until `release`."""
+    def need_pages(self, number: int, always: bool = False) -> None:
+        """The next access to a file's contents waits until `release`, or all of them."""
         self.released = trio.Event()
-        self.contents.need = NeedPages(0, 0, 1)
+        self.contents.need_stays = always
+        self.needed = NeedPages(number, 0, 1)
+        self.contents.need = self.needed
 
     def release(self, error: int) -> None:
         """Lets go what waits: with 0 it finds what it needs, else it and all that follow get `error`."""
         self.wait_error = error
-        if not error:
-            self.contents.need = None
+        self.contents.need = None
+        if error:
+            self.contents.need_stays = True
+            self.contents.need = self.needed
         self.released.set()
 
     def fill_up(self, full: bool) -> None:
@@ -179,7 +183,7 @@ class Daemon:
             await serve(
                 self.operations,
                 Path(self.settings["mountpoint"]),
-                MountConfig(xattr=self.settings["xattr"]),
+                MountConfig(xattr=self.settings["xattr"], short_loop=self.settings["short_loop"]),
                 mounted=lambda: answer("mounted"),
             )
             nursery.cancel_scope.cancel()
