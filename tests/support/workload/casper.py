@@ -104,12 +104,11 @@ def verify(directory: Path, promises: Promises) -> list[str]:
     options: dict[str, Any] = {"validators": 9, "transactions": 2, "units": "", "default_names": False}
     options |= promises.options
     paths = [_data_file(directory / name, options["default_names"]) for name in ("storage.lmdb", "data.lmdb")]
-    if promises.acked < 0 and not all(path.exists() and path.stat().st_size for path in paths):
-        return []
-    if missing := [f"{path} is missing" for path in paths if not path.exists()]:
-        return missing
-    if problems := [problem for path in paths for problem in check_structure(path)]:
-        return problems
+    problems = [f"{path} is missing" for path in paths if not path.exists()]
+    problems = problems or [problem for path in paths for problem in check_structure(path)]
+    if problems:
+        # Until the first commit has returned, LMDB does not promise a valid file.
+        return problems if promises.acked >= 0 else []
     storage, data = open_environments(
         directory, full_maps=options.get("full_maps", False), default_names=options["default_names"]
     )

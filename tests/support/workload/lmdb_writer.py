@@ -68,7 +68,8 @@ def verify(directory: Path, promises: Promises) -> list[str]:
     if not path.exists():
         return [f"{path} is missing"] if promises.acked >= 0 else []
     if problems := check_structure(path):
-        return problems
+        # Until the first commit has returned, LMDB does not promise a valid file.
+        return problems if promises.acked >= 0 else []
     environment = open_environment(directory, single, map_size=promises.options.get("map_size", 1 << 30))
     try:
         with environment.begin() as transaction:

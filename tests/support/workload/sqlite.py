@@ -33,9 +33,11 @@ def run(
         database.execute(f"PRAGMA synchronous = {synchronous}")
         # A small log, so that checkpoints happen in short runs too.
         database.execute("PRAGMA wal_autocheckpoint = 40")
+        database.execute("BEGIN IMMEDIATE")
         database.execute("CREATE TABLE records (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
         database.execute("CREATE TABLE tip (step INTEGER)")
         database.execute("INSERT INTO tip VALUES (-1)")
+        database.execute("COMMIT")
         for step in steps:
             acks.begin(step)
             database.execute("BEGIN IMMEDIATE")
@@ -54,13 +56,15 @@ def run(
 def verify(directory: Path, promises: Promises) -> list[str]:
     """SQLite's own check, then that the rows are those of one acknowledged or later step."""
     path = directory / NAME
-    if promises.acked < 0 and promises.begun < 0:
+    if promises.acked < 0 and not path.exists():
         return []
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=rw", uri=True)) as database:
             checks = [row[0] for row in database.execute("PRAGMA integrity_check")]
             if checks != ["ok"]:
                 return [f"{path}: {check}" for check in checks]
+            if promises.acked < 0 and not database.execute("SELECT * FROM sqlite_master").fetchall():
+                return []
             tip = int(database.execute("SELECT step FROM tip").fetchone()[0])
             found = dict(database.execute("SELECT key, value FROM records"))
     except sqlite3.Error as error:
