@@ -344,26 +344,12 @@ class SmallFs:
 
     def add_superblock(self) -> None:
         """Puts the superblock on every backend."""
-        superblock, _ = create_superblock(SECRET, code=self.world.code, clock=self.clock)
-        slots = wrap_keys(SECRET, self.keys, slot_number=1, clock=self.clock)
-        superblock = dataclasses.replace(superblock, fsid=self.keys.fsid, slots=slots)
-        value = encode_superblock(superblock, self.keys, self.clock)
-        for store in self.world.data:
-            store.put(SUPERBLOCK_KEY, value)
+        add_superblock(self.world)
 
     def candidates(self, down: tuple[int, ...] = (), silent: tuple[int, ...] = ()) -> list[Candidate]:
         """New connections; `down` backends do not answer, `silent` ones only for heads."""
-        found = []
         self.connections: dict[int, FaultyBackend] = {}
-        for entry, data, control in zip(
-            self.world.fleet.entries, self.world.data, self.world.control, strict=True
-        ):
-            backend, heads = FaultyBackend(data), FaultyBackend(control)
-            backend.down = entry.number in down
-            heads.down = entry.number in (*down, *silent)
-            self.connections[entry.number] = backend
-            found.append(Candidate(entry.address, entry.namespace, backend, lambda _, heads=heads: heads))
-        return found
+        return candidates_of(self.world, down, silent, self.connections)
 
     # reading
 
@@ -391,3 +377,31 @@ class SmallFs:
 def noise(count: int, seed: int = 1) -> bytes:
     """Bytes that do not compress."""
     return TrioClock(1000 + seed).random_bytes(count)
+
+
+def add_superblock(world: World) -> None:
+    """Puts a superblock that `SECRET` opens on every backend of a world."""
+    superblock, _ = create_superblock(SECRET, code=world.code, clock=world.clock)
+    slots = wrap_keys(SECRET, world.keys, slot_number=1, clock=world.clock)
+    superblock = dataclasses.replace(superblock, fsid=world.keys.fsid, slots=slots)
+    value = encode_superblock(superblock, world.keys, world.clock)
+    for store in world.data:
+        store.put(SUPERBLOCK_KEY, value)
+
+
+def candidates_of(
+    world: World,
+    down: tuple[int, ...] = (),
+    silent: tuple[int, ...] = (),
+    connections: dict[int, FaultyBackend] | None = None,
+) -> list[Candidate]:
+    """New connections to a world, as a machine with only a configuration makes them."""
+    found = []
+    for entry, data, control in zip(world.fleet.entries, world.data, world.control, strict=True):
+        backend, heads = FaultyBackend(data), FaultyBackend(control)
+        backend.down = entry.number in down
+        heads.down = entry.number in (*down, *silent)
+        if connections is not None:
+            connections[entry.number] = backend
+        found.append(Candidate(entry.address, entry.namespace, backend, lambda _, heads=heads: heads))
+    return found
