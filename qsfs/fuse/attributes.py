@@ -12,7 +12,7 @@ import pyfuse3
 
 from qsfs.filesystem.attributes import size_of
 from qsfs.filesystem.namespace import Namespace
-from qsfs.store.schema import BLOCK_SIZE, PAGE, Inode
+from qsfs.store.schema import PAGE, Inode
 
 TIMEOUT_SECONDS = 3600.0
 """How long the kernel may keep names and attributes.  Nobody else changes them, so it is long."""
@@ -28,7 +28,6 @@ class AttributeFiller:
         self._contents = namespace.tree.contents
         self._reply = pyfuse3.EntryAttributes()
         self._reply.entry_timeout = self._reply.attr_timeout = TIMEOUT_SECONDS
-        self._reply.st_blksize = BLOCK_SIZE
         self._absent = pyfuse3.EntryAttributes()
         self._absent.st_ino = 0
         self._absent.entry_timeout = TIMEOUT_SECONDS

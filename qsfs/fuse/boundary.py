@@ -57,7 +57,7 @@ def request(
     After a `Need` was satisfied the whole handler runs again, so it must raise one only before it
     has changed anything that must not be changed twice.  Nothing here suspends unless it waits.
     """
-    name = handler.__name__
+    name = handler.__name__.lstrip("_")
 
     async def guarded(self: _G, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         requests = self.counts.requests

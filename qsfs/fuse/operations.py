@@ -274,7 +274,7 @@ class Operations(pyfuse3.Operations):
         opened = self._namespace.inode(inode)
         if not stat.S_ISREG(opened.mode):
             raise PosixError(errno.EISDIR if stat.S_ISDIR(opened.mode) else errno.ENXIO)
-        if flags & (os.O_WRONLY | os.O_RDWR):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
             self._state.check_change()
         if flags & os.O_TRUNC:
             self._namespace.set_attributes(inode, AttributeChange(size=0))

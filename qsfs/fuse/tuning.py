@@ -5,8 +5,12 @@ Nothing here sends a request to the mount: its daemon could not answer itself.
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +23,8 @@ _MOUNTINFO = Path("/proc/self/mountinfo")
 _SYS = Path("/sys")
 _VM = Path("/proc/sys/vm")
 _MEMINFO = Path("/proc/meminfo")
+_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same on every architecture
+_FSCONFIG_CMD_CREATE = 6
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -43,27 +49,25 @@ def find_device(mountpoint: Path, mountinfo: Path = _MOUNTINFO) -> Device | None
 
 
 def tune(
-    device: Device,
-    *,
-    read_ahead_kb: int,
-    max_background: int,
-    max_ratio: int = MAX_RATIO,
-    sys: Path = _SYS,
+    device: Device, *, read_ahead_kb: int, max_background: int, max_ratio: int = MAX_RATIO, sys: Path = _SYS
 ) -> dict[str, int]:
     """Sets readahead, background requests and the share of dirty pages; returns what was set.
 
     What is not permitted or not there is left alone and logged: it costs speed, nothing else.
     """
     bdi = sys / "class" / "bdi" / f"{device.major}:{device.minor}"
-    connection = sys / "fs" / "fuse" / "connections" / str(device.minor)
-    wanted = {
-        bdi / "read_ahead_kb": read_ahead_kb,
-        bdi / "max_ratio": max_ratio,
-        connection / "max_background": max_background,
-        connection / "congestion_threshold": max(1, max_background * 3 // 4),
-    }
+    done = _write({bdi / "read_ahead_kb": read_ahead_kb, bdi / "max_ratio": max_ratio})
+    with _connections(sys / "fs" / "fuse" / "connections", device) as connections:
+        connection = connections / str(device.minor)
+        threshold = max(1, max_background * 3 // 4)
+        return done | _write(
+            {connection / "max_background": max_background, connection / "congestion_threshold": threshold}
+        )
+
+
+def _write(settings: dict[Path, int]) -> dict[str, int]:
     done = {}
-    for file, value in wanted.items():
+    for file, value in settings.items():
         try:
             file.write_text(f"{value}\n", encoding="ascii")
         except OSError as error:
@@ -71,6 +75,37 @@ def tune(
         else:
             done[file.name] = value
     return done
+
+
+@contextmanager
+def _connections(usual: Path, device: Device) -> Iterator[Path]:
+    """The control file system of FUSE: where it is mounted, else a mount of it that nobody else sees."""
+    if (usual / str(device.minor)).exists() or usual != _SYS / "fs" / "fuse" / "connections":
+        yield usual
+        return
+    mount = _private_mount(b"fusectl")
+    if mount is None:
+        yield usual
+        return
+    try:
+        yield Path(f"/proc/self/fd/{mount}")
+    finally:
+        os.close(mount)
+
+
+def _private_mount(kind: bytes) -> int | None:
+    """A descriptor of a new mount that is attached nowhere; None where that is not permitted."""
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    context = call(_FSOPEN, kind, 0)
+    if context < 0:
+        return None
+    try:
+        if call(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0) < 0:
+            return None
+        mount = int(call(_FSMOUNT, context, 0, 0))
+        return mount if mount >= 0 else None
+    finally:
+        os.close(context)
 
 
 def dirty_limit_bytes(max_ratio: int = MAX_RATIO, vm: Path = _VM, meminfo: Path = _MEMINFO) -> int:

@@ -158,3 +158,11 @@ def test_a_failed_mount_answers_everything_that_changes_with_eio(mount, root):
     os.close(directory)
     assert code_of(os.mkdir, root / "d") == errno.EIO
     assert (root / "f").read_bytes() == b"x"
+
+
+def test_a_dead_mount_stays_visibly_dead(mount, root):
+    """Were the directory below visible, a node would start a new database in it."""
+    (root / "f").write_text("x")
+    mount.kill()
+    assert code_of(os.listdir, root) == errno.ENOTCONN
+    assert code_of((root / "new").write_text, "x") == errno.ENOTCONN

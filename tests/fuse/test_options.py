@@ -141,10 +141,13 @@ def test_the_kernel_is_tuned(mount, root):
     bdi = Path(f"/sys/class/bdi/{device.major}:{device.minor}")
     assert (bdi / "read_ahead_kb").read_text().strip() == "1024"
     assert (bdi / "max_ratio").read_text().strip() == str(tuning.MAX_RATIO)
-    connection = Path(f"/sys/fs/fuse/connections/{device.minor}")
-    if connection.exists():
+    usual = Path("/sys/fs/fuse/connections")
+    with tuning._connections(usual, device) as connections:
+        connection = connections / str(device.minor)
         assert (connection / "max_background").read_text().strip() == "64"
         assert (connection / "congestion_threshold").read_text().strip() == "48"
+    if not (usual / str(device.minor)).exists():
+        assert "fusectl" not in Path("/proc/self/mounts").read_text(), "a mount of the control files stayed"
 
 
 def test_an_unmount_ends_the_daemon(root):

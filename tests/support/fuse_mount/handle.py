@@ -58,6 +58,11 @@ class FuseMount:
         counts: dict[str, int] = self.command("requests")
         return counts
 
+    def kill(self) -> None:
+        """SIGKILL, and waits for the end."""
+        self._process.kill()
+        self._process.wait()
+
     @property
     def log(self) -> str:
         """What the process has logged at WARNING and above."""
@@ -65,7 +70,7 @@ class FuseMount:
         return self._log.read()
 
     def stop(self) -> None:
-        """Unmounts, waits for the process to end by itself, and judges its log."""
+        """Unmounts, waits for the process to end by itself unless it was killed, and judges its log."""
         if self._process.poll() is None:
             with contextlib.suppress(OSError):
                 scratch.unmount(self.path)

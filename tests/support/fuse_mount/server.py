@@ -72,7 +72,7 @@ class Daemon:
         now = dict(self.operations.counts.requests)
         new = {name: count - self._seen.get(name, 0) for name, count in now.items()}
         self._seen = now
-        return {name.removeprefix("_"): count for name, count in new.items() if count}
+        return {name: count for name, count in new.items() if count}
 
     def take_syncs(self) -> list[Any]:
         syncs, self.syncs = self.syncs, []
