@@ -104,7 +104,7 @@ class Want:
     `quiet` says of a block (its `block_key`) whether it may be read now, `taken` of a page (inode,
     page, write number) whether somebody else has it; both are called on the reading thread.
     `orphans` takes the pages of unlinked open files too.  A part ends after about `most_bytes`, or
-    once the clock says `until`.
+    once the clock says `until`; it always gets on by a block.
     """
 
     most_bytes: int
@@ -159,11 +159,15 @@ class CommittedState:
         run = _Run()
         size = 0
         resume: bytes | None = None
+        seen = 0
         for key, row, bits in self._dirty_blocks(start, want):
-            enough = size >= want.most_bytes or self._clock.monotonic() >= want.until
+            enough = size >= want.most_bytes or (seen > 0 and self._clock.monotonic() >= want.until)
             if enough and not run.goes_on(key):
                 resume = key
                 break
+            seen += 1
+            if row is None:
+                continue
             try:
                 pages = self._read_block(key, row, bits)
             except LocalDamage:
@@ -187,8 +191,8 @@ class CommittedState:
                 break
         return total
 
-    def _dirty_blocks(self, start: bytes, want: Want) -> Iterator[tuple[bytes, BlockRow, int]]:
-        """Blocks with wanted dirty pages: key, row, bits of the pages."""
+    def _dirty_blocks(self, start: bytes, want: Want) -> Iterator[tuple[bytes, BlockRow | None, int]]:
+        """Dirty blocks: key, row, bits of the wanted pages; without a row where none is wanted."""
         position: bytes | None = start
         while position is not None:
             begin, position = position, None
@@ -198,15 +202,15 @@ class CommittedState:
                 if not (owner.uploads or (want.orphans and owner.exists and owner.orphan)):
                     position = u64_pair(inode + 1, 0)
                     break
-                if want.quiet is not None and not want.quiet(block_key(inode, number)):
-                    continue
-                encoded = self.view.get(Table.BLOCKS, key)
+                encoded = None
+                if want.quiet is None or want.quiet(block_key(inode, number)):
+                    encoded = self.view.get(Table.BLOCKS, key)
                 if encoded is None:
+                    yield key, None, 0
                     continue
                 row = BlockRow.decode(encoded)
                 bits = self._wanted(inode, number, row, owner, want)
-                if bits:
-                    yield key, row, bits
+                yield key, row if bits else None, bits
 
     @staticmethod
     def _wanted(inode: int, number: int, row: BlockRow, owner: _Owner, want: Want) -> int:
@@ -278,7 +282,9 @@ class CommittedState:
     def changed(self, start: bytes, floor: int, most_bytes: int, until: float = float("inf")) -> RowsPart:
         """Rows marked as changed by a commit above `floor`, from mark `start` on, as they are now."""
         lowest = u64(floor)
-        marks = (name for name, mark in self.view.scan(Table.CHANGED, start, None) if bytes(mark) > lowest)
+        marks = (
+            (name, bytes(mark) > lowest) for name, mark in self.view.scan(Table.CHANGED, start, None)
+        )
         return self._rows(marks, most_bytes, until, self._changed_rows)
 
     def everything(self, start: bytes, most_bytes: int, until: float = float("inf")) -> RowsPart:
@@ -287,16 +293,18 @@ class CommittedState:
 
     def _rows(
         self,
-        names: Iterator[bytes],
+        names: Iterator[tuple[bytes, bool]],
         most_bytes: int,
         until: float,
         expand: Callable[[Table, bytes, bytes | None], Iterator[Row]],
     ) -> RowsPart:
         rows: list[Row] = []
         size = 0
-        for name in names:
-            if size >= most_bytes or self._clock.monotonic() >= until:
+        for seen, (name, wanted) in enumerate(names):
+            if size >= most_bytes or (seen and self._clock.monotonic() >= until):
                 return RowsPart(tuple(rows), name)
+            if not wanted:
+                continue
             table, key = Table(name[0]), name[1:]
             stored = self.view.get(table, key)
             for row in expand(table, key, None if stored is None else bytes(stored)):
@@ -304,14 +312,14 @@ class CommittedState:
                 size += len(row[1]) + len(row[2] or b"") + _ROW_COST
         return RowsPart(tuple(rows), None)
 
-    def _names(self, start: bytes) -> Iterator[bytes]:
+    def _names(self, start: bytes) -> Iterator[tuple[bytes, bool]]:
         first = start[0] if start else 0
         for table in _REMOTE:
             if table < first:
                 continue
             prefix = bytes((table,))
             for key, _ in self.view.scan(table, start[1:] if table == first else b"", None):
-                yield prefix + key
+                yield prefix + key, True
 
     def _changed_rows(self, table: Table, key: bytes, value: bytes | None) -> Iterator[Row]:
         """What a changed row is in a generation, with the rows that depend on it."""
@@ -324,7 +332,8 @@ class CommittedState:
                 yield table, key, None
             else:
                 yield table, key, self._inode_row(inode, value)
-            if self._has_extents(inode):
+            # What the last generation has there may be its own: for when the file was local only.
+            if self._owner(inode).pending or self._has_extents(inode):
                 yield self._truncation_row(inode)
         elif table == Table.TRUNCATIONS:
             yield self._truncation_row(inode)
