@@ -284,7 +284,7 @@ class Operations(pyfuse3.Operations):
     @request
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Reads; also through a write-only handle, which the kernel uses to fill its pages."""
-        return self._contents.read(self._namespace.inode(fh >> 1), off, size)
+        return self._contents.read(self._namespace.inode(inode_of(fh)), off, size)
 
     @request
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
