@@ -3,7 +3,7 @@
 The thread of the file system fills the open group; a sealed group is never changed again, so the
 writer thread may read it while the next one fills.  `commit` applies a sealed group to LMDB in key
 order within one transaction, which also stores what replay needs: the write number at which the
-group was sealed.
+group was sealed, and the sequence number of the first journal append after that.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from qsfs.store.schema import (
 
 COMMIT_KEY = b"commit"
 WRITE_NUMBER_KEY = b"write-number"
+JOURNAL_START_KEY = b"journal-start"
 ALL_PAGES = (1 << BLOCK_PAGES) - 1
 ZERO_PAGE = bytes(PAGE)
 _MARKS_AT_ONCE = 10_000
@@ -93,6 +94,7 @@ class Group:
         self.filled_blocks = 0
         self.published: Publication | None = None
         self.sealed_at = 0
+        self.journal_start = 0
         self.opened_at: float | None = None
 
     @property
@@ -154,6 +156,7 @@ def commit(environment: Environment, group: Group, local: Mapping[bytes, bytes])
         database = databases[Table.LOCAL]
         txn.put(COMMIT_KEY, plain_u64(group.number), db=database)
         txn.put(WRITE_NUMBER_KEY, plain_u64(group.sealed_at), db=database)
+        txn.put(JOURNAL_START_KEY, plain_u64(group.journal_start), db=database)
         for key, value in local.items():
             txn.put(key, value, db=database)
         failpoints.hit("commit.before")

@@ -12,15 +12,16 @@ appends a commit has made superfluous by then.  An append is a sector-aligned fr
     40      ...   payload: records
     ...           zeros up to the next multiple of 512
 
-all little-endian.  A record is kind u8, length u32, then as many bytes.  Replay takes the frames
-in sequence and ends at the first that is torn, foreign, or out of sequence.
+all little-endian.  A record is kind u8, length u32, then as many bytes.  Each commit stores the
+sequence number from which on appends hold more than it does.  Replay takes the frames from there on,
+in sequence, and ends at the first that is torn, foreign or missing.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ _SUM = struct.Struct("<Q")
 _HEAD = _HEADER.size + _SUM.size
 _MAGIC = b"QJF1"
 SECTOR = 512
+FIRST_SEQUENCE = 1
 _RECORD = struct.Struct("<BI")
 
 
@@ -88,14 +90,18 @@ def _decode_records(payload: bytes) -> Iterator[tuple[int, bytes]]:
         offset += length
 
 
-def in_order(first: Sequence[Frame], second: Sequence[Frame]) -> list[Frame]:
-    """The frames of both files in sequence, up to the first gap between them."""
-    files = sorted((f for f in (first, second) if f), key=lambda f: f[0].sequence)
-    if len(files) < 2 or files[1][0].sequence == files[0][-1].sequence + 1:
-        return [frame for file in files for frame in file]
-    # Between the files a frame is missing.  What lies before the gap is the older file; the newer
-    # one's first frames were never acknowledged, since an earlier append was not durable yet.
-    return list(files[0])
+def in_order(files: Iterable[Sequence[Frame]], start: int) -> list[Frame]:
+    """The frames from sequence number `start` on, up to the first that is missing.
+
+    What lies before `start` is superfluous: frames of a committed group that the other group's
+    appends have not overwritten yet, wholly or in part.  What follows a missing frame was never
+    acknowledged, since an acknowledgement means that every earlier frame is durable too.
+    """
+    found = {frame.sequence: frame for frames in files for frame in frames}
+    ordered: list[Frame] = []
+    while (frame := found.get(start + len(ordered))) is not None:
+        ordered.append(frame)
+    return ordered
 
 
 class Journal:
@@ -111,12 +117,17 @@ class Journal:
         self._files = [_open_file(directory / f"journal.{i}", self.capacity) for i in range(2)]
         self._active = 0
         self._offset = 0
-        self._sequence = 1
+        self._sequence = FIRST_SEQUENCE
         self._unflushed: set[int] = set()
 
     def room(self) -> int:
         """Payload bytes that the active file can still take."""
         return max(0, self.capacity - self._offset - _HEAD - SECTOR)
+
+    @property
+    def next_sequence(self) -> int:
+        """The sequence number of the next append."""
+        return self._sequence
 
     def frame(self, records: Sequence[bytes]) -> tuple[int, int, bytes]:
         """Places an append: (file, offset, bytes) for `write`; the payload must fit `room`."""
@@ -133,7 +144,7 @@ class Journal:
         """
         try:
             for file, offset, data in frames:
-                os.pwrite(self._files[file], data, offset)
+                _write_all(self._files[file], data, offset)
                 self._unflushed.add(file)
             failpoints.hit("journal.written")
             for file in sorted(self._unflushed):
@@ -146,8 +157,7 @@ class Journal:
     def switch(self) -> None:
         """Goes on in the other file; what that held is superfluous since the last commit.
 
-        A file without appends of this group is kept on with, so that the two files always hold
-        consecutive frames and a gap between them means a torn append.
+        A file without appends of this group is kept on with.
         """
         if self._offset:
             self._active ^= 1
@@ -159,8 +169,8 @@ class Journal:
             os.close(file)
 
 
-def read_frames(directory: Path, number: bytes) -> list[Frame]:
-    """The frames that replay must consider; an absent file holds none."""
+def read_frames(directory: Path, number: bytes, start: int) -> list[Frame]:
+    """The frames that replay must consider, from sequence number `start` on; an absent file holds none."""
     files = []
     for i in range(2):
         path = directory / f"journal.{i}"
@@ -171,7 +181,14 @@ def read_frames(directory: Path, number: bytes) -> list[Frame]:
         except OSError as error:
             raise CacheError(f"{path}: the journal cannot be read: {error}") from error
         files.append(list(decode_frames(content, number)))
-    return in_order(files[0], files[1])
+    return in_order(files, start)
+
+
+def _write_all(file: int, data: bytes, offset: int) -> None:
+    """`pwrite` may write less than it was given."""
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _open_file(path: Path, capacity: int) -> int:

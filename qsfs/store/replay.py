@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qsfs import failpoints
-from qsfs.errors import QsfsBug
+from qsfs.errors import Corrupt, QsfsBug
 from qsfs.store import changes
 from qsfs.store.group import Group, InodeLog, block_key
 from qsfs.store.journal import Frame, encode_record
@@ -82,7 +82,8 @@ def page_in_groups(store: Store, inode: int, page: int) -> bytes:
 def replay(store: Store, frames: Sequence[Frame]) -> None:
     """Applies what `frames` hold above the last commit's write number to the open group.
 
-    Data of inodes that are gone by then are skipped.  The caller commits.
+    Data of inodes that are gone by then are skipped.  The caller commits.  Raises `Corrupt` for a
+    whole append that holds something else than records of ours.
     """
     floor = store.layers.committed_write_number
     for frame in frames:
@@ -108,7 +109,9 @@ def _write_number(kind: int, body: bytes) -> int:
         return int(_TRUNCATE.unpack(body)[1])
     if kind == PAGES:
         return int(_PAGE.unpack_from(body)[2])
-    return int(_ATTRIBUTES.unpack(body)[1])
+    if kind == ATTRIBUTES:
+        return int(_ATTRIBUTES.unpack(body)[1])
+    raise Corrupt(f"the journal holds a record of unknown kind {kind}; use the qsfs version that wrote it")
 
 
 def _replay_data(store: Store, number: int, kind: int, body: bytes) -> None:

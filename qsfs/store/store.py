@@ -24,9 +24,9 @@ from qsfs.store.blocks import Blocks
 from qsfs.store.changes import Change
 from qsfs.store.environment import Environment
 from qsfs.store.extents import Extents
-from qsfs.store.group import Group, commit
+from qsfs.store.group import JOURNAL_START_KEY, Group, commit
 from qsfs.store.inodes import Inodes
-from qsfs.store.journal import Journal, encode_record, read_frames
+from qsfs.store.journal import FIRST_SEQUENCE, Journal, encode_record, read_frames
 from qsfs.store.layers import Layers
 from qsfs.store.limits import Limits
 from qsfs.store.schema import (
@@ -86,7 +86,9 @@ class Store:
         self.spill.discard(self.environment)
         old = self.local(JOURNAL_KEY)
         if old is not None:
-            replay.replay(self, read_frames(self.directory, old))
+            start = self.local(JOURNAL_START_KEY)
+            first = FIRST_SEQUENCE if start is None else read_plain_u64(start)
+            replay.replay(self, read_frames(self.directory, old, first))
         number = self.clock.random_bytes(16)
         self._local[JOURNAL_KEY] = number
         group = self.seal(switch=False)
@@ -251,8 +253,12 @@ class Store:
         self._counters_changed.clear()
         self._sealed_local = dict(self._local)
         if switch:
+        group = self.layers.seal(self.write_number)
             self.journal.switch()
-        return self.layers.seal(self.write_number)
+            group.journal_start = self.journal.next_sequence
+        else:
+            group.journal_start = FIRST_SEQUENCE
+        return group
 
     def commit(self, group: Group) -> None:
         """Makes a sealed group durable.  Raises `CacheError` with the group unapplied: try again."""
@@ -291,12 +297,12 @@ class Store:
         """
         groups = [g for g in (self.layers.committing, self.layers.open) if g is not None]
         wanted = set(inodes)
-        if any(group.covers & wanted for group in groups):
-            raise CommitNeeded
         for group in groups:
             for _, _, data_of in group.namespace_log:
                 wanted.update(data_of)
         size = sum(replay.data_bytes(g, n) for g in groups for n in wanted)
+        if any(group.covers & wanted for group in groups):
+            raise CommitNeeded
         size += sum(len(record) + 16 for g in groups for _, record, _ in g.namespace_log)
         if size > min(self.journal.room(), self.limits.largest_append):
             raise CommitNeeded
