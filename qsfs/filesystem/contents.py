@@ -339,8 +339,3 @@ class Contents:
         if u is not None:
             self._uncovered_bytes -= u.memory_bytes
         self.transient.drop(number)
-
-    def leave_local_only(self, inode: Inode) -> None:
-        """Marks all pages of a file dirty that is no longer `local_only`."""
-        for _ in self._store.blocks.mark_dirty(inode):
-            pass

@@ -114,9 +114,6 @@ class Contents(Protocol):
     def is_open(self, number: int) -> bool:
         """Whether a handle is open."""
 
-    def leave_local_only(self, inode: Inode) -> None:
-        """Marks the resident pages of a file dirty: from now on it is uploaded."""
-
     def forget(self, number: int) -> None:
         """Drops what is uncovered of a file that was removed."""
 

@@ -75,14 +75,11 @@ def safer(one: int, other: int) -> int:
 def settle(contents: Contents, inode: Inode, wanted: int) -> int:
     """The flags that a file can get now on its way to `wanted`; call it before the change that sets them.
 
-    Atomic sync stays until nothing of the file is uncovered.  A file that leaves `local_only` has
-    its pages marked dirty first: were the flag changed alone, nobody would upload them.
+    Atomic sync stays until nothing of the file is uncovered.
     """
     flags = wanted
     if inode.flags & ~wanted & _ATOMIC_SYNC and contents.has_uncovered(inode.number):
         flags |= _ATOMIC_SYNC
-    if inode.flags & ~flags & _LOCAL_ONLY:
-        contents.leave_local_only(inode)
     return flags
 
 

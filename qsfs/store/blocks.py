@@ -7,8 +7,6 @@ also the daemon's own work (clean marks, installs, evictions, truncations worked
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from xxhash import xxh3_64_intdigest
 
 from qsfs.errors import Corrupt
@@ -258,12 +256,11 @@ class Blocks:
         self.writable(inode, number).dirty &= ~bit
         return True
 
-    def mark_dirty(self, inode: Inode) -> Iterator[int]:
-        """Marks every resident page dirty, block by block (a file that leaves `local_only`)."""
-        for number in list(self.numbers(inode.number, 0)):
+    def mark_all(self, inode: Inode, *, dirty: bool) -> None:
+        """Marks every resident page dirty, or not: for a file that leaves or enters `local_only`."""
+        for number in self.numbers(inode.number, 0):
             block = self.writable(inode, number)
-            block.dirty = block.resident
-            yield number
+            block.dirty = block.resident if dirty else 0
 
     def evict(self, inode: Inode, number: int, bits: int) -> int:
         """Drops the clean pages `bits` of a block; returns how many went."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from qsfs.errors import Corrupt, QsfsBug
-from qsfs.store.schema import Inode, Table, u64
+from qsfs.store.schema import Inode, InodeFlag, Table, u64
 
 if TYPE_CHECKING:
     from qsfs.store.store import Store
@@ -108,8 +108,12 @@ def _patch(store: Store, number: int, fields: dict[int, int]) -> None:
     inode = store.inodes.get(number)
     if inode is None:
         raise QsfsBug(f"inode {number} is changed but does not exist")
+    flags = inode.flags
     for field, value in fields.items():
         setattr(inode, _FIELDS[field], value)
+    if (flags ^ inode.flags) & InodeFlag.LOCAL_ONLY:
+        # With the flag, in live and replay: pages that were never uploaded must not pass for clean.
+        store.blocks.mark_all(inode, dirty=not inode.flags & InodeFlag.LOCAL_ONLY)
     store.inodes.touch(inode)
 
 

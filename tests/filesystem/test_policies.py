@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from qsfs.config import PolicyRule
-from qsfs.filesystem.needs import NeedRoom
 from qsfs.filesystem.policies import Policies, safer
 from qsfs.filesystem.rename import EXCHANGE
 from qsfs.store.schema import ROOT_INODE, InodeFlag, Table
@@ -213,24 +212,6 @@ def test_a_walk_meets_everything_though_the_tree_changes_under_it(make_world, li
     left = [number for number in numbers if world.store.inode(number) is not None]
     assert len(left) == 12
     assert {flags(world, number) for number in left} == {InodeFlag.PINNED}
-
-
-def test_leaving_local_only_marks_the_pages_first(make_world):
-    """Were the flag changed alone, nobody would ever upload them."""
-    world = make_world(LOCKS)
-    if not hasattr(world.contents, "left_local_only"):
-        pytest.skip("looks into the model of contents")
-    number = world.file(b"a.lock")
-    world.contents.need = NeedRoom()
-    with pytest.raises(NeedRoom):
-        world.names.rename(ROOT_INODE, b"a.lock", ROOT_INODE, b"a")
-    assert (flags(world, number), world.find(b"a")) == (LOCAL, None)
-    world.names.rename(ROOT_INODE, b"a.lock", ROOT_INODE, b"a")
-    assert (flags(world, number), world.contents.left_local_only) == (0, [number])
-    world.names.rename(ROOT_INODE, b"a", ROOT_INODE, b"b.lock")
-    assert (flags(world, number), world.contents.left_local_only) == (LOCAL, [number])
-    world.names.link(number, ROOT_INODE, b"b")
-    assert world.contents.left_local_only == [number, number]
 
 
 def test_a_file_keeps_atomic_sync_until_nothing_of_it_is_uncovered(make_world):

@@ -122,7 +122,6 @@ class MemoryContents:
         self.store = store
         self.open_count: dict[int, int] = {}
         self.uncovered: set[int] = set()
-        self.left_local_only: list[int] = []
         self.need: Need | None = None
         self.need_stays = False
 
@@ -197,10 +196,6 @@ class MemoryContents:
 
     def is_open(self, number: int) -> bool:
         return number in self.open_count
-
-    def leave_local_only(self, inode: Inode) -> None:
-        self._check(inode)
-        self.left_local_only.append(inode.number)
 
     def has_uncovered(self, number: int) -> bool:
         return number in self.uncovered
