@@ -6,6 +6,7 @@ Nothing here waits on a backend.  Uploads, fetches and heads report what their c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -80,11 +81,12 @@ class Member:
         self.index = ControlIndex() if control is data else None
         self._clock = clock
         self._failures = 0
+        self._waits = 0
         self._state = State.UP
         self._since_ns = clock.time_ns()
         self._error: BackendError | None = None
         self._full = False
-        self._next_probe = clock.monotonic()
+        self._next_probe = -math.inf
 
     def __repr__(self) -> str:
         return f"Member({self.number}, {self.name}, {self._state.value})"
@@ -131,29 +133,40 @@ class Member:
 
     def succeeded(self, *, stored: bool = False) -> None:
         """Records a call that was answered; `stored` if it stored a value."""
-        self._failures = 0
+        self._failures = self._waits = 0
+        self._next_probe = -math.inf
         self._error = None
         if stored:
             self._full = False
         self._enter(State.UP)
 
     def failed(self, error: BackendError) -> None:
-        """Records a call that failed.  A full backend answers, so it stays up."""
+        """Records a call that failed.  A full backend answers, so it stays up.
+
+        Calls that fail together are one reason to wait: the pause before the next probe grows with the
+        probes that failed, not with the calls that were under way.
+        """
         if isinstance(error, BackendFull):
             self._full = True
             self._error = error
-            self._failures = 0
+            self._failures = self._waits = 0
+            self._next_probe = -math.inf
             self._enter(State.UP)
             return
         self._error = error
         self._failures += 1
-        wait = min(LAST_PROBE_SECONDS, FIRST_PROBE_SECONDS * 2 ** min(self._failures - 1, 10))
-        self._next_probe = self._clock.monotonic() + wait
+        now = self._clock.monotonic()
+        if now >= self._next_probe:
+            self._next_probe = now + min(LAST_PROBE_SECONDS, FIRST_PROBE_SECONDS * 2 ** min(self._waits, 10))
+            self._waits += 1
         self._enter(State.DOWN if self._failures >= DOWN_AFTER else State.SUSPECT)
 
+    def has_room(self) -> None:
+        """Records that the backend says it has room again."""
+        self._full = False
+
     def not_ours(self, error: BackendError) -> None:
-        """Records that what answers there is not this entry of the fleet: down until it shows its "
-        "identity."""
+        """Records that what answers there is not this entry of the fleet: down until it shows who it is."""
         self.identified = False
         self._failures = max(self._failures, DOWN_AFTER)
         self.failed(error)

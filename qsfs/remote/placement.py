@@ -21,7 +21,10 @@ from qsfs.remote.members import Member, Members
 
 REFRESH_SECONDS = 60.0
 """How old what is known of a backend's free space may get while packs are uploaded."""
+FULL_SECONDS = 5.0
+"""The same while a backend is full: it is used again soon after it was given room."""
 _LEAST_FREE = 1 << 20
+"""More than any shard: a backend with less counts as full, and weighs next to nothing."""
 _INFO_SECONDS = 10.0
 
 
@@ -48,7 +51,8 @@ class FreeSpace:
     @property
     def stale(self) -> bool:
         """Whether it is time to ask again."""
-        return self._clock.monotonic() >= self._asked + REFRESH_SECONDS
+        most = FULL_SECONDS if any(member.full for member in self._members) else REFRESH_SECONDS
+        return self._clock.monotonic() >= self._asked + most
 
     async def refresh(self) -> None:
         """Asks every backend that answers.  Raises nothing of the backends'."""
@@ -61,11 +65,14 @@ class FreeSpace:
     async def _ask(self, member: Member) -> None:
         with trio.move_on_after(_INFO_SECONDS):
             try:
-                self._free[member.number] = (await member.data.info()).free_bytes
+                free = (await member.data.info()).free_bytes
             except BackendError as error:
                 member.failed(error)
-            else:
-                member.succeeded()
+                return
+            self._free[member.number] = free
+            member.succeeded()
+            if free >= _LEAST_FREE:
+                member.has_room()
 
 
 def score(pack_id: bytes, identity: bytes, weight: float) -> float:

@@ -15,6 +15,7 @@ from qsfs.format.identity import Tombstone, identity_key, seal_tombstone
 from qsfs.remote import members as module
 from qsfs.remote.identity import find_members, identify, read_identity, read_tombstone
 from qsfs.remote.members import DRAINING, Candidate, Member, Members, State
+from qsfs.remote.placement import FULL_SECONDS, FreeSpace
 from tests.remote.harness import FSID, FaultyBackend, World, make_world
 
 
@@ -64,11 +65,32 @@ def test_failures_in_a_row_take_a_member_down_and_one_answer_brings_it_back(worl
 
 def test_probes_of_a_dead_member_get_rarer_up_to_a_bound(world):
     one, clock = member(world)
+    for _ in range(3):
+        one.failed(BackendUnavailable("no answer"))
+    waits = []
+    for _ in range(10):
+        assert not one.ready
+        waits.append(0)
+        while not one.ready:
+            clock.advance(0.5)
+            waits[-1] += 0.5
+        one.failed(BackendUnavailable("no answer"))
+    assert waits[0] == module.FIRST_PROBE_SECONDS and waits[-1] == module.LAST_PROBE_SECONDS
+    assert waits == sorted(waits)
+
+
+def test_many_calls_that_fail_together_do_not_make_probes_rarer(world):
+    one, clock = member(world)
     for _ in range(40):
         one.failed(BackendUnavailable("no answer"))
-    clock.advance(module.LAST_PROBE_SECONDS - 0.1)
-    assert not one.ready
-    clock.advance(0.2)
+    assert one.state is State.DOWN and not one.ready
+    clock.advance(module.FIRST_PROBE_SECONDS)
+    assert one.ready
+    one.succeeded()
+    for _ in range(3):
+        one.failed(BackendUnavailable("no answer"))
+    assert not one.ready, "an answer in between begins anew"
+    clock.advance(module.FIRST_PROBE_SECONDS)
     assert one.ready
 
 
@@ -81,6 +103,22 @@ def test_a_full_member_is_up_and_takes_nothing(world):
     one.succeeded()
     assert one.full, "an answered read says nothing of room"
     one.succeeded(stored=True)
+    assert one.writable
+
+
+async def test_a_full_member_is_used_again_once_it_says_that_it_has_room(autojump_clock, world):
+    one, clock = member(world)
+    one.identified = True
+    free = FreeSpace(Members([one]), clock)
+    await free.refresh()
+    one.failed(BackendFull("no room"))
+    world.data[0].limit_bytes = 100
+    clock.advance(FULL_SECONDS)
+    assert free.stale
+    await free.refresh()
+    assert one.full, "less than a shard is no room"
+    world.data[0].limit_bytes = 0
+    await free.refresh()
     assert one.writable
 
 
