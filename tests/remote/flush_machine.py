@@ -40,6 +40,7 @@ from qsfs.remote.precopy import PreCopier
 from qsfs.remote.publish import NotYet, Published
 from qsfs.remote.spool import Spool
 from qsfs.remote.upload import Uploader
+from qsfs.store.group import Publication
 from qsfs.store.limits import Limits
 from qsfs.store.schema import (
     BLOCK_PAGES,
@@ -273,6 +274,7 @@ class FlushMachine:
             schema_version=SCHEMA_VERSION,
         )
         await SimplePublisher(self.world, owner, self.spool, None).publish(head, deadline_seconds=1)
+        store.layers.open.published = Publication(store.layers.committed_number, {})
         record_base(store, next(iter(self.spool.heads.values())), ours=True)
         self.committer.commit_now()
 
@@ -459,7 +461,7 @@ def image_of(world: World, head: Head, rows: dict[int, dict[bytes, bytes]]) -> I
 def check_extents(
     rows: dict[int, dict[bytes, bytes]], pending: dict[int, tuple[Truncation, ...]]
 ) -> None:
-    """Extents do not overlap, their packs have rows and the right live bytes, no file that is gone has data."""
+    """Extents do not overlap, their packs have rows and the right live bytes, what is gone has no data."""
     last: dict[int, int] = {}
     live: dict[int, int] = {}
     for key in sorted(rows[Table.EXTENTS]):

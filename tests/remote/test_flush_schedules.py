@@ -25,7 +25,7 @@ from tests.remote.harness import World, make_world
 
 
 @pytest.fixture
-async def world(autojump_clock) -> World:
+async def world() -> World:
     return await make_world(5, k=2, m=2)
 
 
@@ -47,7 +47,7 @@ def page(letter: str) -> bytes:
 # generations
 
 
-async def test_cut_head_sent_crash_before_the_record(world: World, machine: FlushMachine):
+async def test_cut_head_sent_crash_before_the_record(world: World, machine: FlushMachine, autojump_clock):
     """The mount sees a newer head than the local one, knows it as its own, and loses nothing."""
     failpoints.arm("flush.head.sent", crash)
     with pytest.raises(Crash):
@@ -65,7 +65,7 @@ async def test_cut_head_sent_crash_before_the_record(world: World, machine: Flus
 
 
 async def test_cut_with_page_p_truncated_before_the_record_then_extended(
-    world: World, machine: FlushMachine
+    world: World, machine: FlushMachine, autojump_clock
 ):
     """The next cut's delta deletes the extent that only the last generation has: p does not come back."""
     async with machine.mounted():
@@ -84,7 +84,9 @@ async def test_cut_with_page_p_truncated_before_the_record_then_extended(
         assert restore(world).files["a"] == bytes(5 * PAGE)
 
 
-async def test_cut_with_page_p_rewritten_as_part_of_another_extent(world: World, machine: FlushMachine):
+async def test_cut_with_page_p_rewritten_as_part_of_another_extent(
+    world: World, machine: FlushMachine, autojump_clock
+):
     """The extent of the last generation that starts elsewhere is replaced, not overlapped."""
     async with machine.mounted():
         a = machine.create("a")
@@ -95,7 +97,9 @@ async def test_cut_with_page_p_rewritten_as_part_of_another_extent(world: World,
         assert restore(world).files["a"] == bytes(2 * PAGE) + page("q") * 2
 
 
-async def test_no_cut_before_the_last_record_is_committed(world: World, machine: FlushMachine):
+async def test_no_cut_before_the_last_record_is_committed(
+    world: World, machine: FlushMachine, autojump_clock
+):
     """Otherwise the next generation would build on one that the local store does not know."""
     async with machine.mounted():
         machine.write(machine.create("a"), 0, page("x"))
@@ -114,7 +118,7 @@ async def test_no_cut_before_the_last_record_is_committed(world: World, machine:
         assert restore(world).files == {"a": page("x")}
 
 
-async def test_a_generation_number_is_never_used_twice(world: World, machine: FlushMachine):
+async def test_a_generation_number_is_never_used_twice(world: World, machine: FlushMachine, autojump_clock):
     """Also when the cut was abandoned by a crash right after its number was taken."""
     numbers = []
     for point in ("flush.cut.sealed", "flush.packs.uploaded", "test.head.stored", "flush.head.sent"):
@@ -132,7 +136,7 @@ async def test_a_generation_number_is_never_used_twice(world: World, machine: Fl
     assert numbers == sorted(numbers)
 
 
-async def test_a_number_counts_as_taken_before_it_is_used(machine: FlushMachine):
+async def test_a_number_counts_as_taken_before_it_is_used(machine: FlushMachine, autojump_clock):
     """The number is durable with the commit that makes the cut."""
     async with machine.mounted():
         machine.create("a")
@@ -143,7 +147,7 @@ async def test_a_number_counts_as_taken_before_it_is_used(machine: FlushMachine)
 
 
 async def test_publishing_clears_only_the_marks_that_the_cut_contained(
-    world: World, machine: FlushMachine
+    world: World, machine: FlushMachine, autojump_clock
 ):
     """A row that changed after the cut is in the next generation."""
     async with machine.mounted():
@@ -160,7 +164,9 @@ async def test_publishing_clears_only_the_marks_that_the_cut_contained(
         assert restore(world).xattrs["a"] == {b"user.late": b"1"}
 
 
-async def test_a_pre_copied_page_is_named_by_the_local_tables_alone(world: World, machine: FlushMachine):
+async def test_a_pre_copied_page_is_named_by_the_local_tables_alone(
+    world: World, machine: FlushMachine, autojump_clock
+):
     """Its pack is no garbage, however long no head names it; a head names it later."""
     async with machine.mounted():
         a = machine.create("a")
@@ -179,7 +185,7 @@ async def test_a_pre_copied_page_is_named_by_the_local_tables_alone(world: World
 
 
 async def test_a_crash_before_the_head_is_sent_abandons_the_cut_without_harm(
-    world: World, machine: FlushMachine
+    world: World, machine: FlushMachine, autojump_clock
 ):
     """The dirty marks stand, the next cut has everything, and the garbage is known."""
     for point in ("flush.cut.pack", "flush.cut.sealed", "flush.packs.uploaded", "spool.head.before"):
@@ -198,7 +204,9 @@ async def test_a_crash_before_the_head_is_sent_abandons_the_cut_without_harm(
     }  # fmt: skip
 
 
-async def test_a_head_that_did_not_reach_a_quorum_is_sent_again(world: World, machine: FlushMachine):
+async def test_a_head_that_did_not_reach_a_quorum_is_sent_again(
+    world: World, machine: FlushMachine, autojump_clock
+):
     """The same bytes, until it is published; meanwhile nothing else is."""
     async with machine.mounted():
         machine.write(machine.create("a"), 0, page("x"))
@@ -220,7 +228,9 @@ async def test_a_head_that_did_not_reach_a_quorum_is_sent_again(world: World, ma
 # truncation and background work
 
 
-async def test_pre_copy_reads_a_page_that_is_truncated_before_it_is_marked_clean(machine: FlushMachine):
+async def test_pre_copy_reads_a_page_that_is_truncated_before_it_is_marked_clean(
+    machine: FlushMachine, autojump_clock
+):
     """Commit, pre-copy reads a page, truncate to 0 (pending), the mark, extend: zeros."""
     async with machine.mounted():
         a = machine.create("a")
@@ -237,7 +247,7 @@ async def test_pre_copy_reads_a_page_that_is_truncated_before_it_is_marked_clean
 
 
 async def test_pages_under_a_pending_truncation_are_not_sealed_with_newer_neighbours(
-    world: World, machine: FlushMachine
+    world: World, machine: FlushMachine, autojump_clock
 ):
     """An extent has the highest write number of its pages: an old page in it would outlive the truncation."""
     async with machine.mounted():
@@ -251,7 +261,7 @@ async def test_pages_under_a_pending_truncation_are_not_sealed_with_newer_neighb
 
 
 async def test_a_page_rewritten_while_its_pack_was_uploaded_stays_dirty(
-    world: World, machine: FlushMachine
+    world: World, machine: FlushMachine, autojump_clock
 ):
     """A clean mark goes by the write number that was read."""
     async with machine.mounted():
@@ -268,7 +278,7 @@ async def test_a_page_rewritten_while_its_pack_was_uploaded_stays_dirty(
     assert restore(world).files["a"] == wanted
 
 
-async def test_a_clean_mark_of_a_block_that_is_in_the_overlay(machine: FlushMachine):
+async def test_a_clean_mark_of_a_block_that_is_in_the_overlay(machine: FlushMachine, autojump_clock):
     """Page 3 committed, page 2 of the block in the open group; page 3 is marked clean and evicted."""
     async with machine.mounted():
         a = machine.create("a")
@@ -285,7 +295,7 @@ async def test_a_clean_mark_of_a_block_that_is_in_the_overlay(machine: FlushMach
 
 
 async def test_a_full_snapshot_read_over_many_commits_is_the_state_of_its_cut(
-    world: World, machine: FlushMachine
+    world: World, machine: FlushMachine, autojump_clock
 ):
     """Rows that change while it is read come from the deltas recorded since it began."""
     async with machine.mounted():
@@ -309,7 +319,7 @@ async def test_a_full_snapshot_read_over_many_commits_is_the_state_of_its_cut(
 
 
 async def test_the_generation_leaves_out_orphans_and_what_is_local_only(
-    world: World, machine: FlushMachine
+    world: World, machine: FlushMachine, autojump_clock
 ):
     """An orphan has no row there; a `local_only` file is empty, also when it had extents before."""
     async with machine.mounted():
@@ -332,7 +342,7 @@ async def test_the_generation_leaves_out_orphans_and_what_is_local_only(
 
 
 async def test_pages_of_an_unlinked_open_file_leave_under_pressure_only(
-    world: World, machine: FlushMachine
+    world: World, machine: FlushMachine, autojump_clock
 ):
     """They may be evicted then; the generation still shows nothing of the file."""
     async with machine.mounted():
@@ -348,7 +358,9 @@ async def test_pages_of_an_unlinked_open_file_leave_under_pressure_only(
         assert restore(world).files == {}
 
 
-async def test_nothing_is_published_of_a_state_whose_covered_pages_are_being_moved(machine: FlushMachine):
+async def test_nothing_is_published_of_a_state_whose_covered_pages_are_being_moved(
+    machine: FlushMachine, autojump_clock
+):
     """Pages that were covered out of the spill are not in their file yet: such a commit is no cut."""
     async with machine.mounted():
         a = machine.create("a")
@@ -360,7 +372,7 @@ async def test_nothing_is_published_of_a_state_whose_covered_pages_are_being_mov
         assert not list((machine.directory / "spool").glob("*.pack"))
 
 
-async def test_an_idle_file_system_makes_no_generations(world: World, machine: FlushMachine):
+async def test_an_idle_file_system_makes_no_generations(world: World, machine: FlushMachine, autojump_clock):
     """The record of a generation, looks and counters are nothing new; else each would bring the next."""
     async with machine.mounted():
         a = machine.create("a")
@@ -373,7 +385,7 @@ async def test_an_idle_file_system_makes_no_generations(world: World, machine: F
 
 
 async def test_a_damaged_page_stops_generations_and_is_never_uploaded(
-    world: World, machine: FlushMachine, expect_log
+    world: World, machine: FlushMachine, expect_log, autojump_clock
 ):
     """Wrong bytes leave for nowhere: pre-copy goes round them, a cut says so."""
     expect_log(r"inode \d+, page 1: its local bytes fail their checksum")
@@ -401,7 +413,7 @@ async def test_a_damaged_page_stops_generations_and_is_never_uploaded(
 
 
 async def test_shards_of_an_abandoned_cut_are_deleted_after_the_next_publication(
-    world: World, machine: FlushMachine
+    world: World, machine: FlushMachine, autojump_clock
 ):
     """And only those: everything that a head names stays."""
     failpoints.arm("flush.packs.uploaded", crash)
@@ -425,7 +437,9 @@ async def test_shards_of_an_abandoned_cut_are_deleted_after_the_next_publication
         assert restore(world).files["a"] == page("x")
 
 
-async def test_a_pack_that_the_tables_name_is_never_collected(world: World, machine: FlushMachine):
+async def test_a_pack_that_the_tables_name_is_never_collected(
+    world: World, machine: FlushMachine, autojump_clock
+):
     """Whatever the spool says."""
     async with machine.mounted():
         a = machine.create("a")
@@ -442,7 +456,9 @@ async def test_a_pack_that_the_tables_name_is_never_collected(world: World, mach
         assert restore(world).files["a"] == page("x") * 16
 
 
-async def test_packs_of_a_published_generation_never_look_abandoned(world: World, machine: FlushMachine):
+async def test_packs_of_a_published_generation_never_look_abandoned(
+    world: World, machine: FlushMachine, autojump_clock
+):
     """A crash while the spool is cleared leaves packs; their head goes only after them."""
     failpoints.arm("flush.recorded", crash)
     with pytest.raises(Crash):
@@ -457,7 +473,7 @@ async def test_packs_of_a_published_generation_never_look_abandoned(world: World
         assert base.ours
 
 
-async def test_reading_dirty_pages_can_be_resumed_anywhere(machine: FlushMachine):
+async def test_reading_dirty_pages_can_be_resumed_anywhere(machine: FlushMachine, autojump_clock):
     """Parts put together are what one reading gives."""
     async with machine.mounted():
         for name in ("a", "b", "c"):

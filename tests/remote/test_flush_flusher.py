@@ -1,0 +1,419 @@
+"""The flusher as a whole: sync, stop, outages, fences, looks and completion, on a virtual clock."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Collection
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from qsfs import failpoints
+from qsfs.clock import FixedClock
+from qsfs.config import FlushConfig
+from qsfs.errors import Fenced
+from qsfs.format.shard import open_shard, parse_shard_key, shard_key
+from qsfs.remote import flush
+from qsfs.remote.flush import Flusher
+from qsfs.remote.stored import StoredPack
+from qsfs.store.packs import pack_row
+from qsfs.store.schema import PAGE, PackRow, PackState, Table
+from tests.remote.flush_machine import FlushMachine, read_body, restore
+from tests.remote.harness import World, make_world
+
+
+class VirtualClock(FixedClock):
+    """Running time is a virtual clock that worker threads may read too."""
+
+    def __init__(self, clock: MockClock) -> None:
+        super().__init__(3)
+        self._clock = clock
+
+    def monotonic(self) -> float:
+        return self._clock.current_time()
+
+    def time_ns(self) -> int:
+        return super().time_ns() + int(self._clock.current_time() * 1e9)
+
+
+class DirectReader:
+    """Reads shards without any waiting."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    async def shards(self, pack: StoredPack, wanted: Collection[int]) -> dict[int, memoryview]:
+        await trio.lowlevel.checkpoint()
+        body = memoryview(read_body(self.world, pack.ref))
+        size = pack.ref.shard_size
+        return {number: body[number * size : (number + 1) * size] for number in wanted}
+
+
+@pytest.fixture
+def clock() -> MockClock:
+    """Runs ahead once nothing has happened for a moment: worker threads take real time."""
+    return MockClock(autojump_threshold=0.0005)
+
+
+@pytest.fixture
+async def world(clock: MockClock) -> World:
+    return await make_world(6, k=2, m=2)
+
+
+@pytest.fixture
+def machine(world: World, clock: MockClock, tmp_path: Path) -> FlushMachine:
+    machine = FlushMachine(world, tmp_path / "cache")
+    machine.clock = VirtualClock(clock)
+    return machine
+
+
+@contextlib.asynccontextmanager
+async def flushing(machine: FlushMachine, **settings: float) -> AsyncIterator[Flusher]:
+    """A flusher at work on a mounted machine."""
+    config = FlushConfig(**{"cut_seconds": 30.0, "quiet_seconds": 5.0, **settings})  # type: ignore[arg-type]
+    fenced: list[Fenced] = []
+    async with machine.mounted(), trio.open_nursery() as nursery:
+        flusher = Flusher(
+            machine.context,
+            config,
+            machine.publisher,
+            machine.first,
+            DirectReader(machine.world),
+            on_fenced=fenced.append,
+        )
+        machine.fenced = fenced  # type: ignore[attr-defined]
+        await nursery.start(flusher.run)
+        yield flusher
+        nursery.cancel_scope.cancel()
+
+
+def page(letter: str) -> bytes:
+    return letter.encode() * PAGE
+
+
+def pack_rows(machine: FlushMachine) -> dict[int, PackRow]:
+    rows = machine.store.scan(Table.PACKS, b"", None)
+    return {int.from_bytes(key, "big"): PackRow.decode(row) for key, row in rows}
+
+
+async def test_sync_returns_when_everything_before_it_is_published(
+    world: World, machine: FlushMachine, clock
+):
+    """The generation that it names holds what was accepted before the call, with every shard stored."""
+    async with flushing(machine) as flusher:
+        a = machine.create("a")
+        machine.write(a, 0, page("x") * 40)
+        done = await flusher.sync()
+        image = restore(world)
+        assert image.files == {"a": page("x") * 40}
+        assert (image.head.generation, done.durability) == (done.generation, "full")
+        again = await flusher.sync()
+        assert again.generation == done.generation, "nothing was new"
+
+
+async def test_sync_joins_a_cut_that_is_taken_after_it(world: World, machine: FlushMachine, clock):
+    """A cut under way when sync is called does not count: what came after its commit is not in it."""
+    async with flushing(machine) as flusher, trio.open_nursery() as nursery:
+        a = machine.create("a")
+        results = []
+
+        async def sync() -> None:
+            results.append(await flusher.sync())
+
+        def late() -> None:
+            failpoints.disarm("flush.packs.uploaded")
+            machine.write(a, 0, page("l"))
+            nursery.start_soon(sync)
+
+        failpoints.arm("flush.packs.uploaded", late)
+        first = await flusher.sync()
+        while not results:
+            await trio.sleep(1)
+        assert results[0].generation > first.generation
+        assert restore(world).files["a"] == page("l")
+
+
+async def test_a_cut_is_taken_by_itself_when_something_changed(world: World, machine: FlushMachine, clock):
+    """Within `cut_seconds` and the time that it takes; without a change none is."""
+    async with flushing(machine, cut_seconds=30) as flusher:
+        await trio.sleep(100)
+        assert flusher.status()["generation"] == 1
+        machine.write(machine.create("a"), 0, page("x"))
+        await trio.sleep(100)
+        generation = flusher.status()["generation"]
+        assert generation > 1
+        assert restore(world).files == {"a": page("x")}
+        await trio.sleep(300)
+        assert flusher.status()["generation"] == generation
+
+
+async def test_quiet_pages_leave_before_any_cut(machine: FlushMachine, clock):
+    """Pre-copy uploads what was not rewritten for a while; it counts as exposed until a head names it."""
+    async with flushing(machine, cut_seconds=86400, quiet_seconds=5) as flusher:
+        a = machine.create("a")
+        machine.write(a, 0, page("x") * 64)
+        await machine.committer.commit()
+        await trio.sleep(60)
+        await machine.committer.commit()
+        assert machine.store.layers.view.count(Table.DIRTY) == 0
+        assert flusher.status()["exposure"]["written"]["bytes"] == 64 * PAGE
+        await flusher.sync()
+        assert flusher.status()["exposure"]["written"]["bytes"] == 0
+
+
+async def test_an_outage_is_waited_out_visibly(world: World, machine: FlushMachine, clock):
+    """With too few backends nothing fails; `status` says what is waited for; it goes on by itself."""
+    async with flushing(machine) as flusher, trio.open_nursery() as nursery:
+        for backend in machine.backends[:4]:
+            backend.down = True
+        machine.write(machine.create("a"), 0, page("x"))
+        results = []
+
+        async def sync() -> None:
+            results.append(await flusher.sync())
+
+        nursery.start_soon(sync)
+        await trio.sleep(200)
+        assert not results
+        assert "shards that a pack needs" in flusher.status()["waiting"][0]
+        assert flusher.status()["exposure"]["written"]["age"] >= 150
+        for backend in machine.backends:
+            backend.down = False
+        while not results:
+            await trio.sleep(1)
+        assert restore(world).files == {"a": page("x")}
+        assert flusher.status()["waiting"] == []
+
+
+async def test_a_missing_fence_quorum_is_waited_out_visibly(world: World, machine: FlushMachine, clock):
+    """The head is sent again until it counts."""
+    async with flushing(machine) as flusher, trio.open_nursery() as nursery:
+        machine.write(machine.create("a"), 0, page("x"))
+        machine.publisher.reach = 1
+        results = []
+
+        async def sync() -> None:
+            results.append(await flusher.sync())
+
+        nursery.start_soon(sync)
+        await trio.sleep(60)
+        assert flusher.status()["waiting"] == ["too few backends answered"]
+        machine.publisher.reach = 6
+        while not results:
+            await trio.sleep(1)
+        assert restore(world).files == {"a": page("x")}
+
+
+async def test_a_fence_ends_flushing_and_is_told(machine: FlushMachine, expect_log, clock):
+    """Waiters get it, the callback hears of it once, and nothing else is published."""
+    expect_log("another mount owns")
+
+    async def fenced(head: object, *, deadline_seconds: float) -> None:
+        await trio.lowlevel.checkpoint()
+        raise Fenced("another mount owns the file system")
+
+    async with flushing(machine) as flusher:
+        machine.publisher.publish = fenced  # type: ignore[assignment,method-assign]
+        machine.create("a")
+        with pytest.raises(Fenced):
+            await flusher.sync()
+        await trio.sleep(1)
+        assert len(machine.fenced) == 1  # type: ignore[attr-defined]
+        assert flusher.status()["phase"] == "fenced"
+
+
+async def test_stop_publishes_what_is_left_or_gives_up_at_its_deadline(
+    world: World, machine: FlushMachine, clock
+):
+    """The local commit suffices; nothing of the backends can hold up the end."""
+    async with flushing(machine) as flusher:
+        a = machine.create("a")
+        machine.write(a, 0, page("x"))
+        assert await flusher.stop(60)
+        assert restore(world).files == {"a": page("x")}
+    async with flushing(machine) as flusher:
+        for backend in machine.backends:
+            backend.down = True
+        machine.write(a, 0, page("y"))
+        assert not await flusher.stop(60)
+    async with flushing(machine) as flusher:
+        for backend in machine.backends:
+            backend.down = False
+        assert machine.content(a) == page("y")
+        await flusher.sync()
+    assert restore(world).files == {"a": page("y")}
+
+
+async def test_shards_that_nobody_took_are_completed_when_backends_return(
+    world: World, machine: FlushMachine, clock
+):
+    """A pack is written with k + ceil(m/2) shards, says so, and becomes full later."""
+    async with flushing(machine) as flusher:
+        for backend in machine.backends[:3]:
+            backend.down = True
+        machine.write(machine.create("a"), 0, page("x") * 16)
+        done = await flusher.sync()
+        assert done.durability == "written"
+        status = flusher.status()
+        assert status["packs_not_full"] > 0
+        assert status["exposure"]["full"]["bytes"] > 0
+        for backend in machine.backends:
+            backend.down = False
+        while flusher.status()["packs_not_full"]:
+            await trio.sleep(1)
+        for row in pack_rows(machine).values():
+            assert row.state & PackState.FULL
+            check_stored(world, row)
+        assert flusher.status()["exposure"]["full"]["bytes"] == 0
+
+
+def check_stored(world: World, row: PackRow) -> None:
+    """Every shard lies, authentic, where the row says, each on a backend of its own."""
+    assert len(set(row.placement)) == len(row.placement)
+    for number, place in enumerate(row.placement):
+        key = shard_key(world.keys.fsid, row.owner_epoch, row.pack_id, number)
+        value = world.data[place - 1].peek(key)
+        assert value is not None
+        assert open_shard(value, world.keys, key=key).number == number
+
+
+async def test_pages_may_go_only_after_the_second_look(machine: FlushMachine, clock):
+    """Not sooner than its time after the write; then every pack is marked as looked at."""
+    async with flushing(machine) as flusher:
+        machine.write(machine.create("a"), 0, page("x") * 16)
+        await flusher.sync()
+        written = trio.current_time()
+        while not all(row.state & PackState.LOOKED for row in pack_rows(machine).values()):
+            assert trio.current_time() < written + 300
+            await trio.sleep(1)
+        assert trio.current_time() >= written + 118
+        assert all(row.verified_at_ns for row in pack_rows(machine).values() if row.live)
+
+
+async def test_a_shard_that_its_backend_lost_is_made_again(
+    world: World, machine: FlushMachine, expect_log, clock
+):
+    """An acknowledgement may have been a page cache: what the look misses is rebuilt, and looked at again."""
+    expect_log(r"acknowledged it and has lost it")
+    async with flushing(machine) as flusher:
+        machine.write(machine.create("a"), 0, page("x") * 16)
+        await flusher.sync()
+        number, row = next((n, r) for n, r in pack_rows(machine).items() if r.live == 16 * PAGE)
+        lost = world.data[row.placement[1] - 1]
+        for key in [k for k in lost.keys() if (p := parse_shard_key(k)) and p.pack_id == row.pack_id]:  # noqa: SIM118
+            lost.lose(key)
+        for _ in range(1000):
+            await trio.sleep(1)
+            now = pack_row(machine.store, number)
+            assert now is not None
+            if now.state & PackState.LOOKED:
+                break
+        assert now.state & PackState.FULL
+        check_stored(world, now)
+        assert flusher.status()["shards_found_missing"] == 1
+
+
+async def test_a_backend_that_does_not_answer_the_look_is_asked_again(machine: FlushMachine, clock):
+    """Unknown is not absent: nothing is made again, and the pack is not marked."""
+    async with flushing(machine) as flusher:
+        machine.write(machine.create("a"), 0, page("x") * 16)
+        await flusher.sync()
+        number, row = next((n, r) for n, r in pack_rows(machine).items() if r.live == 16 * PAGE)
+        machine.backends[row.placement[0] - 1].down = True
+        await trio.sleep(300)
+        now = pack_row(machine.store, number)
+        assert now is not None
+        assert not now.state & PackState.LOOKED
+        assert now.placement == row.placement
+        machine.backends[row.placement[0] - 1].down = False
+        await trio.sleep(120)
+        now = pack_row(machine.store, number)
+        assert now is not None
+        assert now.state & PackState.LOOKED
+
+
+async def test_written_packs_do_after_the_look_when_the_cache_is_short_of_room(
+    machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock
+):
+    """Packs that cannot become full are looked at then, so that their pages may go, with an alarm."""
+    async with flushing(machine) as flusher:
+        for backend in machine.backends[:3]:
+            backend.down = True
+        machine.write(machine.create("a"), 0, page("x") * 16)
+        await flusher.sync()
+        await trio.sleep(300)
+        number = next(n for n, r in pack_rows(machine).items() if r.live == 16 * PAGE)
+        assert not pack_rows(machine)[number].state & PackState.LOOKED
+        monkeypatch.setattr(Flusher, "short_of_room", property(lambda self: True))
+        await trio.sleep(60)
+        row = pack_rows(machine)[number]
+        assert row.state & PackState.LOOKED
+        assert not row.state & PackState.FULL
+        assert flusher.status()["pressure"]
+
+
+async def test_more_dirty_than_a_cut_may_seal_is_uploaded_first(world: World, machine: FlushMachine, clock):
+    """The cut comes once little enough is left; the generation has everything."""
+    async with flushing(machine, cut_bytes=64 * PAGE, quiet_seconds=3600) as flusher:
+        flusher._pace.most_bytes = 64 * PAGE
+        a = machine.create("a")
+        content = b"".join(page(c) for c in "abcdefghijklmnopqrstuvwxyz") * 20
+        machine.write(a, 0, content)
+        await flusher.sync()
+        assert restore(world).files["a"] == content
+
+
+async def test_many_changed_rows_are_uploaded_ahead_of_the_cut(
+    world: World, machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock
+):
+    """What a cut reads in one transaction stays small; the generation has every row as of its cut."""
+    monkeypatch.setattr(flush, "EARLY_DELTA_MARKS", 10)
+    async with flushing(machine) as flusher:
+        numbers = [machine.create(f"f{i}") for i in range(40)]
+        await machine.committer.commit()
+
+        def meanwhile() -> None:
+            failpoints.disarm("flush.metadata.uploaded")
+            machine.unlink("f3", numbers[3])
+            machine.set_xattr(numbers[5], b"user.x", b"1")
+
+        failpoints.arm("flush.metadata.uploaded", meanwhile)
+        await flusher.sync()
+        image = restore(world)
+        assert set(image.files) == {f"f{i}" for i in range(40)} - {"f3"}
+        assert image.xattrs["f5"] == {b"user.x": b"1"}
+
+
+async def test_a_new_full_snapshot_is_written_when_deltas_outweigh_the_last(
+    world: World, machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock
+):
+    """The head's lists stay short; the image is the same."""
+    monkeypatch.setattr("qsfs.remote.chain.MOST_DELTAS", 5)
+    async with flushing(machine) as flusher:
+        for i in range(20):
+            machine.write(machine.create(f"f{i}"), 0, page("x"))
+            await flusher.sync()
+            await trio.sleep(2)
+        image = restore(world)
+        assert len(image.files) == 20
+        assert len(image.head.deltas) < 12
+
+
+async def test_what_a_crash_left_unfinished_is_taken_up_by_the_next_mount(
+    world: World, machine: FlushMachine, clock
+):
+    """Packs that are not full are known again after a mount."""
+    async with flushing(machine) as flusher:
+        for backend in machine.backends[:3]:
+            backend.down = True
+        machine.write(machine.create("a"), 0, page("x") * 16)
+        await flusher.sync()
+    for backend in machine.backends:
+        backend.down = False
+    async with flushing(machine) as flusher:
+        assert flusher.status()["packs_not_full"] > 0
+        while flusher.status()["packs_not_full"]:
+            await trio.sleep(1)
+    assert restore(world).files["a"] == page("x") * 16
