@@ -15,9 +15,8 @@ from qsfs.format.head import Head, HeadRef
 from qsfs.remote.newest import Judgement, describe_head
 
 _RESTORE = (
-    "`qsfs restore` takes the newest generation and sets this machine's state aside; do that only when the "
-    "other "
-    "machine is stopped for good, or use `qsfs mount --read-only` to look"
+    "To go on here, stop the other machine for good, move this cache directory aside, and run "
+    "`qsfs takeover`, which restores the newest generation"
 )
 
 
