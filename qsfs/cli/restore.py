@@ -19,6 +19,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="restore even if too few backends answer to rule out a newer generation",
     )
+    parser.add_argument(
+        "--set-aside",
+        action="store_true",
+        help="first move the local state that is there beside the cache directory; nothing is deleted",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +40,11 @@ def run(args: argparse.Namespace) -> int:
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    report = trio.run(lambda: restore_file_system(config, SystemClock(), progress, force=args.force))
+    report = trio.run(
+        lambda: restore_file_system(
+            config, SystemClock(), progress, force=args.force, aside=args.set_aside
+        )
+    )
     if args.json:
         print_json(
             {

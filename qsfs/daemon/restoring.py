@@ -9,16 +9,21 @@ from qsfs.config import Config
 from qsfs.daemon.connect import links, read_secret
 from qsfs.daemon.lock import CacheLock
 from qsfs.errors import CacheError
-from qsfs.remote.restore import Progress, RestoreReport, restore
+from qsfs.remote.restore import Progress, RestoreReport, restore, set_aside
 from qsfs.store.limits import Limits
 
 
 async def restore_file_system(
-    config: Config, clock: Clock, progress: Callable[[str], None], *, force: bool = False
+    config: Config,
+    clock: Clock,
+    progress: Callable[[str], None],
+    *,
+    force: bool = False,
+    aside: bool = False,
 ) -> RestoreReport:
     """Restores what `config`'s backends hold; raises as `restore` does.
 
-    The directory is made if it is missing: a lost machine has none.
+    With `aside`, local state that is there is first moved beside the cache directory.  The directory is made if it is missing: a lost machine has none.
     """
     directory = config.cache.directory
     secret = read_secret(config)
@@ -29,6 +34,9 @@ async def restore_file_system(
     limits = Limits.of(config.cache, config.flush.spool_bytes)
     lock = CacheLock(directory)
     try:
+        moved = set_aside(directory, clock) if aside else None
+        if moved is not None:
+            progress(f"the local state that was here is in {moved} now")
         found = links(config, clock)
         try:
             return await restore(

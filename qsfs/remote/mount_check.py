@@ -15,8 +15,8 @@ from qsfs.format.head import Head, HeadRef
 from qsfs.remote.newest import Judgement, describe_head
 
 _RESTORE = (
-    "To go on here, stop the other machine for good, move this cache directory aside, and run "
-    "`qsfs takeover`, which restores the newest generation"
+    "To go on here, stop the other machine for good; then `qsfs restore --set-aside` moves this machine's "
+    "state beside the cache and takes the newest generation"
 )
 
 
