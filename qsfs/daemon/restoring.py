@@ -23,7 +23,8 @@ async def restore_file_system(
 ) -> RestoreReport:
     """Restores what `config`'s backends hold; raises as `restore` does.
 
-    With `aside`, local state that is there is first moved beside the cache directory.  The directory is made if it is missing: a lost machine has none.
+    With `aside`, local state that is there is first moved beside the cache directory.  The directory
+    is made if it is missing: a lost machine has none.
     """
     directory = config.cache.directory
     secret = read_secret(config)
