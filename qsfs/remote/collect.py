@@ -9,6 +9,7 @@ publication would have shown the copy.
 from __future__ import annotations
 
 import logging
+import math
 
 import trio
 
@@ -24,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 PACKS_AT_ONCE = 8
 _DELETE_SECONDS = 30.0
+_AGAIN_SECONDS = 60.0
+"""When packs are tried again that some backend did not answer for."""
 
 
 class AbandonedCollector:
@@ -32,6 +35,7 @@ class AbandonedCollector:
     def __init__(self, context: FlushContext) -> None:
         self.deleted = 0
         self._context = context
+        self._not_before = -math.inf
 
     async def collect(self, known: frozenset[bytes], named: frozenset[bytes], owner_epoch: int) -> bool:
         """Deletes the shards of some packs among those with ids in `known`; True if none is left.
@@ -45,6 +49,8 @@ class AbandonedCollector:
         batch = wanted[:PACKS_AT_ONCE]
         if not batch:
             return True
+        if context.clock.monotonic() < self._not_before:
+            return False
         ids = {pack.pack_id for pack in batch}
         in_use = named | await context.in_thread(lambda: self._in_tables(ids))
         done = set(ids & in_use)
@@ -54,6 +60,8 @@ class AbandonedCollector:
         await context.in_thread(
             lambda: spool.set_abandoned(pack for pack in spool.abandoned if pack.pack_id not in done)
         )
+        if len(done) < len(batch):
+            self._not_before = context.clock.monotonic() + _AGAIN_SECONDS
         return len(done) == len(wanted)
 
     def _in_tables(self, ids: set[bytes]) -> set[bytes]:
@@ -89,5 +97,6 @@ class AbandonedCollector:
         async with trio.open_nursery() as nursery:
             for member in self._context.uploader.members:
                 nursery.start_soon(clear, member)
-        _log.info("pack %s of an abandoned cut: its shards were deleted", pack.pack_id.hex())
+        if answered:
+            _log.info("pack %s of an abandoned cut: its shards were deleted", pack.pack_id.hex())
         return answered
