@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from qsfs.errors import DataLost, QsfsBug, QsfsError
+from qsfs.errors import BackendUnavailable, DataLost, QsfsBug, QsfsError
 from qsfs.remote.ask import Answer, Finding, ask_shard
 from qsfs.remote.members import Member, State
 from qsfs.remote.stored import StoredPack
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from qsfs.remote.reader import PackReader
 
 log = logging.getLogger(__name__)
+
+LONGEST_CALL = 60.0
+"""Seconds after which a question counts as unanswered, whatever the backend's own limit is."""
 
 _HUNTS = 32
 _NAMED_IN_MESSAGES = 8
@@ -97,7 +100,8 @@ class Gathering:
                 await self._decode()
                 continue
             more = self._ask()
-            if not more and not self._running:
+            # What is late may never come: others must be woken meanwhile.
+            if not more and all(map(_late, self._running.values())):
                 self._refuse_lost()
                 await self._sleep()
                 continue
@@ -206,7 +210,7 @@ class Gathering:
                 async with self._reader.limit(member.number):
                     get.began = True
                     began = trio.current_time()
-                    answer = await ask_shard(member, self.pack, number, self._reader.code, self._reader.keys)
+                    answer = await self._question(member, number)
                     if answer.finding is not Finding.UNKNOWN:
                         self._reader.latencies.note(member.number, trio.current_time() - began)
         except Exception as error:
@@ -217,6 +221,13 @@ class Gathering:
         if answer is not None:
             await self._reader.received(self.pack, answer)
             self._take(answer)
+
+    async def _question(self, member: Member, number: int) -> Answer:
+        with trio.move_on_after(LONGEST_CALL):
+            return await ask_shard(member, self.pack, number, self._reader.code, self._reader.keys)
+        error = BackendUnavailable(f"backend {member.name}: no answer in {LONGEST_CALL:.0f} s")
+        member.failed(error)
+        return Answer(number, member.number, Finding.UNKNOWN, why=str(error))
 
     def _take(self, answer: Answer) -> None:
         if answer.payload is not None:

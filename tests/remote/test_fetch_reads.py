@@ -8,7 +8,7 @@ import logging
 import pytest
 import trio
 
-from qsfs.errors import Corrupt, DataLost, Unavailable
+from qsfs.errors import BackendUnavailable, Corrupt, DataLost, Unavailable
 from qsfs.store.schema import PAGE, InodeFlag, Table, u64
 from tests.remote.small_fs import SmallFs, noise
 
@@ -251,6 +251,26 @@ async def test_a_late_answer_is_hedged(fs, autojump_clock):
         began = trio.current_time()
         await fetcher.fetch(number, 0, 8)
         assert trio.current_time() - began < 1
+    assert b"".join(fs.read(number, 0, 8)) == data
+
+
+async def test_backends_that_hang_do_not_keep_those_that_returned_from_being_seen(fs, autojump_clock):
+    """Two backends count as down and have returned, two others answer nothing: four of six are needed."""
+    data = noise(8 * PAGE)
+    number = fs.write("a", data)
+    fs.commit()
+    (pack,) = fs.upload(number)
+    fs.evict(number)
+    places = [place for place, _ in fs.shard_keys(pack)]
+    for place in places[:2]:
+        for _ in range(9):
+            fs.members.by_number(place).failed(BackendUnavailable("no answer"))
+    for place in places[2:4]:
+        fs.backends[place].delay = lambda call: 1e6
+    async with fs.fetching() as fetcher:
+        began = trio.current_time()
+        await fetcher.fetch(number, 0, 8)
+        assert trio.current_time() - began < 5
     assert b"".join(fs.read(number, 0, 8)) == data
 
 
