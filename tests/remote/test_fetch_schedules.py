@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import trio
 
@@ -139,6 +141,27 @@ async def test_a_read_that_failed_while_its_pages_moved_is_no_error(fs, autojump
         nursery.start_soon(fetcher.fetch, number, 0, 4)
         await trio.sleep(10)
         fs.store.truncate_data(fs.inode(number), 0, 0)
+
+
+async def test_a_pack_that_is_lost_while_its_pages_are_rewritten_is_no_error(fs, autojump_clock, expect_log):
+    """fetch under way, its page is rewritten, the fetch finds its pack lost: nobody needs it"""
+    expect_log(r"read from others", logging.WARNING)
+    number = fs.write("a", noise(4 * PAGE))
+    fs.commit()
+    (pack,) = fs.upload(number)
+    fs.evict(number)
+    for place, key in fs.shard_keys(pack)[:3]:
+        fs.world.data[place - 1].lose(key)
+    for backend in fs.backends.values():
+        backend.delay = lambda call: 0.1
+    new = noise(4 * PAGE, 9)
+    async with fs.fetching() as fetcher, trio.open_nursery() as nursery:
+        nursery.start_soon(fetcher.fetch, number, 0, 4)
+        await trio.sleep(0.05)
+        fs.overwrite(number, 0, new)
+        fs.commit()
+        fs.upload(number)
+    assert b"".join(fs.read(number, 0, 4)) == new
 
 
 async def test_an_extent_split_by_a_newer_one_is_fetched_in_its_parts(fs, autojump_clock):
