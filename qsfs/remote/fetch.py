@@ -280,13 +280,14 @@ class Fetcher:
         """Installs the pages that readers wait for, then the rest of the extent if that costs nobody."""
         asked: set[int] = set()
         await self._install_needed(job, asked, first, data)
-        for page in range(first, first + len(data) // PAGE):
+        stop = first + len(data) // PAGE
+        for start in range(first, stop, _INSTALL_AT_ONCE):
             if not self._cache_has_room() or self._group_is_busy():
                 break
-            if page not in asked:
-                self._put(job, page, first, data)
-            if page % _INSTALL_AT_ONCE == 0:
-                await trio.lowlevel.checkpoint()
+            for page in range(start, min(start + _INSTALL_AT_ONCE, stop)):
+                if page not in asked:
+                    self._put(job, page, first, data)
+            await trio.lowlevel.checkpoint()
         await self._install_needed(job, asked, first, data)
 
     async def _install_needed(self, job: _Job, asked: set[int], first: int, data: bytes) -> None:
