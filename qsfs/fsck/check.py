@@ -79,19 +79,28 @@ async def fsck(
     mends = Mends() if repair else None
     say("local store", 0)
     environment = await trio.to_thread.run_sync(check_local, directory, limits, report, mends)
-    if environment is not None:
-        try:
-            if backends is not None:
-                await _check_backends(environment, backends, report, mends, deep=deep, clock=clock, say=say)
-        except QsfsError as error:
-            report.fail(f"the backends: {error}")
-        finally:
+    if environment is None:
+        if backends is not None:
+            report.fail("the packs, because the local store cannot be read")
+        return report
+    if mends is not None and len(mends):
+        say("mending the local store", 0)
+        await trio.to_thread.run_sync(environment.close)
+        environment = await trio.to_thread.run_sync(_apply, directory, limits, mends, report)
+    if environment is None or backends is None:
+        if environment is not None:
             await trio.to_thread.run_sync(environment.close)
-        if mends is not None and len(mends):
-            say("mending the local store", 0)
-            await trio.to_thread.run_sync(_apply, directory, limits, mends, report)
-    elif backends is not None:
-        report.fail("the packs, because the local store cannot be read")
+        return report
+    try:
+        await _check_backends(environment, backends, report, mends, deep=deep, clock=clock, say=say)
+    except QsfsError as error:
+        report.fail(f"the backends: {error}")
+    finally:
+        await trio.to_thread.run_sync(environment.close)
+    if mends is not None and len(mends):
+        environment = await trio.to_thread.run_sync(_apply, directory, limits, mends, report)
+        if environment is not None:
+            await trio.to_thread.run_sync(environment.close)
     return report
 
 
@@ -120,15 +129,18 @@ def check_local(
     return environment
 
 
-def _apply(directory: Path, limits: Limits, mends: Mends, report: Report) -> None:
+def _apply(directory: Path, limits: Limits, mends: Mends, report: Report) -> Environment | None:
+    """Makes the changes; returns the environment, open for reading again, or None if that failed."""
     try:
         environment = Environment(directory, limits.map_bytes)
         try:
             mends.apply(environment, report)
         finally:
             environment.close()
+        return Environment(directory, limits.map_bytes, readonly=True)
     except (CacheError, Corrupt, FormatMismatch) as error:
         report.fail(f"not everything local could be mended: {error}")
+    return None
 
 
 async def _check_backends(

@@ -305,8 +305,7 @@ class _Check:
                     f"inode {inode}, block {block}: is dirty and not indexed: it would never be uploaded",
                     {"inode": inode, "block": block},
                 )
-                if self._mends is not None:
-                    self._mends.add((finding,), (Table.DIRTY, key, b""))
+                self._mend_index(finding, key, b"")
         for key, _ in self._view.scan(Table.DIRTY, b"", None):
             if len(key) != 16:
                 continue
@@ -322,8 +321,13 @@ class _Check:
                     f"inode {inode}, block {block}: is indexed as dirty and is not",
                     {"inode": inode, "block": block},
                 )
-                if self._mends is not None:
-                    self._mends.add((finding,), (Table.DIRTY, key, None))
+                self._mend_index(finding, key, None)
+
+    def _mend_index(self, finding: Finding, key: bytes, value: bytes | None) -> None:
+        """Where the block's row is mended, its index is mended with it."""
+        if self._mends is not None:
+            changes = () if key in self._pages.touched else ((Table.DIRTY, key, value),)
+            self._mends.add((finding,), *changes)
 
     def _block_rows(self) -> Iterator[tuple[bytes, BlockRow]]:
         for inode, (number, row) in self._blocks():

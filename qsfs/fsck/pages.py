@@ -31,6 +31,8 @@ class PageCheck:
         self._view = view
         self._report = report
         self._mends = mends
+        self.touched: set[bytes] = set()
+        """Keys of the blocks whose rows will be mended, and with them their index."""
 
     def check(
         self,
@@ -80,6 +82,7 @@ class PageCheck:
                     )
                 )
         if self._mends is not None and findings:
+            self.touched.add(u64_pair(number, block))
             self._mend(self._mends, number, block, row, drop, mark, findings)
         return alone, last
 

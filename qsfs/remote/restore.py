@@ -17,7 +17,7 @@ import trio
 
 from qsfs import failpoints
 from qsfs.clock import Clock
-from qsfs.errors import CacheError, Corrupt, NotFound, QsfsError, QuorumUnavailable, Unavailable
+from qsfs.errors import CacheError, Corrupt, NotFound, QsfsError, QuorumUnavailable, Unavailable, WrongBackend
 from qsfs.format.erasure import Code
 from qsfs.format.head import Head, HeadRef, MetadataPack, SealedHead, head_key, open_head
 from qsfs.format.keys import KeyRing
@@ -26,7 +26,7 @@ from qsfs.format.rows import Row, decode_rows
 from qsfs.format.superblock import Superblock
 from qsfs.remote.control import Records
 from qsfs.remote.identity import Stranger, find_members
-from qsfs.remote.members import Candidate, Members
+from qsfs.remote.members import Candidate, Member, Members
 from qsfs.remote.newest import describe_head
 from qsfs.remote.plain import plain_errors
 from qsfs.remote.reader import PackReader
@@ -112,6 +112,7 @@ async def find_source(
         deadline_seconds=deadline_seconds,
         chosen=chosen,
     )
+    _add_silent(members, strangers, found.head, clock)
     sealed = await _sealed(members, found, opened.keys, timing)
     problems = tuple(f"Superblock: {error}." for _, error in opened.problems)
     return Source(opened.superblock, opened.keys, members, tuple(strangers), problems, found, sealed)
@@ -239,6 +240,19 @@ def set_aside(directory: Path, clock: Clock) -> Path | None:
     except OSError as error:
         raise CacheError(f"{directory}: cannot be set aside in {aside}: {error.strerror}") from error
     return aside
+
+
+def _add_silent(members: Members, strangers: Sequence[Stranger], head: Head, clock: Clock) -> None:
+    """Backends of the fleet that did not say who they are may still do so while packs are read."""
+    entries = {(e.address, e.namespace): e for fleet in head.fleets for e in fleet.entries}
+    for stranger in strangers:
+        candidate = stranger.candidate
+        entry = entries.get((candidate.address, candidate.namespace))
+        if entry is None or isinstance(stranger.error, WrongBackend) or members.by_number(entry.number):
+            continue
+        member = Member(entry, candidate.data, candidate.control(entry.control_namespace), clock)
+        member.failed(stranger.error)
+        members.add(member)
 
 
 async def _sealed(members: Members, found: Found, keys: KeyRing, timing: Timing) -> SealedHead:
