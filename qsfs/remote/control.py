@@ -95,13 +95,14 @@ class Reading:
     `owners`: the largest owner record that authenticates, if any.  `heads`: the newest head that
     does, and all others of its owner.  `unproven`: claims above those, or heads of the newest
     owner, that did not authenticate (rot, lies, a value that is gone, a master key that we do not
-    hold), each with the reason.
+    hold), each with the reason.  `listing`: all that it claims.
     """
 
     number: int
     owners: frozenset[Owner]
     heads: frozenset[HeadRef]
     unproven: tuple[tuple[Owner | HeadRef, str], ...] = ()
+    listing: Listing = Listing(frozenset(), frozenset())
 
 
 class Records:
@@ -213,62 +214,76 @@ async def read_control(
     Raises what the calls of a session raise, and `FormatMismatch` for an authentic record of a
     newer version: this qsfs must decide nothing next to one.
     """
-    listing = await list_control(session, records.fsid, index, newest_first=newest_first)
-    if written is not None and not _lists(listing, written):
-        if index is not None:
-            index.reset()
-        raise BackendUnavailable(f"backend {session.name}: acknowledged a record and does not list it")
-    reader = _Reader(session, records, index)
-    owners: set[Owner] = set()
-    for owner in sorted(listing.owners, reverse=True):
-        if await reader.proves_owner(owner):
-            owners.add(owner)
+    for last in (False, False, True):
+        listing = await list_control(session, records.fsid, index, newest_first=newest_first)
+        if written is not None and not _lists(listing, written):
+            if index is not None:
+                index.reset()
+            raise BackendUnavailable(f"backend {session.name}: acknowledged a record and does not list it")
+        reader = _Reader(session, records, index)
+        reading = await reader.read(number, listing)
+        # What is superseded meanwhile is deleted: the listing was too old, and there is something newer.
+        if last or not reader.outdated:
             break
-    heads: set[HeadRef] = set()
-    newest: HeadRef | None = None
-    for ref in sorted(listing.heads, reverse=True):
-        if newest is not None and ref.owner != newest.owner:
-            break
-        if await reader.proves_head(ref):
-            newest = newest or ref
-            heads.add(ref)
-    return Reading(number, frozenset(owners), frozenset(heads), tuple(reader.unproven))
+    return reading
 
 
 class _Reader:
-    """Opens claims over one session and remembers those that did not authenticate."""
+    """Opens claims over one session and remembers those that did not authenticate.
+
+    `outdated`: a claim above all proven ones was gone when its value was asked for.
+    """
 
     def __init__(self, session: Session, records: Records, index: ControlIndex | None) -> None:
         self._session = session
         self._records = records
         self._index = index
-        self.unproven: list[tuple[Owner | HeadRef, str]] = []
+        self.outdated = False
+        self._unproven: list[tuple[Owner | HeadRef, str]] = []
 
-    async def proves_owner(self, owner: Owner) -> bool:
+    async def read(self, number: int, listing: Listing) -> Reading:
+        """Opens what `listing` claims, from the newest down."""
+        owners: set[Owner] = set()
+        for owner in sorted(listing.owners, reverse=True):
+            if await self._proves_owner(owner):
+                owners.add(owner)
+                break
+        heads: set[HeadRef] = set()
+        newest: HeadRef | None = None
+        for ref in sorted(listing.heads, reverse=True):
+            if newest is not None and ref.owner != newest.owner:
+                break
+            if await self._proves_head(ref, above=newest is None):
+                newest = newest or ref
+                heads.add(ref)
+        return Reading(number, frozenset(owners), frozenset(heads), tuple(self._unproven), listing)
+
+    async def _proves_owner(self, owner: Owner) -> bool:
         try:
             await self._records.owner(self._session, owner)
         except (NotFound, Corrupt) as error:
-            self._reject(owner, owner_key(self._records.fsid, owner), error)
+            self._reject(owner, owner_key(self._records.fsid, owner), error, above=True)
             return False
         return True
 
-    async def proves_head(self, ref: HeadRef) -> bool:
+    async def _proves_head(self, ref: HeadRef, *, above: bool) -> bool:
         try:
             await self._records.prove(self._session, ref)
         except (NotFound, Corrupt) as error:
-            self._reject(ref, head_key(self._records.fsid, ref), error)
+            self._reject(ref, head_key(self._records.fsid, ref), error, above=above)
             return False
         return True
 
-    def _reject(self, claim: Owner | HeadRef, key: bytes, error: QsfsError) -> None:
-        if self._index is not None and isinstance(error, NotFound):
-            self._index.keys.discard(key)
-        self.unproven.append((claim, str(error)))
-        if len(self.unproven) > MAX_UNPROVEN:
+    def _reject(self, claim: Owner | HeadRef, key: bytes, error: QsfsError, *, above: bool) -> None:
+        if isinstance(error, NotFound):
+            self.outdated |= above
+            if self._index is not None:
+                self._index.keys.discard(key)
+        self._unproven.append((claim, str(error)))
+        if len(self._unproven) > MAX_UNPROVEN:
             raise BackendUnavailable(
-                f"backend {self._session.name}: more than {MAX_UNPROVEN} of the newest records that it "
-                "lists do not "
-                f"authenticate, the last because: {error}"
+                f"backend {self._session.name}: more than {MAX_UNPROVEN} of the newest records that it lists "
+                f"do not authenticate, the last because: {error}"
             )
 
 

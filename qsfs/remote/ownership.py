@@ -22,7 +22,7 @@ from qsfs.remote.control import Reading, Records
 from qsfs.remote.fencing import fenced, unclear
 from qsfs.remote.kept import kept_of_first
 from qsfs.remote.members import Members
-from qsfs.remote.newest import Judgement, judge, largest_owner
+from qsfs.remote.newest import Judgement, judge, largest_owner, uncounted
 from qsfs.remote.publish import NotYet, Publisher, StoreBeforeSend
 from qsfs.remote.quorum import FleetQuorum, describe_shortage, fleet_quorums, reached
 from qsfs.remote.quorum_write import QuorumWrite
@@ -156,24 +156,20 @@ class _Attempt:
         )
         readings = tuple(read.readings.values())
         quorums = self._quorums(read, fleets)
-        if read.newest is None:
-            answered = frozenset(read.readings)
-            if reached(quorums, answered) or (not quorums and not read.errors and readings):
-                raise NotFound(
-                    f"no head of file system {self.records.fsid.hex()} on the backends that answered: "
-                    "there is nothing "
-                    "to own; check the addresses, and that the key is the right one"
-                )
-            shortage = describe_shortage(quorums, answered) or "no head found"
-            raise QuorumUnavailable(f"cannot own now: {shortage}; {read.reasons() or 'waiting for backends'}")
-        newest = await self._judged(readings)
-        if not self._enough(read, fleets):
-            answered = frozenset(n for n in read.readings)
-            raise QuorumUnavailable(
-                f"cannot own now: {describe_shortage(quorums, answered) or 'answers do not count'}; "
-                f"{read.reasons()}"
+        reasons = {reading.number: uncounted(reading, read.newest) for reading in readings}
+        counted = {number for number, reason in reasons.items() if reason is None}
+        enough = reached(quorums, counted)
+        if read.newest is None and (enough or (not quorums and len(counted) == len(self.members) > 0)):
+            raise NotFound(
+                f"no head of file system {self.records.fsid.hex()} on the backends that answered: there is "
+                "nothing to own; check the addresses, and that the key is the right one"
             )
-        return newest
+        # Below a quorum the newest head found may be an old one: nothing is concluded from it.
+        if read.newest is None or not enough:
+            why = [describe_shortage(quorums, counted) or "no head was found", read.reasons()]
+            why += sorted({reason for reason in reasons.values() if reason is not None})
+            raise QuorumUnavailable(f"cannot own now: {'; '.join(filter(None, why))}")
+        return await self._judged(readings)
 
     async def announce(self, owner: Owner, found: _Newest) -> _Newest:
         """Writes the owner record to a quorum, reading after it; the newest head found, accepted again."""
@@ -221,7 +217,5 @@ class _Attempt:
 
     def _enough(self, read: Survey, fleets: tuple[Fleet, ...]) -> bool:
         quorums = self._quorums(read, fleets)
-        if read.newest is None:
-            return reached(quorums, frozenset(read.readings))
-        judgement = judge(list(read.readings.values()), read.newest, quorums, self.records.facts)
-        return reached(quorums, judgement.counted)
+        counted = {r.number for r in read.readings.values() if uncounted(r, read.newest) is None}
+        return reached(quorums, counted)

@@ -18,6 +18,7 @@ from qsfs.remote.fencing import fenced, unclear
 from qsfs.remote.members import Members
 from qsfs.remote.quorum import fleet_quorums
 from qsfs.remote.quorum_write import QuorumWrite
+from qsfs.remote.superseded import delete_superseded
 from qsfs.remote.survey import Timing
 
 StoreBeforeSend: TypeAlias = Callable[[SealedHead], Awaitable[None]]
@@ -85,14 +86,13 @@ class Publisher:
         self._on_fenced = on_fenced
         self._written: set[HeadRef] = set()
         self._unpublished: list[SealedHead] = []
-        self._listed: set[HeadRef] = set()
         self._pending: tuple[Head, SealedHead, QuorumWrite] | None = None
         self._turn = trio.Lock()
 
     @property
     def sent(self) -> frozenset[HeadRef]:
         """The last published head, and all that may have left this machine since."""
-        return frozenset(self._written)
+        return frozenset(ref for ref in self._written if self.published is None or ref >= self.published)
 
     async def publish(self, head: Head, *, deadline_seconds: float) -> Published | NotYet:
         """Sends `head` to every backend of its fleets and waits until a quorum of each counts.
@@ -121,7 +121,9 @@ class Publisher:
                 return NotYet(sealed.ref, frozenset(write.counted), write.reasons())
             failpoints.hit("publish.published")
             self.published = sealed.ref
-            self._forget_older(sealed.ref, write)
+            self._pending = None
+            self._unpublished.clear()
+            self._nursery.start_soon(self._clean_up, head, sealed.ref, write)
             return Published(sealed.ref, frozenset(write.counted), write.missing)
 
     async def _prepare(self, head: Head) -> tuple[SealedHead, QuorumWrite]:
@@ -150,14 +152,18 @@ class Publisher:
         self._pending = (head, sealed, write)
         return sealed, write
 
-    def _forget_older(self, ref: HeadRef, write: QuorumWrite) -> None:
-        """Keeps what is still listed somewhere, so that months of heads do not stay in memory."""
-        self._pending = None
-        self._unpublished.clear()
-        self._written = {sent for sent in self._written if sent >= ref}
-        listed = {head for reading in write.survey.readings.values() for head in reading.heads}
-        self._records.prune(listed | self._listed | {ref})
-        self._listed = listed
+    async def _clean_up(self, head: Head, ref: HeadRef, write: QuorumWrite) -> None:
+        """Forgets what no backend lists any more, and deletes what `head` supersedes."""
+        await write.finished.wait()
+        readings = list(write.survey.readings.values())
+        listed = {claim for reading in readings for claim in reading.listing.heads}
+        written = frozenset(self._written)
+        recent = {sent for sent in written if sent >= ref}
+        if write.numbers <= write.survey.readings.keys():
+            # Where a backend was not read, heads of ours may lie that nobody else lists.
+            self._written = recent | (written & listed)
+        self._records.prune(listed | recent)
+        await delete_superseded(self._members, readings, head, ref, written, seconds=self._timing.attempt)
 
     def _check(self, head: Head) -> None:
         if head.owner != self.owner or head.predecessor != self.last_sent or head.fsid != self._records.fsid:

@@ -27,8 +27,9 @@ Judge = Callable[[Reading], str | None]
 class QuorumWrite:
     """Writes `value` to `key` on every backend of some fleets until a quorum of each counts.
 
-    `before` are records that a backend must hold before it gets this one.  Counts are kept between
-    runs: the record and its bytes stay the same.
+    `before` are records that a backend must hold before it gets this one.  Counts are kept from one
+    `start` to the next: the record and its bytes stay the same.  `finished` is set when nothing that
+    the last one began is under way any more.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class QuorumWrite:
         self._timing = timing
         self._clock = clock
         self._before = tuple(before)
+        self.finished = trio.Event()
         self._settled = trio.Event()
         self._scope: trio.CancelScope | None = None
 
@@ -93,6 +95,7 @@ class QuorumWrite:
 
         Raises nothing there; what ends the attempt early is in `failure`.
         """
+        self.finished = trio.Event()
         self._scope = trio.CancelScope()
         self._shorten()
         nursery.start_soon(self._run, self._scope)
@@ -117,10 +120,14 @@ class QuorumWrite:
         return False
 
     async def _run(self, scope: trio.CancelScope) -> None:
-        with scope:
-            async with trio.open_nursery() as nursery:
-                for member in self._members.of(self.missing):
-                    nursery.start_soon(self._persist, member)
+        try:
+            with scope:
+                async with trio.open_nursery() as nursery:
+                    for member in self._members.of(self.missing):
+                        nursery.start_soon(self._persist, member)
+        finally:
+            if scope is self._scope:
+                self.finished.set()
 
     async def _persist(self, member: Member) -> None:
         failed = 0

@@ -25,7 +25,7 @@ from qsfs.format.head import FleetEntry, Head, HeadRef
 from qsfs.remote.control import Reading, Records, read_control
 from qsfs.remote.identity import require_identity
 from qsfs.remote.members import Member, Members
-from qsfs.remote.newest import Judgement, describe_head, judge, newest_head
+from qsfs.remote.newest import Judgement, describe_head, judge, newest_head, uncounted
 from qsfs.remote.quorum import fleet_quorums
 
 T = TypeVar("T")
@@ -235,8 +235,9 @@ async def find_newest(
     """Reads every reachable backend, as a restore does, and adopts the fleets that the newest head names.
 
     `chosen` names the head that a person chose where there are several (`SplitHeads` otherwise).
-    Raises `NotFound` if all backends answered and none has a head, `QuorumUnavailable` if none was found
-    and some did not answer.  Whether `judgement.withstands` is enough is for the caller to say.
+    Raises `NotFound` if all backends answered and none has a head, `Corrupt` if all answered and no head
+    that they list authenticates, `QuorumUnavailable` if none was found and some did not answer.
+    Whether `judgement.withstands` is enough is for the caller to say.
     """
     deadline = trio.current_time() + deadline_seconds
     read = await survey(members, records, clock, timing, deadline=deadline, tries=tries, newest_first=True)
@@ -247,6 +248,9 @@ async def find_newest(
             raise QuorumUnavailable(
                 f"no head found, but not every backend answered: {read.reasons() or 'none is known'}"
             )
+        hidden = [reason for reading in readings if (reason := uncounted(reading, None)) is not None]
+        if hidden:
+            raise Corrupt(f"{len(hidden)} backends list heads, and none authenticates: {hidden[0]}")
         raise NotFound(
             f"none of the {len(members)} backends holds a head of file system {records.fsid.hex()}"
         )

@@ -18,7 +18,6 @@ from qsfs.backend.memory import MemoryStore
 from qsfs.errors import (
     BackendUnavailable,
     Fenced,
-    NotFound,
     QsfsError,
     QuorumUnavailable,
     SplitHeads,
@@ -195,7 +194,7 @@ class Simulation:
             self._watch(machine, disk)
             accept = accept_for_mount(disk.state, takeover=takeover)
             ownership = await machine.own(nursery, accept=accept, deadline=60.0)
-        except (QuorumUnavailable, NotFound) as error:
+        except QuorumUnavailable as error:
             self.history.note(f"own: {type(error).__name__}")
             return True
         except SplitHeads as error:
@@ -204,6 +203,7 @@ class Simulation:
             return False
         except (Fenced, StaleCache) as error:
             self.history.note(f"own: {type(error).__name__}")
+            assert self.machines > 1 or self.history.outcomes.get("twin"), f"seed {self.seed}: alone, but {error}"
             return takeover and self.random.random() < 0.7
         self.history.owned.append((machine.name, ownership.owner))
         self.history.published.append((machine.name, ownership.first_ref))

@@ -191,16 +191,17 @@ async def test_a_refusal_without_a_cursor_is_passed_on(autojump_clock):
 
 
 async def test_what_a_shared_namespace_no_longer_holds_is_forgotten(autojump_clock):
-    """A deleted record is unproven once, and not asked for again."""
+    """A deleted record is asked for once more, and not again."""
     world = await make_world(1, shared=True)
     key = record(world, NEW)
     index = ControlIndex()
     await read(world, index=index)
     world.control_of(1).lose(key)
-    reading, _ = await read(world, index=index)
-    assert [claim for claim, _ in reading.unproven] == [NEW]
-    reading, _ = await read(world, index=index)
-    assert not reading.unproven
+    reading, backend = await read(world, index=index)
+    assert not reading.owners and not reading.unproven and not index.keys
+    assert backend.calls.count(("get", key)) == 1
+    reading, backend = await read(world, index=index)
+    assert backend.calls.count(("get", key)) == 0
 
 
 async def test_a_restore_lists_the_newest_first_and_everything(autojump_clock):
@@ -215,6 +216,38 @@ async def test_a_restore_lists_the_newest_first_and_everything(autojump_clock):
     assert {call for call, _ in backend.calls} >= {"rscan"} and "scan" not in {
         call for call, _ in backend.calls
     }
+
+
+async def test_what_is_deleted_between_listing_and_reading_is_listed_anew(autojump_clock):
+    """A slow reader: the head that it listed was superseded and deleted; it finds the newer one."""
+    for shared in (False, True):
+        world = await make_world(1, shared=shared)
+        old = plant(world, make_head(world, OLD, 3))
+        backend, later = FaultyBackend(world.control_of(1)), make_head(world, OLD, 4, old.ref)
+
+        def overtaken(call: str, key: bytes, world=world, old=old, later=later) -> None:
+            if (call, key) == ("get", old.key):
+                plant(world, later)
+                world.control_of(1).lose(old.key)
+
+        backend.gate = overtaken
+        async with backend.session() as session:
+            index = ControlIndex() if shared else None
+            reading = await read_control(session, 1, Records(world.keys), index)
+        assert [head.generation for head in reading.heads] == [4] and not reading.unproven
+
+
+async def test_a_value_that_is_never_there_is_unproven_after_some_listings(autojump_clock):
+    world = await make_world(1)
+    store = world.control_of(1)
+    sealed = plant(world, make_head(world, OLD, 3))
+
+    class Hollow(FaultyBackend):
+        async def get(self, key: bytes) -> bytes | None:
+            return None
+
+    reading = await read_control(Hollow(store), 1, Records(world.keys))
+    assert not reading.heads and [claim for claim, _ in reading.unproven] == [sealed.ref]
 
 
 def test_a_stored_index_that_rotted_is_noticed():

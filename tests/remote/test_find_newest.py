@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import trio
 
-from qsfs.errors import BackendUnavailable, NotFound, QuorumUnavailable, SplitHeads
+from qsfs.errors import BackendUnavailable, Corrupt, NotFound, QuorumUnavailable, SplitHeads
 from qsfs.format.fleet import Fleet
 from qsfs.format.head import HeadRef, KeptGeneration, Owner, head_key
 from qsfs.remote.kept import kept_of_first, kept_with
@@ -56,12 +56,16 @@ async def test_with_too_few_answers_a_newer_head_cannot_be_ruled_out(autojump_cl
     assert "1 more must answer before a newer generation" in found.sentences()[1]
 
 
-async def test_no_answer_and_no_head_are_two_results(autojump_clock):
+async def test_no_answer_no_head_and_a_rotten_head_are_three_results(autojump_clock):
     world = await make_world(3)
     with pytest.raises(NotFound, match="none of the 3 backends holds a head"):
         await find(world)
     with pytest.raises(QuorumUnavailable, match="not every backend answered: backend host2"):
         await find(world, 2)
+    sealed = plant(world, make_head(world, OLD, 9), (1,))
+    world.control_of(1).rot(sealed.key, lambda value: value[:-1] + b"?")
+    with pytest.raises(Corrupt, match="1 backends list heads, and none authenticates"):
+        await find(world)
 
 
 async def test_dead_backends_are_given_up_after_some_tries_and_silent_ones_at_the_deadline(autojump_clock):

@@ -85,6 +85,26 @@ async def test_no_head_anywhere_refuses(autojump_clock, nursery):
     with pytest.raises(QuorumUnavailable):
         await machine.own(nursery, deadline=3.0)
     assert not written(world)
+    machine.cut_off()
+    for number in (1, 2):
+        sealed = plant(world, make_head(world, OLD, 7), (number,))
+        world.control_of(number).rot(sealed.key, lambda value: value[:-1] + b"?")
+    with pytest.raises(QuorumUnavailable):
+        await machine.own(nursery, deadline=3.0)
+
+
+async def test_below_a_quorum_an_old_head_is_not_taken_for_the_newest(autojump_clock, nursery):
+    """The one backend that answers missed the last head: that makes this machine no rolled-back one."""
+    world = await make_world(3)
+    old = plant(world, make_head(world, OLD, 7)).ref
+    base = plant(world, make_head(world, OLD, 8, old), (1, 2)).ref
+    machine = Machine(world)
+    machine.cut_off(1, 2)
+    accept = accept_for_mount(lambda: LocalState(base, True, base))
+    with pytest.raises(QuorumUnavailable):
+        await machine.own(nursery, accept=accept, deadline=3.0)
+    machine.cut_off(1)
+    assert (await machine.own(nursery, accept=accept)).found_ref == base
 
 
 async def test_a_refused_head_leaves_no_owner_record(autojump_clock, nursery):
