@@ -155,6 +155,7 @@ class Uploader:
         cancels.  What comes in later shows in the upload's `placement` until it is `finished`.
         """
         upload = Upload(ref, shards, placement or [-1] * self.code.n)
+        await trio.lowlevel.checkpoint_if_cancelled()
         if self._nursery is None:
             raise QsfsBug("a pack was to be uploaded while the uploader does not run")
         self._nursery.start_soon(self._run, upload)

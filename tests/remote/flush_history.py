@@ -329,18 +329,11 @@ class FlushHistory:
             self.machine.write(number, self.random.randrange(8), self.random.randbytes(PAGE))
 
     def flags(self, name: str, file: File) -> None:
-        """The file enters or leaves `local_only`; entering, its data go, which keeps the model simple."""
-        machine = self.machine
+        """The file enters or leaves `local_only`."""
         self.trace.append(f"flags {name}")
-        if file.local_only:
-            with machine.store.change() as change:
-                change.patch(file.number, flags=0)
-            for _ in machine.store.blocks.mark_dirty(machine.inode(file.number)):
-                pass
-        else:
-            with machine.store.change() as change:
-                change.patch(file.number, flags=int(InodeFlag.LOCAL_ONLY))
         file.local_only = not file.local_only
+        with self.machine.store.change() as change:
+            change.patch(file.number, flags=int(InodeFlag.LOCAL_ONLY) if file.local_only else 0)
 
     def background(self, name: str, file: File) -> None:
         steps = self.random.choice((1, 2, 10_000))

@@ -171,6 +171,8 @@ class FlushMachine:
         self.precopier: PreCopier
         self.publisher: SimplePublisher
         self.uploader: Uploader
+        self.nursery: trio.Nursery
+        self.fleet_members: Members
         self.first: Head
 
     def members(self) -> Members:
@@ -194,13 +196,14 @@ class FlushMachine:
             self.spool = Spool(self.directory / "spool", self.limits.spool_bytes)
             self.committer = DirectCommitter(self.store)
             self.committer.before_seal = self.before_seal
-            members = self.members()
+            members = self.fleet_members = self.members()
             self.free = FreeSpace(members, self.clock)
             self.uploader = Uploader(
                 members, self.free, self.world.code, self.world.keys.fsid, self.clock, full_grace_seconds=2.0
             )
             with self._unwrapped():
                 async with trio.open_nursery() as nursery:
+                    self.nursery = nursery
                     await nursery.start(self.uploader.run)
                     await self._own()
                     yield self
@@ -225,14 +228,8 @@ class FlushMachine:
         sealer = SmallSealer(self.world.keys, self.code, self.epoch, self.clock)
         if self.store.local(BASE_KEY) is None:
             await self._format(owner, sealer)
-        newest = newest_head(self.world)
-        assert newest is not None
-        ref, found = newest
-        ours = {r for r in (self._known(BASE_KEY), self._known(PUBLISHED_KEY)) if r} | set(self.spool.heads)
-        assert ref in ours, "a healthy machine does not know the newest head as its own"
-        self.publisher = SimplePublisher(self.world, owner, self.spool, ref)
-        self.first = dataclasses.replace(found, owner=owner, predecessor=ref, kept=kept_of_first(found, ref))
-        await self.publisher.publish(self.first, deadline_seconds=1)
+        await self._publish_first(owner)
+        sealer = SmallSealer(self.world.keys, self.code, self.publisher.owner.epoch, self.clock)
         ledger = Ledger(self.clock, 120.0)
         ledger.take(read_rows(self.store.environment, self.clock, b""))
         self.context = FlushContext(
@@ -245,6 +242,16 @@ class FlushMachine:
             self.context,
             lambda *page: self.generations.cut is not None and self.generations.cut.taken(*page),
         )
+
+    async def _publish_first(self, owner: Owner) -> None:
+        newest = newest_head(self.world)
+        assert newest is not None
+        ref, found = newest
+        ours = {r for r in (self._known(BASE_KEY), self._known(PUBLISHED_KEY)) if r} | set(self.spool.heads)
+        assert ref in ours, "a healthy machine does not know the newest head as its own"
+        self.publisher = SimplePublisher(self.world, owner, self.spool, ref)
+        self.first = dataclasses.replace(found, owner=owner, predecessor=ref, kept=kept_of_first(found, ref))
+        await self.publisher.publish(self.first, deadline_seconds=1)
 
     def _known(self, name: bytes) -> HeadRef | None:
         head = local_head(self.store, name, self.world.keys)

@@ -14,14 +14,19 @@ from qsfs import failpoints
 from qsfs.clock import FixedClock
 from qsfs.config import FlushConfig
 from qsfs.errors import Fenced
+from qsfs.format.head import Owner
 from qsfs.format.shard import open_shard, parse_shard_key, shard_key
 from qsfs.remote import flush
+from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, local_head
+from qsfs.remote.control import Records
 from qsfs.remote.flush import Flusher
+from qsfs.remote.mount_check import LocalState, accept_for_mount
+from qsfs.remote.ownership import own
 from qsfs.remote.stored import StoredPack
 from qsfs.store.packs import pack_row
 from qsfs.store.schema import PAGE, PackRow, PackState, Table
-from tests.remote.flush_machine import FlushMachine, read_body, restore
-from tests.remote.harness import World, make_world
+from tests.remote.flush_machine import Crash, FlushMachine, crash, read_body, restore
+from tests.remote.harness import TIMING, World, make_world
 
 
 class VirtualClock(FixedClock):
@@ -417,3 +422,60 @@ async def test_what_a_crash_left_unfinished_is_taken_up_by_the_next_mount(
         while flusher.status()["packs_not_full"]:
             await trio.sleep(1)
     assert restore(world).files["a"] == page("x") * 16
+
+
+# with the real publisher
+
+
+class OwningMachine(FlushMachine):
+    """Owns and publishes as the daemon does."""
+
+    async def _publish_first(self, owner: Owner) -> None:
+        def local() -> LocalState:
+            base, published = (local_head(self.store, k, self.world.keys) for k in (BASE_KEY, PUBLISHED_KEY))
+            assert base is not None
+            return LocalState(
+                base.sealed.ref, base.ours, published and published.sealed.ref, frozenset(self.spool.heads)
+            )
+
+        owned = await own(
+            self.fleet_members,
+            records=Records(self.world.keys),
+            code=self.world.code,
+            clock=self.clock,
+            nursery=self.nursery,
+            host="alpha",
+            accept=accept_for_mount(local),
+            store_before_send=self.spool.store_head,
+            timing=TIMING,
+        )
+        self.publisher = owned.publisher  # type: ignore[assignment]
+        self.first = owned.first
+
+
+@pytest.mark.parametrize(
+    "point", ["flush.packs.uploaded", "publish.stored", "publish.send", "flush.head.sent"]
+)
+async def test_mounts_that_crash_and_own_again_lose_nothing(
+    world: World, machine: FlushMachine, tmp_path: Path, clock, point
+):
+    """With the real ownership and publisher: the next mount owns, and its generations are right."""
+    real = OwningMachine(world, tmp_path / "real")
+    real.clock = machine.clock
+    content: dict[str, bytes] = {}
+    for letter in "abc":
+        with pytest.raises(BaseExceptionGroup) as caught:
+            async with flushing(real) as flusher:
+                number = real.create(letter)
+                real.write(number, 0, page(letter) * 20)
+                content[letter] = page(letter) * 20
+                await real.committer.commit()
+                failpoints.arm(point, crash)
+                await flusher.sync()
+        assert caught.group_contains(Crash)
+        failpoints.disarm_all()
+    async with flushing(real) as flusher:
+        done = await flusher.sync()
+        assert restore(world).files == content
+        assert real.generations.publisher.published is not None
+        assert done.generation == restore(world).head.generation

@@ -9,8 +9,10 @@ import pytest
 from tests.remote.flush_history import FlushHistory
 from tests.remote.harness import make_world
 
+SEEDS = [*range(30), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(30, 500))]
 
-@pytest.mark.parametrize("seed", range(60))
+
+@pytest.mark.parametrize("seed", SEEDS)
 async def test_the_newest_head_alone_gives_the_file_system_at_its_cut(tmp_path: Path, autojump_clock, seed):
     world = await make_world(5, k=2, m=2)
     history = FlushHistory(world, tmp_path / "cache", seed)
