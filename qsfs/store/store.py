@@ -229,11 +229,12 @@ class Store:
     def work_off_truncations(self, steps: int) -> bool:
         """Works off pending truncations, about `steps` blocks; True when none is left."""
         for number in list(self.blocks.pending):
-            inode = self.inodes.get(number) or Inode(number, 0)
-            gone = self.inodes.get(number) is None
-            done = self.blocks.work_off(inode, steps)
-            if gone:
-                self.inodes.forget(number)
+            inode = self.inodes.get(number)
+            try:
+                done = self.blocks.work_off(inode or Inode(number, 0), steps)
+            finally:
+                if inode is None:
+                    self.inodes.forget(number)
             if not done:
                 return False
         return True
@@ -252,8 +253,8 @@ class Store:
             self.layers.put(Table.COUNTERS, name, plain_u64(self._counters[name]))
         self._counters_changed.clear()
         self._sealed_local = dict(self._local)
-        if switch:
         group = self.layers.seal(self.write_number)
+        if switch:
             self.journal.switch()
             group.journal_start = self.journal.next_sequence
         else:
@@ -300,9 +301,9 @@ class Store:
         for group in groups:
             for _, _, data_of in group.namespace_log:
                 wanted.update(data_of)
-        size = sum(replay.data_bytes(g, n) for g in groups for n in wanted)
         if any(group.covers & wanted for group in groups):
             raise CommitNeeded
+        size = sum(replay.data_bytes(g, n) for g in groups for n in wanted)
         size += sum(len(record) + 16 for g in groups for _, record, _ in g.namespace_log)
         if size > min(self.journal.room(), self.limits.largest_append):
             raise CommitNeeded
