@@ -162,6 +162,7 @@ class FlushMachine:
         self.code = Code(world.code)
         self.backends = [FaultyBackend(store) for store in world.data]
         self.epoch = 0
+        self.look_seconds = 120.0
         self.before_seal: Callable[[int], None] = lambda number: None
         self.opened: Callable[[], None] = lambda: None
         self.store: Store
@@ -230,7 +231,7 @@ class FlushMachine:
             await self._format(owner, sealer)
         await self._publish_first(owner)
         sealer = SmallSealer(self.world.keys, self.code, self.publisher.owner.epoch, self.clock)
-        ledger = Ledger(self.clock, 120.0)
+        ledger = Ledger(self.clock, self.look_seconds)
         ledger.take(read_rows(self.store.environment, self.clock, b""))
         self.context = FlushContext(
             self.store, self.committer, sealer, self.uploader, self.spool, ledger, self.clock
