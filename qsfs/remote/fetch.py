@@ -32,6 +32,12 @@ AHEAD_AT_ONCE = 32
 """Extents that are fetched ahead of all readers at the same time."""
 
 _INSTALL_AT_ONCE = 16
+_GIVEN_UP_SECONDS = 1.0
+"""The kernel asks again, page by page, for what it did not get; so long that is the same read."""
+_AGAIN_SECONDS = 0.25
+"""How long such a read waits, whatever its policy."""
+_WARN_SECONDS = 600.0
+"""Longest time between two warnings of one that waits on."""
 
 
 class Room(Protocol):
@@ -103,6 +109,8 @@ class Fetcher:
         self._deadline = deadline_seconds
         self._path_of = path_of
         self._jobs: dict[_JobKey, _Job] = {}
+        self._given_up: dict[_JobKey, float] = {}
+        self._warned: dict[int, float] = {}
         self._ahead = ReadAhead()
         self._ahead_slots = trio.Semaphore(AHEAD_AT_ONCE)
         self._nursery: trio.Nursery | None = None
@@ -163,27 +171,45 @@ class Fetcher:
 
     async def _fetch_extents(self, inode: int, wanted: _Wanted) -> None:
         live = self._store.inode(inode)
+        again = self._was_given_up(wanted)
         wait = Wait(
             inode,
             min(min(pages) for _, pages in wanted.values()),
             sum(len(pages) for _, pages in wanted.values()),
             self._store.clock.time_ns(),
-            live is not None and bool(live.flags & InodeFlag.WAIT),
+            live is not None and bool(live.flags & InodeFlag.WAIT) and not again,
             trio.current_time(),
+            again,
         )
         jobs = [self._job(key, row, pages) for key, (row, pages) in wanted.items()]
         wait.explain = lambda: self._explain(jobs)
         try:
             with self.waits.during(wait):
                 await self._wait(wait, jobs)
+        except Unavailable:
+            self._give_up(wanted)
+            raise
         finally:
             for job in jobs:
                 self._leave(job)
 
+    def _was_given_up(self, wanted: _Wanted) -> bool:
+        """Whether a read of one of these extents has just failed."""
+        now = trio.current_time()
+        return any(now < self._given_up.get(key, 0.0) for key in wanted)
+
+    def _give_up(self, wanted: _Wanted) -> None:
+        now = trio.current_time()
+        for key in [key for key, until in self._given_up.items() if until <= now]:
+            del self._given_up[key]
+        for key in wanted:
+            self._given_up.setdefault(key, now + _GIVEN_UP_SECONDS)
+
     async def _wait(self, wait: Wait, jobs: list[_Job]) -> None:
         """Waits for the extents: until they are here or nobody needs them, else as the policy says."""
+        seconds = min(self._deadline, _AGAIN_SECONDS) if wait.again else self._deadline
         while True:
-            with trio.CancelScope(deadline=trio.current_time() + self._deadline) as wait.scope:
+            with trio.CancelScope(deadline=trio.current_time() + seconds) as wait.scope:
                 for job in jobs:
                     await job.done.wait()
             for job in jobs:
@@ -196,7 +222,18 @@ class Fetcher:
                 self._fail(wait, late[0], f"the wait was ended by 'qsfs unblock'; {wait.why}", Unavailable)
             if not wait.keeps_waiting:
                 self._fail(wait, late[0], f"not here after {wait.seconds:.0f} s; {wait.why}", Unavailable)
-            log.warning("%s: has been waiting for %.0f s: %s", self._page(late[0]), wait.seconds, wait.why)
+            self._warn(wait, late[0], seconds)
+            seconds = min(2 * seconds, max(self._deadline, _WARN_SECONDS))
+
+    def _warn(self, wait: Wait, job: _Job, seconds: float) -> None:
+        """Says that a read waits; of many that wait for one pack only one is named."""
+        now = trio.current_time()
+        pack = job.row.pack
+        if now < self._warned.get(pack, 0.0):
+            return
+        self._warned = {known: until for known, until in self._warned.items() if until > now}
+        self._warned[pack] = now + seconds
+        log.warning("%s: has been waiting for %.0f s: %s", self._page(job), wait.seconds, wait.why)
 
     def _fail(self, wait: Wait, job: _Job, why: str, kind: type[QsfsError]) -> None:
         """Logs and raises the end of a read, unless the extent is not what must be read any more."""
@@ -204,7 +241,8 @@ class Fetcher:
             return
         self.failed_reads += 1
         message = f"{self._page(job)}: {why}"
-        log.error("%s", message)
+        said_already = wait.again and kind is Unavailable
+        log.log(logging.DEBUG if said_already else logging.ERROR, "%s", message)
         raise kind(message)
 
     def _current(self, job: _Job) -> bool:
@@ -328,6 +366,14 @@ class Fetcher:
 
     async def _fetch_ahead(self, inode: int, first: int, stop: int) -> None:
         """Fetches the extents of [first, stop) for nobody in particular, until one does not come."""
+        try:
+            await self._fetch_stream(inode, first, stop)
+        except QsfsError as error:
+            log.debug("inode %d: nothing is fetched ahead: %s", inode, error)
+        except Exception:
+            log.exception("inode %d: fetching ahead failed unexpectedly", inode)
+
+    async def _fetch_stream(self, inode: int, first: int, stop: int) -> None:
         stream = _Stream()
         while first < stop:
             rows = list(islice(self._store.extents.overlapping(inode, first, stop), AHEAD_AT_ONCE))

@@ -7,11 +7,14 @@ everything, so that nothing sleeps forever on an answer that has since become wr
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import trio
 
 from qsfs.remote.members import Members, State
+
+log = logging.getLogger(__name__)
 
 ROUND_SECONDS = 1.0
 PROBE_SECONDS = 10.0
@@ -87,6 +90,8 @@ class Watch:
                 await member.probe()
             if member.state is State.UP:
                 self._wake()
+        except Exception:
+            log.exception("probing backend %d failed unexpectedly", number)
         finally:
             self._probing.discard(number)
 

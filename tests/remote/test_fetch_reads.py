@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
 
 import pytest
 import trio
 
-from qsfs.errors import BackendUnavailable, Corrupt, DataLost, Unavailable
+from qsfs.errors import BackendUnavailable, Corrupt, DataLost, QsfsError, Unavailable
 from qsfs.store.schema import PAGE, InodeFlag, Table, u64
 from tests.remote.small_fs import SmallFs, noise
 
@@ -167,6 +168,37 @@ async def test_a_wait_ends_with_unblock(fs, autojump_clock, expect_log):
         assert [inode for inode, _ in results] == [number]
         assert [wait.inode for wait in fetcher.waits] == [other]
         nursery.cancel_scope.cancel()
+
+
+async def test_the_same_read_asked_again_by_the_kernel_does_not_wait_anew(fs, autojump_clock, expect_log):
+    expect_log(r"has been waiting", logging.WARNING)
+    expect_log(r"ended by 'qsfs unblock'", logging.ERROR, count=1)
+    data = noise(8 * PAGE)
+    number = fs.remote_file("a", data)
+    with fs.store.change() as change:
+        change.patch(number, flags=int(InodeFlag.WAIT))
+    for backend in fs.backends.values():
+        backend.down = True
+    ends = []
+
+    async def read_as_the_kernel_does(fetcher):
+        for first, count in ((0, 8), (0, 1)):
+            with pytest.raises(Unavailable):
+                await fetcher.fetch(number, first, count)
+            ends.append(trio.current_time())
+
+    async with fs.fetching() as fetcher, trio.open_nursery() as nursery:
+        nursery.start_soon(read_as_the_kernel_does, fetcher)
+        await trio.sleep(100)
+        assert fetcher.unblock(number) == 1
+        await trio.sleep(2)
+        assert len(ends) == 2 and ends[1] - ends[0] < 1
+        nursery.start_soon(fetcher.fetch, number, 0, 1)
+        await trio.sleep(100)
+        assert len(fetcher.waits) == 1, "a later read waits as its policy says"
+        for backend in fs.backends.values():
+            backend.down = False
+    assert fs.read(number, 0, 1) == [data[:PAGE]]
 
 
 async def test_positively_lost_is_an_error_of_its_own_at_once(fs, autojump_clock, expect_log):
@@ -415,3 +447,24 @@ async def test_stopping_ends_every_wait(fs, autojump_clock, expect_log):
         readers.start_soon(read, fetcher)
         await trio.sleep(1)
     assert len(raised) == 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+async def test_damaged_rows_give_errors_and_never_wrong_bytes(fs, autojump_clock, expect_log, seed):
+    expect_log(r"", optional=True)
+    source = random.Random(seed)
+    data = noise(40 * PAGE)
+    number = fs.remote_file("a", data)
+    for _ in range(source.randrange(1, 4)):
+        table = source.choice((Table.EXTENTS, Table.PACKS))
+        key, row = source.choice(list(fs.store.scan(table, b"", None)))
+        at = source.randrange(len(row))
+        changed = row[:at] + bytes([row[at] ^ 1 << source.randrange(8)]) + row[at + 1 :]
+        fs.store.layers.put(table, key, source.choice((changed, row[:at])))
+    async with fs.fetching() as fetcher:
+        for page in range(40):
+            try:
+                await fetcher.fetch(number, page, 1)
+            except QsfsError:
+                continue
+            assert fs.read(number, page, 1) in ([None], [data[page * PAGE : (page + 1) * PAGE]])

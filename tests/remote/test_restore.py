@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import random
 import stat
 
 import pytest
@@ -17,6 +18,7 @@ from qsfs.errors import (
     FormatMismatch,
     KeyFileError,
     NotFound,
+    QsfsError,
     QuorumUnavailable,
     SplitHeads,
     Unavailable,
@@ -514,3 +516,39 @@ async def test_a_restored_store_is_one_that_opens_and_works(fs, scratch):
     new.upload(number)
     new.close()
     await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("seed", range(25))
+async def test_any_damage_gives_the_right_file_system_or_an_error(fs, scratch, expect_log, seed):
+    expect_log(r"read from others", optional=True)
+    await a_small_tree(fs)
+    fs.publish()
+    source = random.Random(seed)
+    share = source.choice((0.05, 0.2, 0.5))
+    for store in [*fs.world.data, *fs.world.control]:
+        for key in list(store.keys()):
+            if source.random() < share:
+                what = source.randrange(3)
+                if what == 0:
+                    store.lose(key)
+                elif what == 1:
+                    store.rot(key, lambda value: value[: source.randrange(len(value) + 1)])
+                else:
+                    at = source.randrange(1 << 20)
+                    store.rot(
+                        key,
+                        lambda value, at=at: (
+                            value[: at % len(value)] + b"\x5a" + value[at % len(value) + 1 :]
+                            if value
+                            else b""
+                        ),
+                    )
+    try:
+        await fs.restore(scratch / "new", force=True, deadline_seconds=1.0)
+    except QsfsError:
+        assert not (scratch / "new" / "data.mdb").exists()
+        return
+    new = fs.restored(scratch / "new")
+    skip = frozenset({Table.PACKS, Table.COUNTERS})
+    assert rows_of(new, without=skip) == rows_of(fs, without=skip)
+    new.close()
