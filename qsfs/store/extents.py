@@ -79,6 +79,10 @@ class Extents:
                 self._put(inode, row.part(stop, right))
             self._live_change[row.pack] -= (row.pages - left - right) * PAGE
 
+    def live_change(self, pack: int) -> int:
+        """What is still to be added to the live bytes in the row of `pack`."""
+        return self._live_change.get(pack, 0)
+
     def write_back(self) -> None:
         """Brings the live bytes of the pack rows up to date; called when a group is sealed."""
         for number, change in self._live_change.items():

@@ -39,7 +39,15 @@ def add_pack(store: Store, number: int, row: PackRow) -> None:
 
 
 def pack_row(store: Store, number: int) -> PackRow | None:
-    """The row of a pack as of now."""
+    """The row of a pack as of now, with the live bytes that its extents have now."""
+    row = _stored_row(store, number)
+    if row is None:
+        return None
+    return replace(row, live=max(0, row.live + store.extents.live_change(number)))
+
+
+def _stored_row(store: Store, number: int) -> PackRow | None:
+    """The row as it lies in the tables; its live bytes are brought up to date when the group is sealed."""
     row = store.get(Table.PACKS, u64(number))
     return None if row is None else PackRow.decode(row)
 
@@ -49,7 +57,7 @@ def set_placement(store: Store, number: int, placement: tuple[int, ...], now_ns:
 
     Returns the row, or None if the pack is gone.
     """
-    row = pack_row(store, number)
+    row = _stored_row(store, number)
     if row is None:
         return None
     state = row.state & ~PackState.FULL & ~PackState.LOOKED
@@ -57,12 +65,12 @@ def set_placement(store: Store, number: int, placement: tuple[int, ...], now_ns:
         state |= PackState.FULL
     row = replace(row, placement=placement, state=int(state), written_at_ns=now_ns, verified_at_ns=0)
     store.layers.put(Table.PACKS, u64(number), row.encode())
-    return row
+    return pack_row(store, number)
 
 
 def set_looked(store: Store, number: int, placement: tuple[int, ...], now_ns: int) -> bool:
     """Records that a second look found every shard of `placement`; False if that is not where they are."""
-    row = pack_row(store, number)
+    row = _stored_row(store, number)
     if row is None or row.placement != placement:
         return False
     row = replace(row, state=row.state | PackState.LOOKED, verified_at_ns=now_ns)

@@ -279,6 +279,26 @@ async def test_shards_that_nobody_took_are_completed_when_backends_return(
         assert flusher.status()["exposure"]["full"]["bytes"] == 0
 
 
+async def test_a_pack_is_not_forgotten_before_its_extents_are_committed(
+    world: World, machine: FlushMachine, clock
+):
+    """Its row shows no live bytes yet when it is looked at or completed: it lives all the same."""
+    machine.look_seconds = 0
+    async with flushing(machine, cut_seconds=3600, quiet_seconds=1) as flusher:
+        for backend in machine.backends[:3]:
+            backend.down = True
+        machine.write(machine.create("a"), 0, page("x") * 16)
+        await machine.context.committer.commit()
+        await until(lambda: flusher.status()["packs_not_full"])
+        assert not machine.store.layers.open.empty
+        await trio.sleep(20)
+        assert flusher.status()["packs_not_full"] == 1
+        assert flusher.status()["packs_not_looked_at"] >= 1
+        for backend in machine.backends:
+            backend.down = False
+        await until(lambda: all(row.state == 3 for row in pack_rows(machine).values()))
+
+
 def check_stored(world: World, row: PackRow) -> None:
     """Every shard lies, authentic, where the row says, each on a backend of its own."""
     assert len(set(row.placement)) == len(row.placement)
