@@ -13,8 +13,8 @@ import trio
 class Wait:
     """One reader of pages that are only remote.
 
-    `keeps_waiting` is its policy: True for `wait`, False for `error` after the deadline.  `why` says
-    what is in the way, as of now.
+    `keeps_waiting` is its policy: True for `wait`, False for `error` after the deadline.  `again` is
+    whether it asks for what has just failed, and was logged then.  `why` says what is in the way, as of now.
     """
 
     inode: int
@@ -23,6 +23,7 @@ class Wait:
     since_ns: int
     keeps_waiting: bool
     began: float
+    again: bool = False
     explain: Callable[[], str] = field(default=lambda: "")
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     unblocked: bool = False
