@@ -26,6 +26,7 @@ from qsfs.remote.quorum import assess
 from qsfs.remote.reader import PackReader
 from qsfs.remote.spool import Spool
 from qsfs.remote.upload import Uploader
+from qsfs.store.schema import Table
 from qsfs.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -149,6 +150,15 @@ class Flushing:
             self.fenced = error
             self._ready.set()
             self._on_fenced(error)
+
+    @property
+    def makes_room(self) -> bool:
+        """Whether there are pages that may be evicted later, and backends that take what that needs."""
+        flusher = self.flusher
+        if flusher is None or self.fenced is not None or self.failure:
+            return False
+        rest = self._store.layers.view.count(Table.DIRTY) + len(self._ledger.looks)
+        return rest > 0 and flusher.context.uploader.enough_backends()
 
     async def sync(self) -> dict[str, Any]:
         """Publishes everything accepted so far; waits, visibly, for backends."""

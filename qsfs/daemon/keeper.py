@@ -19,10 +19,14 @@ _STEP_PAGES = 1024
 _WORK_STEPS = 128
 _TICK_SECONDS = 1.0
 _SHORT_AFTER_SECONDS = 60.0
+_REST = 4.0
 
 
 class Keeper:
-    """The background work on one store; `room_wanted` is called by whoever waits for room."""
+    """The background work on one store; whoever waits for room calls `room`.
+
+    `futile` is whether there was nothing to evict when that was last tried, and nothing changed since.
+    """
 
     def __init__(self, store: Store, contents: Contents, committer: Committer, clock: Clock) -> None:
         self._store = store
@@ -33,12 +37,15 @@ class Keeper:
         self._wake = trio.Event()
         self._room = trio.Event()
         self._waiting = 0
+        self.futile = False
+        self._rest_until = 0.0
         self._full_since: float | None = None
         self._alarmed = False
         self.evicted_bytes = 0
 
     async def run(self) -> None:
         """Works until cancelled."""
+        self._committer.after_commit.append(self._committed)
         while True:
             with trio.move_on_after(_TICK_SECONDS):
                 await self._wake.wait()
@@ -47,6 +54,11 @@ class Keeper:
             await self._evict()
             self._room.set()
             self._room = trio.Event()
+
+    def _committed(self) -> None:
+        """Pages may be clean now, and packs safe."""
+        self.futile = False
+        self._wake.set()
 
     async def _work(self) -> None:
         store = self._store
@@ -63,7 +75,10 @@ class Keeper:
     async def _evict(self) -> None:
         limits = self._store.limits
         if self._store.used_bytes < limits.high_bytes and not self._waiting:
-            self._full_since, self._alarmed = None, False
+            self._full_since, self._alarmed, self.futile = None, False, False
+            return
+        begin = self._clock.monotonic()
+        if begin < self._rest_until:
             return
         recent_too = False
         rounds = 0
@@ -79,7 +94,12 @@ class Keeper:
                 recent_too = rounds > 1
             await self._pause()
         self.evicted_bytes += freed
-        if freed:
+        self.futile = target > 0 and not freed
+        if self.futile:
+            # To look at everything again at once would take the time that uploads and reads need.
+            now = self._clock.monotonic()
+            self._rest_until = now + _REST * (now - begin)
+        if freed or self._store.used_bytes < limits.new_bytes <= self._store.expected_bytes():
             await self._committer.commit()
 
     def _is_short(self) -> bool:
@@ -104,13 +124,14 @@ class Keeper:
         return self._waiting
 
     async def room(self) -> None:
-        """Waits until a write may be tried again."""
+        """Waits until what needed room may be tried again."""
         self._waiting += 1
         try:
             if self._store.group_is_full():
                 await self._committer.room()
                 return
-            self._wake.set()
+            if self._clock.monotonic() >= self._rest_until:
+                self._wake.set()
             await self._room.wait()
         finally:
             self._waiting -= 1

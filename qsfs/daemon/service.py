@@ -185,7 +185,10 @@ class Service:
         )
         await nursery.start(self.fetcher.run)
         self.space = DaemonSpace(
-            self.store, members, self.opened.superblock.code, self.store.limits.group_bytes
+            self.store,
+            members,
+            self.opened.superblock.code,
+            lambda: not self.keeper.futile or self.flushing.makes_room,
         )
         nursery.start_soon(supervised, self.space.run)
         nursery.start_soon(supervised, partial(probe, members, self.opened.keys))

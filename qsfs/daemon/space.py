@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import trio
 
 from qsfs.backend.contract import BackendInfo
 from qsfs.errors import BackendError
+from qsfs.filesystem.needs import NeedRoom
 from qsfs.filesystem.space import SpaceReport
 from qsfs.format.erasure import CodeParams
 from qsfs.remote.members import Member, Members
@@ -24,15 +26,17 @@ _FILES = 1 << 40
 class DaemonSpace:
     """Asks the backends for their room once a minute; reports from what they said last.
 
-    `reserve` bytes are what the kernel may still hand over of data that it told applications are
-    written: below that, nothing new is created.
+    Nothing new is made in the room that is kept for what the kernel may still hand over of data that it
+    told applications are written.  `may_come` says whether waiting for more room has a point.
     """
 
-    def __init__(self, store: Store, members: Members, code: CodeParams, reserve: int) -> None:
+    def __init__(
+        self, store: Store, members: Members, code: CodeParams, may_come: Callable[[], bool]
+    ) -> None:
         self._store = store
         self._members = members
         self._code = code
-        self._reserve = reserve
+        self._may_come = may_come
         self._infos: dict[int, BackendInfo] = {}
 
     async def run(self) -> None:
@@ -75,5 +79,12 @@ class DaemonSpace:
         )
 
     def has_room(self) -> bool:
-        """Whether new files may be made."""
-        return self._store.expected_bytes() + self._reserve < self._store.limits.full_bytes
+        """Whether new files may be made.  Raises `NeedRoom` while room may come."""
+        store = self._store
+        if store.group_is_full() and store.layers.committing is not None:
+            raise NeedRoom
+        if store.expected_bytes() < store.limits.new_bytes:
+            return True
+        if self._may_come():
+            raise NeedRoom
+        return False

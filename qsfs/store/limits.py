@@ -29,9 +29,10 @@ class Limits:
     def of(cls, cache: CacheConfig, spool_bytes: int) -> Limits:
         """Divides `cache.size_bytes`; small caches get smaller groups, journal and spool.
 
-        `high_bytes` and `low_bytes` of used LMDB pages start and end eviction; at `full_bytes`
-        writers wait.  The rest of the map is what commits may need before LMDB can reuse what they
-        freed: pages are copied on write, and a transaction cannot reuse what it frees itself.
+        `high_bytes` and `low_bytes` of used LMDB pages start and end eviction; at `new_bytes` whoever
+        makes something new waits, at `full_bytes` writers too.  The rest of the map is what commits may
+        need before LMDB can reuse what they freed: pages are copied on write, and a transaction cannot
+        reuse what it frees itself.
         """
         size = cache.size_bytes
         journal = min(cache.journal_bytes, size // 8)
@@ -51,7 +52,12 @@ class Limits:
             group_bytes=group,
             uncovered_bytes=min(cache.uncovered_bytes, mapped // 16),
             largest_append=min(4 << 20, journal // 4),
-            high_bytes=int(full * cache.high_watermark),
-            low_bytes=int(full * cache.low_watermark),
+            high_bytes=int((full - group) * cache.high_watermark),
+            low_bytes=int((full - group) * cache.low_watermark),
             full_bytes=full,
         )
+
+    @property
+    def new_bytes(self) -> int:
+        """Where room ends for new files; the rest is for what the kernel holds and has promised."""
+        return self.full_bytes - self.group_bytes

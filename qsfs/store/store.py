@@ -47,6 +47,7 @@ NEXT_INODE = b"next-inode"
 NEXT_PACK = b"next-pack"
 
 _MOST_ROWS = 200_000
+_ROW_BYTES = 256
 
 Frame = tuple[int, int, bytes]
 
@@ -281,12 +282,12 @@ class Store:
     def group_is_full(self) -> bool:
         """Whether the open group has reached its bound: it should be sealed, and writers wait."""
         group = self.layers.open
-        return group.bytes >= self.limits.group_bytes or group.row_count >= _MOST_ROWS
+        return _weight(group) >= self.limits.group_bytes or group.row_count >= _MOST_ROWS
 
     def expected_bytes(self) -> int:
         """LMDB bytes in use once the groups are committed, as an upper bound."""
         committing = self.layers.committing
-        return self.used_bytes + self.layers.open.bytes + (committing.bytes if committing else 0)
+        return self.used_bytes + _weight(self.layers.open) + (_weight(committing) if committing else 0)
 
     # journal
 
@@ -333,3 +334,8 @@ class Store:
     def root_exists(self) -> bool:
         """Whether the namespace has a root."""
         return self.get(Table.INODES, u64(ROOT_INODE)) is not None
+
+
+def _weight(group: Group) -> int:
+    """About how many bytes of LMDB pages a group takes at most: its blocks, and its rows with their marks."""
+    return group.bytes + group.row_count * _ROW_BYTES
