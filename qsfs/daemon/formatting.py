@@ -6,6 +6,7 @@ that a format that fails leaves a cache directory without a file system.
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +29,14 @@ from qsfs.remote.packing import RowPacker, Sealer
 from qsfs.remote.placement import FreeSpace
 from qsfs.remote.spool import Spool
 from qsfs.remote.upload import Uploader
+from qsfs.store.environment import Environment
 from qsfs.store.limits import Limits
 from qsfs.store.schema import BLOCK_SIZE, SCHEMA_VERSION, Table
 from qsfs.store.snapshot import CommittedState
 from qsfs.store.store import FSID_KEY, Store
 
 _FORMING = "forming"
+_SPOOL = "spool"
 _STEP_BYTES = 1 << 20
 _FILES = ("journal.0", "journal.1", "data.mdb")
 
@@ -54,14 +57,17 @@ def local_store_exists(directory: Path) -> bool:
 
 
 async def format_file_system(config: Config, clock: Clock, *, force: bytes | None = None) -> FormatReport:
-    """Makes the file system that `config` describes; raises as `format_fs` does, and `CacheError`."""
+    """Makes the file system that `config` describes; raises as `format_fs` does, and `CacheError`.
+
+    `force` is the id of the one file system that may be lost, on the backends and in the cache directory.
+    """
     directory = config.cache.directory
     if not directory.is_dir():
         raise CacheError(f"{directory}: the cache directory does not exist; 'qsfs init' makes it")
     secret = read_secret(config)
     lock = CacheLock(directory)
     try:
-        _check_free(directory, force)
+        _check_free(directory, force, Limits.of(config.cache, config.flush.spool_bytes).map_bytes)
         found = links(config, clock)
         try:
             control = await prepare_namespaces(config, clock)
@@ -94,7 +100,7 @@ async def format_file_system(config: Config, clock: Clock, *, force: bytes | Non
     return report
 
 
-def _check_free(directory: Path, force: bytes | None) -> None:
+def _check_free(directory: Path, force: bytes | None, map_bytes: int) -> None:
     shutil.rmtree(directory / _FORMING, ignore_errors=True)
     if not local_store_exists(directory):
         return
@@ -103,6 +109,34 @@ def _check_free(directory: Path, force: bytes | None) -> None:
             f"{directory}: holds the local state of a file system; use another cache directory, or name that "
             "file system with --force to lose it"
         )
+    mine = _local_file_system(directory, map_bytes)
+    if mine is not None and mine != force:
+        raise CacheError(
+            f"{directory}: holds the local state of file system {mine.hex()}, and --force names "
+            f"{force.hex()}; use another cache directory, or move what this one holds away"
+        )
+
+
+def _local_file_system(directory: Path, map_bytes: int) -> bytes | None:
+    """The id of the file system whose local store lies in `directory`, None if it says none."""
+    environment = Environment(directory, map_bytes, readonly=True)
+    try:
+        view = environment.read()
+        try:
+            row = view.get(Table.LOCAL, FSID_KEY)
+            return bytes(row) if row else None
+        finally:
+            view.close()
+    finally:
+        environment.close()
+
+
+def _flush(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class _Forming:
@@ -114,9 +148,7 @@ class _Forming:
         self._aside = config.cache.directory / _FORMING
         self._aside.mkdir(mode=0o700)
         self._limits = Limits.of(config.cache, config.flush.spool_bytes)
-        spool = config.cache.directory / "spool"
-        shutil.rmtree(spool, ignore_errors=True)
-        self._spool = Spool(spool, self._limits.spool_bytes)
+        self._spool = Spool(self._aside / _SPOOL, self._limits.spool_bytes)
         self._store: Store | None = Store(self._aside, self._limits, clock)
         make_root(self._store, _Root())
         self._commit(self._store)
@@ -170,9 +202,14 @@ class _Forming:
         store.close()
         self._store = None
         directory = self._config.cache.directory
-        for name in _FILES:
-            (self._aside / name).rename(directory / name)
-        self._spool.drop_heads(report.ref)
+        # Only now: what a former file system was sending is needed for as long as its store is there.
+        shutil.rmtree(directory / _SPOOL, ignore_errors=True)
+        try:
+            for name in _FILES:
+                (self._aside / name).rename(directory / name)
+            _flush(directory)
+        except OSError as error:
+            raise CacheError(f"{directory}: the new store cannot be placed: {error.strerror}") from error
 
     def close(self) -> None:
         """Removes what is aside."""

@@ -151,18 +151,20 @@ def parse_key_file(text: str) -> bytes:
     Empty lines and lines that begin with `#` are skipped, upper case and spaces in the hex digits
     do not matter.  The check value catches every typing error but one in 2**32.
     """
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
+    numbered = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1)]
+    lines = [(number, line) for number, line in numbered if line and not line.startswith("#")]
     if not lines:
         raise KeyFileError("the key file is empty; restore it from a copy")
-    if lines[0] != _KEY_FILE_VERSION:
-        kind = "of a newer version" if re.fullmatch(r"qsfs-key-\d+", lines[0]) else "not a qsfs key file"
+    version = lines[0][1]
+    if version != _KEY_FILE_VERSION:
+        kind = "of a newer version" if re.fullmatch(r"qsfs-key-\d+", version) else "not a qsfs key file"
         raise KeyFileError(f"the key file is {kind}: its first line must be '{_KEY_FILE_VERSION}'")
     fields: dict[str, str] = {}
-    for line in lines[1:]:
+    for number, line in lines[1:]:
         name, _, rest = line.partition(" ")
         if name not in ("secret", "check") or name in fields:
-            raise KeyFileError(f"the key file has an unexpected line that begins with '{name[:20]}'")
+            # Not its text: of a secret that was wrapped it is a part, and messages are logged.
+            raise KeyFileError(f"the key file has an unexpected line, number {number}")
         fields[name] = "".join(rest.split()).lower()
     if not re.fullmatch(r"[0-9a-f]{64}", fields.get("secret", "")):
         raise KeyFileError("the key file needs one line 'secret' with 64 hex digits; compare it with a copy")

@@ -168,6 +168,9 @@ class Member:
     def not_ours(self, error: BackendError) -> None:
         """Records that what answers there is not this entry of the fleet: down until it shows who it is."""
         self.identified = False
+        if self.index is not None:
+            # The cursor came from another namespace than what answers there from now on.
+            self.index.reset()
         self._failures = max(self._failures, DOWN_AFTER)
         self.failed(error)
 

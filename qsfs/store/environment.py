@@ -41,6 +41,7 @@ class Environment:
                 map_size=self.map_bytes,
                 max_dbs=64,
                 max_readers=64,
+                mode=0o600,
                 readahead=False,
                 meminit=False,
                 readonly=readonly,

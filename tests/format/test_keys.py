@@ -75,6 +75,14 @@ def test_a_broken_key_file_says_what_is_wrong(text, message):
         parse_key_file(text)
 
 
+def test_no_part_of_a_secret_is_in_what_a_broken_key_file_raises():
+    digits = SECRET.hex()
+    for wrapped in (f"secret {digits[:32]}\n{digits[32:]}", f"SECRET {digits}", digits):
+        with pytest.raises(KeyFileError) as caught:
+            parse_key_file(f"qsfs-key-1\n{wrapped}\ncheck 00000000\n")
+        assert not any(digits[i : i + 6] in str(caught.value) for i in range(len(digits) - 5))
+
+
 @settings(max_examples=200, derandomize=True)
 @given(st.text(max_size=300))
 def test_any_text_is_a_key_file_or_an_error(text):

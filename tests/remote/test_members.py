@@ -259,3 +259,16 @@ async def test_a_retired_backend_carries_a_tombstone(autojump_clock, world):
     stone = Tombstone(FSID, b"i" * 16, 1, 5, "replaced")
     await backend.set(*seal_tombstone(stone, world.keys, world.clock))
     assert await read_tombstone(backend, world.keys) == stone
+
+
+def test_a_backend_that_is_another_one_is_listed_anew(world):
+    """Where heads lie among the data: a cursor into a lost namespace would skip records in the new one."""
+    clock = FixedClock()
+    backend = FaultyBackend(world.data[0])
+    one = Member(world.fleet.entries[0], backend, backend, clock, identified=True)
+    assert one.index is not None
+    one.index.cursor, one.index.keys = b"somewhere", {b"qsfs:h:"}
+    one.failed(BackendUnavailable("no answer"))
+    assert one.index.cursor == b"somewhere"
+    one.not_ours(WrongBackend("is another"))
+    assert (one.index.cursor, one.index.keys) == (None, set())
