@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import trio
 
-from qsfs.errors import CacheError
+from qsfs.errors import CacheError, QsfsError
 from qsfs.filesystem.contents import Contents
 from qsfs.store.environment import StoreFull
 from qsfs.store.group import Group
@@ -36,6 +36,7 @@ class Committer:
         self._wanted = 0
         self._wake = trio.Event()
         self._progress = trio.Event()
+        self._begun = trio.Event()
         self._queue: list[Frame] = []
         self._placed = 0
         self._flushed = 0
@@ -61,14 +62,16 @@ class Committer:
                 self._store.layers.renew_view()
 
     async def _commit_group(self) -> None:
-        group = self._store.seal()
         try:
+            group = self._store.seal()
+            self._begun.set()
+            self._begun = trio.Event()
             with trio.CancelScope(shield=True):
                 await self._apply(group)
-        except CacheError as error:
+            self._store.committed(group)
+        except Exception as error:  # noqa: BLE001 - a group that cannot be committed is never given up silently
             self._fail(error)
             return
-        self._store.committed(group)
         self.commits += 1
         self._progress.set()
         self._progress = trio.Event()
@@ -94,10 +97,19 @@ class Committer:
                     await trio.to_thread.run_sync(self._store.environment.release_freed)
                 self._store.layers.renew_view()
 
-    def _fail(self, error: CacheError) -> None:
-        _log.critical("%s; the mount is read-only from here on, its open group stays in memory", error)
-        self.failed = error
+    def _fail(self, error: Exception) -> None:
+        """Takes note that nothing can be made durable any more; whoever waits for that gets the error."""
+        if self.failed is not None:
+            return
+        unexpected = None if isinstance(error, QsfsError) else error
+        _log.critical(
+            "%s; the mount is read-only from here on, its open group stays in memory",
+            error if unexpected is None else f"the local store failed unexpectedly: {error!r}",
+            exc_info=unexpected,
+        )
+        self.failed = error if isinstance(error, CacheError) else CacheError(str(error))
         self._failure.set()
+        self._begun.set()
         self._progress.set()
         self._flush_progress.set()
 
@@ -119,11 +131,14 @@ class Committer:
         return target
 
     async def room(self) -> None:
-        """Waits while the open group is full."""
+        """Waits while the open group is full: until it can be sealed, not until it is durable.
+
+        Raises `CacheError` if the local disk failed.
+        """
         while self._store.group_is_full():
-            self.kick()
             self._raise_if_failed()
-            await self._progress.wait()
+            self.kick()
+            await self._begun.wait()
 
     def kick(self) -> None:
         """Has the open group sealed soon."""
@@ -187,7 +202,7 @@ class Committer:
                     await trio.to_thread.run_sync(self._store.journal.write, frames)
                 self._flushed = upto
                 self.flushes += 1
-            except CacheError as error:
+            except Exception as error:  # noqa: BLE001 - what was to be flushed must not pass for durable
                 self._fail(error)
             finally:
                 self._flushing = False

@@ -63,17 +63,18 @@ class Contents:
         ctime_ns: int | None = None,
     ) -> None:
         """Sets the times that are given; they belong to the data and are covered with them."""
-        target: Uncovered | Inode = self._uncovered_of(inode) or inode
+        u = self._uncovered_of(inode)
+        target: Uncovered | Inode = inode if u is None else u
         if atime_ns is not None:
             target.atime_ns = atime_ns
         if mtime_ns is not None:
             target.mtime_ns = mtime_ns
         if ctime_ns is not None:
             target.ctime_ns = ctime_ns
-        if target is inode:
+        if u is None:
             self._store.touch_data(inode)
         else:
-            self._cover_if_closed(inode)
+            self._wrote_uncovered(inode, u)
 
     # reading
 
@@ -183,7 +184,7 @@ class Contents:
         if u is not None:
             self._put_uncovered(inode, u, first, whole)
             u.size = max(u.size, end)
-            self._cover_if_closed(inode)
+            self._wrote_uncovered(inode, u)
             return len(data)
         self._store.put_pages(inode, first, whole, self._store.next_write())
         inode.size = max(inode.size, end)
@@ -193,7 +194,7 @@ class Contents:
     def must_wait(self) -> bool:
         """Whether a write must wait for a commit, an eviction or an upload."""
         store = self._store
-        if store.group_is_full() and store.layers.committing is not None:
+        if store.group_is_full():
             return True
         self._spill_if_full()
         if self._uncovered_bytes > 2 * store.limits.uncovered_bytes:
@@ -222,7 +223,7 @@ class Contents:
             if edge is not None:
                 self._put_uncovered(inode, u, size // PAGE, memoryview(edge))
             u.mtime_ns = u.ctime_ns = now
-            self._cover_if_closed(inode)
+            self._wrote_uncovered(inode, u)
             return
         inode.mtime_ns = inode.ctime_ns = now
         if size < old:
@@ -236,11 +237,20 @@ class Contents:
     # atomic sync
 
     def _uncovered_of(self, inode: Inode) -> Uncovered | None:
-        """The uncovered writes of a file that writes go to, or None for a file without atomic sync."""
+        """The uncovered writes of a file that writes go to, or None for a file without atomic sync.
+
+        Of a file of which nothing is uncovered they are new ones, which `_wrote_uncovered` takes in.
+        """
         u = self._uncovered.get(inode.number)
         if u is None and inode.flags & InodeFlag.ATOMIC_SYNC:
-            u = self._uncovered[inode.number] = Uncovered.of(inode, self._store.clock.monotonic())
+            u = Uncovered.of(inode, self._store.clock.monotonic())
         return u
+
+    def _wrote_uncovered(self, inode: Inode, u: Uncovered) -> None:
+        """After a change: it is uncovered until a sync, or covered at once if nobody has the file open."""
+        self._uncovered[inode.number] = u
+        if inode.number not in self._opened:
+            self.cover(inode)
 
     def _put_uncovered(self, inode: Inode, u: Uncovered, first: int, data: memoryview) -> None:
         blocks, extents = self._store.blocks, self._store.extents
@@ -250,7 +260,8 @@ class Contents:
                 self._uncovered_bytes += PAGE
                 state = blocks.state(inode.number, page // BLOCK_PAGES)
                 held = state is not None and state.resident & 1 << page % BLOCK_PAGES
-                if not held and extents.at(inode.number, page) is None:
+                spilled = self._store.spill.has(inode.number, page)
+                if not held and not spilled and extents.at(inode.number, page) is None:
                     u.fresh += 1
             u.pages[page] = bytes(data[i * PAGE : (i + 1) * PAGE])
 
@@ -285,28 +296,28 @@ class Contents:
 
     def cover(self, inode: Inode) -> None:
         """Makes a file's uncovered writes part of the open group, in one step, under new write numbers."""
-        u = self._uncovered.pop(inode.number, None)
+        u = self._uncovered.get(inode.number)
         if u is None:
             return
         store = self._store
-        self._uncovered_bytes -= u.memory_bytes
+        moving = inode.number in store.spill.covered
         if u.cut is not None:
             # Spilled pages of this cover were written after the truncation; those of the last were not.
-            store.truncate_data(inode, u.cut, u.size, cut_spill=inode.number in store.spill.covered)
-        if store.spill.any(inode.number) and inode.number not in store.spill.covered:
-            store.cover_spilled(inode, store.next_write())
+            store.truncate_data(inode, u.cut, u.size, cut_spill=moving)
         if u.pages:
             number = store.next_write()
             for page, data in u.pages.items():
+                store.spill.drop_pages(inode.number, page, 1)
                 store.put_pages(inode, page, memoryview(data), number)
+        if not moving:
+            store.cover_spilled(inode, store.next_write())
         inode.size = u.size
         inode.atime_ns, inode.mtime_ns = u.atime_ns, u.mtime_ns
         inode.ctime_ns = max(u.ctime_ns, inode.ctime_ns)
         store.touch_data(inode)
-
-    def _cover_if_closed(self, inode: Inode) -> None:
-        if inode.number not in self._opened:
-            self.cover(inode)
+        # Last: had anything above failed, all of it would still be uncovered, and be covered again.
+        del self._uncovered[inode.number]
+        self._uncovered_bytes -= u.memory_bytes
 
     def has_uncovered(self, number: int) -> bool:
         """Whether anything of the file is uncovered."""

@@ -7,11 +7,15 @@ also the daemon's own work (clean marks, installs, evictions, truncations worked
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
 from xxhash import xxh3_64_intdigest
 
 from qsfs.errors import Corrupt
 from qsfs.store.extents import Extents
-from qsfs.store.group import Block, InodeLog, block_key
+from qsfs.store.group import Block, DamagedPage, InodeLog, block_key
 from qsfs.store.inodes import Inodes
 from qsfs.store.layers import Layers
 from qsfs.store.recency import RecentSet
@@ -55,6 +59,7 @@ class Blocks:
         self._extents = extents
         self.used = RecentSet()
         self.written = RecentSet()
+        self._under_work: dict[int, _Work] = {}
         self.pending: dict[int, tuple[Truncation, ...]] = {
             split_u64(key): decode_truncations(row)
             for key, row in layers.scan(Table.TRUNCATIONS, b"", None)
@@ -93,6 +98,8 @@ class Blocks:
                 page = lower.pages[i]
             if page is None:
                 page = self._stored_pages(key, i, 1, raw=True)[i]
+            elif type(page) is DamagedPage:
+                raise LocalDamage(inode, number * BLOCK_PAGES + i, "its local bytes fail their checksum")
             found.append(page)
 
     def _is_cut(self, inode: int, number: int, index: int, block: Block) -> bool:
@@ -219,6 +226,21 @@ class Blocks:
                 offset += PAGE
         self._inodes.touch(inode)
 
+    def move_in(self, inode: Inode, page: int, data: bytes, write_number: int) -> None:
+        """Makes a page of the file's own that was kept elsewhere in the store; nothing for the journal."""
+        number, index = divmod(page, BLOCK_PAGES)
+        bit = 1 << index
+        block = self.writable(inode, number)
+        if not block.resident & bit and self._extents.at(inode.number, page) is None:
+            inode.allocated += 1
+        block.resident |= bit
+        if not inode.flags & InodeFlag.LOCAL_ONLY:
+            block.dirty |= bit
+        block.writes[index] = write_number
+        block.pages[index] = data
+        self._layers.open.fill(block)
+        self._inodes.touch(inode)
+
     def install(self, inode: Inode, page: int, data: bytes, source: ExtentRow) -> bool:
         """Makes a fetched page resident clean, if it is still remote only by the extent it came from."""
         number, index = divmod(page, BLOCK_PAGES)
@@ -285,22 +307,20 @@ class Blocks:
         number, index = divmod(page, BLOCK_PAGES)
         return self.evict(inode, number, 1 << index) == 1
 
-    def numbers(self, inode: int, first: int, limit: int | None = None) -> list[int]:
-        """Numbers of the blocks from `first` on that have a row in any layer, in order, at most `limit`."""
-        start = u64_pair(inode, first)
-        found = []
-        for key, _ in self._layers.view.scan(Table.BLOCKS, start, u64(inode + 1)):
-            found.append(int.from_bytes(key[8:], "big"))
-            if limit is not None and len(found) >= limit:
-                break
-        extra: set[int] = set()
+    def numbers(self, inode: int, first: int) -> list[int]:
+        """Numbers of the blocks from `first` on that have a row in any layer, in order."""
+        found = set(self._unstored_numbers(inode, first))
+        found.update(self._stored_numbers(inode, first))
+        return sorted(found)
+
+    def _stored_numbers(self, inode: int, first: int) -> Iterator[int]:
+        rows = self._layers.view.scan(Table.BLOCKS, u64_pair(inode, first), u64(inode + 1))
+        return (int.from_bytes(key[8:], "big") for key, _ in rows)
+
+    def _unstored_numbers(self, inode: int, first: int) -> Iterator[int]:
         for group in (self._layers.open, self._layers.committing):
             if group is not None:
-                extra.update(number for number in group.blocks_of.get(inode, ()) if number >= first)
-        if not extra:
-            return found
-        merged = sorted(extra.union(found))
-        return merged if limit is None else merged[:limit]
+                yield from (number for number in group.blocks_of.get(inode, ()) if number >= first)
 
     def truncate(self, inode: Inode, first: int, write_number: int) -> None:
         """Makes every page from `first` on a hole: recorded at once, worked off by `work_off`."""
@@ -308,6 +328,7 @@ class Blocks:
         self._set_pending(inode.number, add_truncation(self.pending.get(inode.number, ()), new))
 
     def _set_pending(self, inode: int, pending: tuple[Truncation, ...]) -> None:
+        self._under_work.pop(inode, None)
         if pending:
             self.pending[inode] = pending
             self._layers.put(Table.TRUNCATIONS, u64(inode), encode_truncations(pending))
@@ -316,50 +337,75 @@ class Blocks:
             self._layers.delete(Table.TRUNCATIONS, u64(inode))
 
     def work_off(self, inode: Inode, steps: int) -> bool:
-        """Works off pending truncations of a file, at most `steps` blocks and extents; True when done.
+        """Works off pending truncations of a file, about `steps` blocks; True when done.
 
+        Goes on where the last call ended.  That is enough, since nothing that a truncation cuts can
+        appear behind it: what is written, uploaded or fetched later is judged by the truncation.
         `inode` may be a stand-in for one that is gone: only its number counts then.
         """
         pending = self.pending.get(inode.number)
         if not pending:
             return True
-        first = min(t.first for t in pending)
-        steps -= self._work_off_blocks(inode, first // BLOCK_PAGES, steps)
+        work = self._under_work.get(inode.number)
+        if work is None:
+            first = min(t.first for t in pending)
+            unstored = sorted(set(self._unstored_numbers(inode.number, first // BLOCK_PAGES)), reverse=True)
+            work = self._under_work[inode.number] = _Work(unstored, first // BLOCK_PAGES, first)
+        while work.unstored and steps > 0:
+            self._work_off_block(inode, work.unstored.pop())
+            steps -= 1
+        if steps > 0 and work.block is not None:
+            numbers = list(islice(self._stored_numbers(inode.number, work.block), steps))
+            for number in numbers:
+                self._work_off_block(inode, number)
+            work.block = None if len(numbers) < steps else numbers[-1] + 1
+            steps -= len(numbers)
         if steps <= 0:
             return False
-        for row in list(self._extents.overlapping(inode.number, first, 1 << 63)):
-            stop = row.first + row.pages
+        rows = list(islice(self._extents.overlapping(inode.number, work.page, 1 << 63), steps))
+        for row in rows:
+            stop = work.page = row.first + row.pages
             cuts = [t.first for t in pending if row.write_number < t.write_number and t.first < stop]
             if cuts:
-                self._drop_extent(inode, row, max(row.first, min(cuts)))
+                first = max(row.first, min(cuts))
+                self._drop_extent(inode, row, first)
+                steps -= (stop - first) // BLOCK_PAGES
             steps -= 1
             if steps <= 0:
                 return False
         self._set_pending(inode.number, ())
         return True
 
-    def _work_off_blocks(self, inode: Inode, number: int, steps: int) -> int:
-        """Works off at most `steps` blocks; returns how many were touched."""
-        touched = 0
-        key_of = inode.number
-        for n in self.numbers(key_of, number):
-            if touched >= steps:
-                break
-            state = self._layers.open.blocks.get(block_key(key_of, n)) or self._inherit(
-                key_of, n, block_key(key_of, n)
-            )
-            if state is not None and any(
-                state.resident & 1 << i and self._is_cut(key_of, n, i, state) for i in range(BLOCK_PAGES)
-            ):
-                self.writable(inode, n)
-                touched += 1
-        return touched
+    def _work_off_block(self, inode: Inode, number: int) -> None:
+        key = block_key(inode.number, number)
+        block = self._layers.open.blocks.get(key) or self._inherit(inode.number, number, key)
+        if block is not None and any(
+            block.resident & 1 << i and self._is_cut(inode.number, number, i, block)
+            for i in range(BLOCK_PAGES)
+        ):
+            self.writable(inode, number)
 
     def _drop_extent(self, inode: Inode, row: ExtentRow, first: int) -> None:
         stop = row.first + row.pages
-        for page in range(first, stop):
-            state = self.state(inode.number, page // BLOCK_PAGES)
-            if state is None or not state.resident & 1 << page % BLOCK_PAGES:
-                inode.allocated -= 1
+        for number in range(first // BLOCK_PAGES, (stop - 1) // BLOCK_PAGES + 1):
+            state = self.state(inode.number, number)
+            resident = state.resident if state is not None else 0
+            for page in range(max(first, number * BLOCK_PAGES), min(stop, (number + 1) * BLOCK_PAGES)):
+                if not resident & 1 << page % BLOCK_PAGES:
+                    inode.allocated -= 1
         self._extents.take(inode.number, first, stop)
         self._inodes.touch(inode)
+
+
+@dataclass(slots=True)
+class _Work:
+    """How far the truncations of a file are worked off.
+
+    `unstored` are the blocks still to be looked at that lay in a group when the work began, the next
+    one last; `block` is the next one to look at in LMDB (None: none is left), `page` the page from
+    which on extents are left.
+    """
+
+    unstored: list[int]
+    block: int | None
+    page: int

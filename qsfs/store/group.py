@@ -38,6 +38,10 @@ ZERO_PAGE = bytes(PAGE)
 _MARKS_AT_ONCE = 10_000
 
 
+class DamagedPage(bytes):
+    """Bytes that failed their checksum on the way to another place: kept as damage, never returned."""
+
+
 class Block:
     """What a group knows of one block: bitmaps, write numbers, and the pages that the group holds.
 
@@ -242,7 +246,7 @@ def _merge(block: Block, old: BlockRow | None, old_bytes: bytes | None) -> tuple
     fresh = False
     for index, page in enumerate(pages):
         if page is not None:
-            sums[index] = xxh3_64_intdigest(page)
+            sums[index] = xxh3_64_intdigest(page) ^ (type(page) is DamagedPage)
             parts.append(page)
             fresh = True
         elif old_bytes is not None:

@@ -9,11 +9,11 @@ written to it drops the spilled page: a page may be uploaded and evicted before 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from xxhash import xxh3_64_intdigest
 
-from qsfs.errors import Corrupt
+from qsfs.store.blocks import Blocks, LocalDamage
 from qsfs.store.environment import Environment
-from qsfs.store.group import Block, block_key
+from qsfs.store.group import Block, DamagedPage, block_key
 from qsfs.store.layers import Layers
 from qsfs.store.schema import (
     BLOCK_PAGES,
@@ -28,9 +28,6 @@ from qsfs.store.schema import (
     u64,
 )
 
-if TYPE_CHECKING:
-    from qsfs.store.blocks import Blocks
-
 
 class Spill:
     """The spilled pages of all files: `covered` maps an inode to the write number that covered them."""
@@ -38,6 +35,7 @@ class Spill:
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
         self._blocks: dict[int, set[int]] = {}
+        self._to_move: dict[int, list[int]] = {}
         self.covered: dict[int, int] = {
             split_u64(key): read_plain_u64(row) for key, row in layers.scan(Table.SPILL_COVERED, b"", None)
         }
@@ -72,7 +70,17 @@ class Spill:
         return inode in self._blocks
 
     def page(self, inode: int, page: int) -> bytes | None:
-        """A spilled page, or None if this page is not spilled."""
+        """A spilled page, or None if this page is not spilled.  Raises `LocalDamage`."""
+        data = self._page(inode, page)
+        if type(data) is DamagedPage:
+            raise LocalDamage(inode, page, "its local bytes, not covered yet, fail their checksum")
+        return data
+
+    def has(self, inode: int, page: int) -> bool:
+        """Whether a page is spilled."""
+        return self._page(inode, page) is not None
+
+    def _page(self, inode: int, page: int) -> bytes | None:
         number, index = divmod(page, BLOCK_PAGES)
         if number not in self._blocks.get(inode, ()):
             return None
@@ -96,10 +104,12 @@ class Spill:
         row = BlockRow.decode(encoded)
         if not row.resident & 1 << index:
             return None
-        if value is None:
-            raise Corrupt(f"inode {key >> 64}: spilled bytes are gone; run 'qsfs fsck'")
-        whole = bytes(value[index * PAGE : (index + 1) * PAGE])
-        return whole + row.tail if index == BLOCK_PAGES - 1 else whole
+        data = bytes(value[index * PAGE : (index + 1) * PAGE]) if value is not None else b""
+        if index == BLOCK_PAGES - 1:
+            data += row.tail
+        if len(data) != PAGE:
+            return DamagedPage(PAGE)
+        return data if xxh3_64_intdigest(data) == row.sums[index] else DamagedPage(data)
 
     def put(self, inode: int, page: int, data: bytes) -> None:
         """Spills one page with the open group."""
@@ -162,16 +172,25 @@ class Spill:
             self._layers.put(Table.SPILL_COVERED, u64(inode), plain_u64(write_number))
 
     def move(self, inode: Inode, blocks: Blocks, steps: int) -> bool:
-        """Brings at most `steps` covered blocks to their file; True when none is left."""
+        """Brings at most `steps` covered blocks to their file; True when none is left.
+
+        A page whose bytes are damaged arrives as damaged.
+        """
         write_number = self.covered.get(inode.number)
         if write_number is None:
             return True
-        for number in sorted(self._blocks.get(inode.number, ()))[:steps]:
+        blocks_of = self._blocks.get(inode.number, set())
+        left = self._to_move.get(inode.number)
+        if left is None:
+            left = self._to_move[inode.number] = sorted(blocks_of, reverse=True)
+        for number in _take(left, steps):
+            if number not in blocks_of:
+                continue
             for index in range(BLOCK_PAGES):
                 page = number * BLOCK_PAGES + index
-                data = self.page(inode.number, page)
+                data = self._page(inode.number, page)
                 if data is not None:
-                    blocks.put(inode, page, memoryview(data), write_number)
+                    blocks.move_in(inode, page, data, write_number)
             block = self._writable(inode.number, number)
             block.resident = 0
             block.pages = [None] * BLOCK_PAGES
@@ -183,5 +202,13 @@ class Spill:
         numbers.discard(number)
         if not numbers:
             del self._blocks[inode]
+            self._to_move.pop(inode, None)
             if self.covered.pop(inode, None) is not None:
                 self._layers.delete(Table.SPILL_COVERED, u64(inode))
+
+
+def _take(numbers: list[int], most: int) -> list[int]:
+    """Takes at most `most` numbers from the end of the list, the last one first."""
+    taken = numbers[-most:][::-1]
+    del numbers[-most:]
+    return taken

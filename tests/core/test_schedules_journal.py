@@ -166,7 +166,7 @@ def test_a_new_mounts_append_in_the_place_of_one_that_a_power_cut_lost(machine: 
 
 
 def test_half_of_an_evicted_page_is_written_and_fsynced(machine: Machine) -> None:
-    """page written, uploaded, evicted; half of it written, fsync (the other half is in the lost group), crash.
+    """page written, uploaded, evicted; half of it written, fsync (the rest is in the lost group), crash.
 
     The journal holds whole pages, so the other half is no zeros.
     """
@@ -255,7 +255,7 @@ def test_a_large_sync_that_commits_brings_every_sync_that_had_returned(tmp_path:
 
 
 def test_a_sync_behind_a_large_one_keeps_its_own_promise(tmp_path: Path) -> None:
-    """While A's large fsync commits, B is fsynced by the journal, the commit is lost: B is there, A is not."""
+    """While A's large fsync commits B is fsynced by the journal, the commit is lost: only B is there."""
     machine = Machine(tmp_path, with_limits(largest_append=4 * PAGE))
     a, b = machine.create("a"), machine.create("b")
     machine.commit()
@@ -414,7 +414,7 @@ def test_data_of_an_inode_that_is_gone_are_passed_over(machine: Machine) -> None
 
 
 def test_an_append_made_while_a_group_commits_repeats_nothing_of_it(machine: Machine) -> None:
-    """create A, write it, seal, fsync of B (which journals the creation of A), commit, crash: A keeps its data.
+    """create A, write it, seal, fsync of B (journals the creation of A), commit, crash: A keeps its data.
 
     Replay applies only what is above the write number at which the committed group was sealed.
     """
