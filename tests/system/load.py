@@ -13,18 +13,24 @@ from typing import Any, Self
 from tests.support import workload
 from tests.support.daemon import FileSystem
 from tests.support.workload import Running
+from tests.system.ballast import Ballast
+
+BALLAST_PAGES = (24 << 20) // 4096
 
 # Groups commit, pages are uploaded and evicted, and generations are cut between the crashes too.
 EAGER: dict[str, Any] = {
+    "cache.size": "40MiB",
     "cache.group_seconds": 0.3,
     "cache.second_look_seconds": 0,
     "flush.quiet_seconds": 0.2,
     "flush.cut_seconds": 1,
 }
 
+Programs = Mapping[str, tuple[str, dict[str, Any]]]
+
 # Casper's environments under LMDB's own names, as the presets know them: the data under `atomic_sync`, the
 # unit file under `write_through`.
-PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
+PROGRAMS: Programs = {
     "files": ("files", {}),
     "sqlite": ("sqlite", {"journal": "wal"}),
     "casper": ("casper", {"validators": 6, "units": "durable", "default_names": True}),
@@ -34,7 +40,7 @@ PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
 class Load:
     """The programs of one round, each in `mnt/NAME-ROUND`; a context manager that ends them."""
 
-    def __init__(self, fs: FileSystem, number: int, programs: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+    def __init__(self, fs: FileSystem, number: int, programs: Programs) -> None:
         self.number = number
         self._fs = fs
         self._programs = programs
@@ -96,17 +102,22 @@ class Load:
 
 
 class Rounds:
-    """The rounds of one file system: what the last few wrote stays and is judged after each crash."""
+    """The rounds of one mounted file system: what the last few wrote is judged after each crash.
+
+    Beside the programs of a round the ballast, which is larger than the cache of `EAGER`, is worked on all
+    the time, so that what they wrote is evicted and fetched meanwhile.
+    """
 
     def __init__(self, fs: FileSystem, kept: int = 2) -> None:
         self._fs = fs
         self._kept = kept
         self._loads: list[Load] = []
         self.steps = 0
+        self.ballast = Ballast(fs.mountpoint / "ballast", BALLAST_PAGES)
+        self.ballast.fill()
+        fs.sync()
 
-    def load(
-        self, number: int, programs: Mapping[str, tuple[str, dict[str, Any]]] = PROGRAMS
-    ) -> Load:
+    def load(self, number: int, programs: Programs = PROGRAMS) -> Load:
         """The programs of the next round, not started yet."""
         load = Load(self._fs, number, programs)
         self._loads.append(load)
@@ -116,7 +127,8 @@ class Rounds:
         """Verifies all that is kept, after the mount that followed a crash; then removes the oldest."""
         last = self._loads[-1]
         self.steps += last.steps()
-        for load in self._loads:
-            assert load.verify() == [], f"round {load.number}, after the crash of round {last.number}"
+        problems = [problem for load in self._loads for problem in load.verify()]
+        problems += self.ballast.verify(sample=50)
+        assert not problems, f"after the crash of round {last.number}:\n" + "\n".join(problems)
         while len(self._loads) > self._kept:
             self._loads.pop(0).remove()

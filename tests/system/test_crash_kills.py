@@ -21,11 +21,13 @@ def survive(scratch: Path, rounds: int, first: int = 0) -> int:
         story = Rounds(fs)
         for number in range(first, first + rounds):
             choose = random.Random(f"kill/{number}")
-            with story.load(number) as load:
+            with story.ballast, story.load(number) as load:
                 load.wait_for_any(choose, 40)
                 fs.kill()
             fs.mount()
             story.judge()
+        assert fs.status()["cache"]["evicted_bytes"] > 0
+        assert story.ballast.verify() == []
         fs.umount()
     return story.steps
 
