@@ -83,7 +83,8 @@ async def own(
 
     Raises `QuorumUnavailable` (too few backends answered before the deadline: nobody is worse off, try
     again), `NotFound` (a quorum answered and none has a head), `Fenced` (another mount, or a copy of
-    this one, is taking over at this moment) and what `accept` and `store_before_send` raise.
+    this one, is taking over at this moment) and what `accept` and `store_before_send` raise.  Where
+    another mount has only announced itself, it is given a moment to publish, and then outbid.
     """
     attempt = _Attempt(
         members,
@@ -96,10 +97,18 @@ async def own(
         timing or Timing(),
         trio.current_time() + deadline_seconds,
     )
-    for _ in range(_ROUNDS):
+    for left in reversed(range(_ROUNDS)):
         found = await attempt.read(fleets)
         owner = choose_owner(largest_owner(found.readings), clock)
-        announced = await attempt.announce(owner, found)
+        try:
+            announced = await attempt.announce(owner, found)
+        except _LargerRecord:
+            if not left:
+                raise
+            # It may be left from an attempt that died, also of this machine.  If its mount lives it
+            # publishes meanwhile, and `accept` judges its head.
+            await trio.sleep(attempt.timing.grace + attempt.timing.pause(1, clock))
+            continue
         if announced.head.fleets == found.head.fleets:
             break
         # The fleet changed meanwhile: what was announced to the old one counts for nothing.
@@ -123,6 +132,10 @@ async def own(
     if isinstance(result, NotYet):
         raise QuorumUnavailable(f"this mount's first head was sent, but: {'; '.join(result.reasons)}")
     return Ownership(publisher, announced.head, announced.ref, first, result.ref)
+
+
+class _LargerRecord(Fenced):
+    """Another mount has announced itself above us, and has not published yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +221,8 @@ class _Attempt:
     def _allows(self, reading: Reading, owner: Owner) -> str | None:
         error = fenced(reading, owner=owner, written=(), published=None, records=self.records)
         if error is not None:
+            if all(ref.owner < owner for ref in reading.heads):
+                raise _LargerRecord(str(error))
             raise error
         return unclear(reading, owner=owner, written=(), published=None)
 

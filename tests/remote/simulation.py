@@ -203,7 +203,8 @@ class Simulation:
             return False
         except (Fenced, StaleCache) as error:
             self.history.note(f"own: {type(error).__name__}")
-            assert self.machines > 1 or self.history.outcomes.get("twin"), f"seed {self.seed}: alone, but {error}"
+            alone = self.machines == 1 and not self.history.outcomes.get("twin")
+            assert not alone, f"seed {self.seed}: alone, but {error}"
             return takeover and self.random.random() < 0.7
         self.history.owned.append((machine.name, ownership.owner))
         self.history.published.append((machine.name, ownership.first_ref))

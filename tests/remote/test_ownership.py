@@ -133,13 +133,45 @@ async def test_the_newest_head_is_read_again_after_the_record_was_written(autoju
     assert ownership.found.generation == ownership.first.generation == 8
 
 
-async def test_a_larger_owner_that_appears_meanwhile_wins(autojump_clock, nursery):
+async def test_a_larger_owner_that_appears_and_publishes_wins(autojump_clock, nursery):
+    """The other mount announced itself above us meanwhile; while we wait it publishes: it is the owner."""
+    world = await make_world(3)
+    base = plant(world, make_head(world, OLD, 7)).ref
+    other = Owner(50, b"z" * 16)
+
+    async def other_publishes() -> None:
+        await trio.sleep(machine.timing.grace / 2)
+        plant(world, make_head(world, other, 7, base))
+
+    def other_announces() -> None:
+        announce(world, other, 1, 2, 3)
+        nursery.start_soon(other_publishes)
+        failpoints.disarm("own.announce")
+
+    machine = Machine(world)
+    failpoints.arm("own.announce", other_announces)
+    with pytest.raises(StaleCache):
+        await machine.own(nursery, accept=accept_for_mount(lambda: LocalState(base, True, base)))
+    assert not machine.spool
+
+
+async def test_a_record_of_an_attempt_that_died_is_outbid(autojump_clock, nursery):
+    """This machine crashed while it owned; its next attempt sees that record only after its own."""
+    world = await make_world(3)
+    base = plant(world, make_head(world, OLD, 7)).ref
+    failpoints.arm("own.announce", lambda: announce(world, Owner(4, b"\xff" * 16), 1, 2, 3))
+    machine = Machine(world)
+    ownership = await machine.own(nursery, accept=accept_for_mount(lambda: LocalState(base, True, base)))
+    assert ownership.owner.epoch == 5
+
+
+async def test_a_mount_that_is_outbid_again_and_again_gives_up(autojump_clock, nursery):
     world = await make_world(3)
     plant(world, make_head(world, OLD, 7))
-    failpoints.arm("own.announce", lambda: announce(world, Owner(50, b"z" * 16), 1, 2))
+    epochs = iter(range(50, 1000, 10))
+    failpoints.arm("own.announce", lambda: announce(world, Owner(next(epochs), b"z" * 16), 1, 2, 3))
     machine = Machine(world)
-    machine.cut_off(3)
-    with pytest.raises(Fenced, match="epoch 50"):
+    with pytest.raises(Fenced, match="epoch 80"):
         await machine.own(nursery)
     assert not machine.spool
 
