@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
 
-from qsfs.errors import QsfsError
+from qsfs.errors import DataLost, QsfsError, Unavailable
 from qsfs.filesystem.needs import Need
 from qsfs.filesystem.posix import PosixError
 from qsfs.fuse.interfaces import Waiter
@@ -103,6 +103,10 @@ def translate(counts: RequestCounts, name: str, error: BaseException) -> int:
     for leaf in leaves:
         if isinstance(leaf, PosixError | pyfuse3.FUSEError):
             return leaf.errno or errno.EIO
+    if all(isinstance(leaf, Unavailable | DataLost) for leaf in leaves):
+        # Whoever waited for the backends has said so, once for all the requests of one read.
+        log.debug("%s failed: %s", name, leaves[0])
+        return errno.EIO
     counts.unexpected += 1
     if all(isinstance(leaf, QsfsError) for leaf in leaves):
         for leaf in leaves:
