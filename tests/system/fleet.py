@@ -1,4 +1,4 @@
-"""Steps of stories about a file system and its backends: losing some, reading cold, waiting, looking inside."""
+"""Steps of stories about a file system and its backends: losing some, reading cold, looking inside."""
 
 from __future__ import annotations
 
@@ -137,9 +137,7 @@ class Inside:
     """What lies in a namespace of one backend, seen and changed behind the back of qsfs."""
 
     def __init__(self, servers: Servers, index: int, namespace: str, password: str = "") -> None:
-        self._link = Link(
-            Target(HOST, servers.ports[index], namespace, password), connect_timeout=30, call_timeout=30
-        )
+        self._link = Link(Target(HOST, servers.ports[index], namespace, password), connect_timeout=30, call_timeout=30)
         self._link.connect()
 
     def __enter__(self) -> Inside:

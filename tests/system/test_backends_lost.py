@@ -1,4 +1,4 @@
-"""Any m backends may be gone, and everything goes on; with fewer spares, what goes on is what was promised."""
+"""Any m backends may be gone, and all goes on; with fewer spares, what goes on is what was promised."""
 
 from __future__ import annotations
 
@@ -60,12 +60,8 @@ def any_four_of_24(fs: FileSystem, choices: dict[str, list[int] | range], size: 
     fs.umount()
 
 
-def test_any_4_of_24_backends_may_be_gone_while_writing_reading_and_restoring(
-    scratch: Path, fleet: Servers
-) -> None:
-    with FileSystem(
-        scratch, shards=(16, 4), servers=fleet, namespace="lost24", settings=QUICK
-    ) as fs:
+def test_any_4_of_24_backends_may_be_gone_while_writing_reading_and_restoring(scratch: Path, fleet: Servers) -> None:
+    with FileSystem(scratch, shards=(16, 4), servers=fleet, namespace="lost24", settings=QUICK) as fs:
         any_four_of_24(fs, CHOICES, 6 * MIB)
 
 
@@ -85,9 +81,7 @@ def test_of_20_backends_2_gone_stop_nothing_and_4_gone_stop_only_what_must_be_st
 ) -> None:
     gone = random.Random("twenty").sample(range(20), 4)
     settings = QUICK | {"flush.stop_deadline_seconds": 2}
-    with FileSystem(
-        scratch, shards=(16, 4), servers=fleet, count=20, namespace="lost20", settings=settings
-    ) as fs:
+    with FileSystem(scratch, shards=(16, 4), servers=fleet, count=20, namespace="lost20", settings=settings) as fs:
         fs.format()
         fs.mount()
         store(fs, "all", 5 * MIB)
