@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,7 +28,10 @@ hypothesis.settings.load_profile(os.environ.get("QSFS_HYPOTHESIS", "ci"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A run that is told to end clears away what it began, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     places.begin_session()
+    places.sweep_abandoned()
     _oracle.install()
     config.pluginmanager.register(_oracle, "qsfs-log-oracle")
 

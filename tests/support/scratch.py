@@ -7,8 +7,10 @@ enough for Unix sockets.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import secrets
@@ -17,12 +19,13 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 VARIABLE = "QSFS_TEST_SESSION"
 ROOT = Path(__file__).resolve().parents[2]
 
+_PREFIX = "qsfs-t-"
 _MNT_DETACH = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -45,10 +48,24 @@ def session() -> str:
 
 
 def session_directory() -> Path:
-    """The directory that holds all directories of this run."""
-    path = Path(tempfile.gettempdir()) / f"qsfs-t-{session().rpartition('/')[2]}"
-    path.mkdir(exist_ok=True)
+    """The directory that holds all directories of this run; goes with the process if it is empty then."""
+    path = Path(tempfile.gettempdir()) / f"{_PREFIX}{session().rpartition('/')[2]}"
+    if not path.exists():
+        path.mkdir(exist_ok=True)
+        atexit.register(_remove_if_empty, path, os.getpid())
     return path
+
+
+def sweep_abandoned() -> None:
+    """Clears away what runs left behind that were killed: their processes, mounts and directories."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        name = path.name.removeprefix(_PREFIX)
+        owner = name.partition("-")[0]
+        if not owner.isdigit() or Path("/proc", owner).exists():
+            continue
+        for process in _processes_of(functools.partial(_takes_part, name)):
+            kill_process(process)
+        sweep(path)
 
 
 @contextlib.contextmanager
@@ -76,7 +93,8 @@ def sweep(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
             if not path.exists():
                 return
-        shutil.rmtree(path)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
 
 
 def mounts_below(path: Path) -> list[Path]:
@@ -108,16 +126,33 @@ def unmount(mountpoint: Path) -> None:
 
 def session_processes() -> list[int]:
     """The processes that were started by this run, wherever they hang now; not this one."""
-    wanted = f"{VARIABLE}={session()}".encode()
+    mine = session()
+    return _processes_of(lambda run: f"{run}/".startswith(f"{mine}/"))
+
+
+def _takes_part(name: str, run: str) -> bool:
+    """Whether a process of `run` belongs to the run that was begun as `name`, or to one inside of it."""
+    return name in run.split("/")
+
+
+def _processes_of(wanted: Callable[[str], bool]) -> list[int]:
+    """The processes whose run is `wanted`; not this one."""
+    start = f"{VARIABLE}=".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
             for setting in (entry / "environ").read_bytes().split(b"\0"):
-                if setting == wanted or setting.startswith(wanted + b"/"):
+                if setting.startswith(start) and wanted(setting.removeprefix(start).decode()):
                     found.append(int(entry.name))
     return found
+
+
+def _remove_if_empty(path: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def describe_process(process: int) -> str:

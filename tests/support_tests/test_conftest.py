@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -160,3 +161,49 @@ def test_mount():
     for path in re.findall(r"^(?:directory|mount) (.*)$", left, re.MULTILINE):
         assert not Path(path).exists()
         assert not places.mounts_below(Path(path))
+
+
+KILLED_TEST = """
+import os, pathlib, signal, subprocess, time
+from tests.support import scratch
+from tests.support.powerloss import PowerLoss
+
+def test_killed():
+    with scratch.scratch_directory() as folder, PowerLoss(folder / "backing", folder / "mnt"):
+        sleeper = subprocess.Popen(["sleep", "1000"], cwd=folder, start_new_session=True)
+        where = pathlib.Path(__file__).parent
+        (where / "folder").write_text(str(folder))
+        (where / "sleeper").write_text(str(sleeper.pid))
+        os.kill(os.getpid(), signal.{})
+        time.sleep(1000)
+"""
+
+
+def is_gone(process: int) -> bool:
+    """Whether a process has ended, or is only waiting to be asked for."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes() == b""
+    except OSError:
+        return True
+
+
+@pytest.mark.mount
+def test_a_run_that_is_told_to_end_clears_away_what_it_began(scratch: Path) -> None:
+    done = run(scratch, KILLED_TEST.format("SIGTERM"))
+    assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout
+    assert "sleep 1000" in done.stdout.partition("left behind by the tests")[2]
+    folder = Path((scratch / "folder").read_text())
+    assert not places.mounts_below(folder)
+    assert not folder.parent.exists()
+    assert is_gone(int((scratch / "sleeper").read_text()))
+
+
+@pytest.mark.mount
+def test_what_a_killed_run_left_goes_with_the_next_one(scratch: Path) -> None:
+    assert run(scratch, KILLED_TEST.format("SIGKILL")).returncode == -signal.SIGKILL
+    folder, sleeper = Path((scratch / "folder").read_text()), int((scratch / "sleeper").read_text())
+    # Another run that starts just now may be the next one.
+    places.sweep_abandoned()
+    assert not places.mounts_below(folder)
+    assert not folder.parent.exists()
+    assert is_gone(sleeper)
