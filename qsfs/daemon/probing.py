@@ -1,4 +1,4 @@
-"""Asks backends that do not answer, or have not shown who they are, again and again."""
+"""Asks backends that do not answer, or have not shown who they are, for their identity, again and again."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ async def probe(members: Members, keys: KeyRing) -> None:
     async def ask(member: Member) -> None:
         try:
             with trio.move_on_after(_ASK_SECONDS):
-                if member.identified:
-                    await member.probe()
-                else:
-                    await identify(member, keys)
+                await identify(member, keys)
         finally:
             asking.discard(member.number)
 
