@@ -14,9 +14,9 @@ from pathlib import Path
 import trio
 
 from qsfs.clock import Clock
-from qsfs.errors import CacheError, Corrupt, FormatMismatch, QsfsError
+from qsfs.errors import CacheError, Corrupt, FormatMismatch, QsfsError, QuorumUnavailable
 from qsfs.format.erasure import Code
-from qsfs.format.head import Head, MetadataPack
+from qsfs.format.head import Head, HeadRef, MetadataPack
 from qsfs.format.keys import KeyRing
 from qsfs.format.pack import PackKind
 from qsfs.fsck.copies_layer import CopiesCheck, kept_heads
@@ -29,14 +29,15 @@ from qsfs.fsck.report import Layer, Report
 from qsfs.fsck.rows import decoded
 from qsfs.health.packs import PackDoctor
 from qsfs.remote.base import BASE_KEY, LocalHead, decode_local_head
+from qsfs.remote.control import Records
 from qsfs.remote.identity import find_members
-from qsfs.remote.members import Candidate
+from qsfs.remote.members import Candidate, Members
 from qsfs.remote.placement import FreeSpace
 from qsfs.remote.plain import plain_errors
 from qsfs.remote.quorum import fleet_quorums
 from qsfs.remote.stored import StoredPack
 from qsfs.remote.superblocks import find_superblock
-from qsfs.remote.survey import Timing
+from qsfs.remote.survey import Timing, fetch_head, survey
 from qsfs.store.environment import Environment, ReadView
 from qsfs.store.limits import Limits
 from qsfs.store.schema import ExtentRow, PackRow, Table, split_u64
@@ -173,7 +174,8 @@ async def _check_backends(
     await copies.refill_emptied(strangers, base.head, clock)
     for entry in members.adopt(base.head.fleets):
         report.fail(f"entry {entry.number} of the fleet, {entry.address}/{entry.namespace}: is not reached")
-    heads = await copies.run(base.sealed.ref, base.head, list(kept_heads(base.head)))
+    newest, head = await _newest(members, keys, base, clock, timing, report)
+    heads = await copies.run(newest, head, list(kept_heads(head)))
     free = FreeSpace(members, clock)
     if mends is not None:
         await free.refresh()
@@ -209,6 +211,28 @@ def _local_base(environment: Environment, keys: KeyRing, report: Report) -> Loca
         return None
     finally:
         view.close()
+
+
+async def _newest(
+    members: Members, keys: KeyRing, base: LocalHead, clock: Clock, timing: Timing, report: Report
+) -> tuple[HeadRef, Head]:
+    """The newest head that backends hold, or the base.
+
+    It is a later one where a mount has owned since, or died before it noted what it had published; the
+    copies of what that has superseded may be gone.
+    """
+    records = Records(keys)
+    deadline = trio.current_time() + 2 * timing.attempt
+    found = await survey(members, records, clock, timing, deadline=deadline, tries=1)
+    newest = found.newest
+    if newest is None or newest <= base.sealed.ref:
+        return base.sealed.ref, base.head
+    try:
+        head = await fetch_head(members, list(found.readings.values()), newest, records, timing)
+    except QuorumUnavailable as error:
+        report.fail(str(error))
+        return base.sealed.ref, base.head
+    return newest, head
 
 
 def _packs(
