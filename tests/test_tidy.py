@@ -77,7 +77,7 @@ def all_errors() -> list[type[errors.QsfsError]]:
     found = [errors.QsfsError]
     for kind in found:
         found += kind.__subclasses__()
-    ours = {kind for kind in found if kind.__module__.startswith("qsfs.")}
+    ours = {kind for kind in found if kind.__module__ == errors.__name__}
     return sorted(ours, key=lambda kind: kind.__name__)
 
 
