@@ -43,7 +43,7 @@ class Completer:
             if tried >= most:
                 break
             row = pack_row(context.store, number)
-            if row is None or not row.live:
+            if row is None or row.unnamed_since_ns:
                 context.ledger.forget(number)
                 self._not_before.pop(number, None)
                 continue

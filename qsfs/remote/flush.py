@@ -73,7 +73,10 @@ class Flusher:
         *,
         on_fenced: Callable[[Fenced], None] = lambda _: None,
     ) -> None:
-        """`first` is the head with which this mount became the owner."""
+        """`first` is the head with which this mount became the owner.
+
+        The spool was opened before that head was published.
+        """
         self.context = context
         self.generations: Generations | None = None
         self.last_error = ""
@@ -82,7 +85,7 @@ class Flusher:
         self._publisher = publisher
         self._first = first
         self._on_fenced = on_fenced
-        self._precopier = PreCopier(context, self._in_cut)
+        self._precopier = PreCopier(context, self._in_cut, config.quiet_seconds)
         self._completer = Completer(context, reader)
         self._second_look = SecondLook(context)
         self._collector = AbandonedCollector(context)
@@ -95,7 +98,8 @@ class Flusher:
         self._stopping = False
         self._fenced: Fenced | None = None
         self._published_bytes = 0
-        self._abandoned: frozenset[bytes] = frozenset()
+        self._abandoned = frozenset(pack.pack_id for pack in context.spool.abandoned)
+        self._alarmed = False
         self._scope = trio.CancelScope()
 
     # running
@@ -179,17 +183,17 @@ class Flusher:
     async def _generation(self) -> None:
         """Makes one generation of all that was accepted before it began, or finds nothing new."""
         generations, context = self._generations, self.context
-        while True:
+        serial = self._started = self._started + 1
+        while await self._something_new():
             fresh = generations.fresh
             ready = fresh if fresh is not None and fresh.packs is not None else None
             marks = context.store.layers.view.count(Table.CHANGED)
             if marks > EARLY_DELTA_MARKS and generations.pre_delta is None:
                 await self._early_delta()
             recorded = self._precopier.bytes_recorded
-            serial = self._started + 1
             abandoned = frozenset(pack.pack_id for pack in context.spool.abandoned)
             order = generations.next_order(min(self._pace.most_bytes, context.spool.room() * 3 // 4))
-            self._started = serial
+            serial = self._started = self._started + 1
             self.phase = "committing"
             await context.committer.commit()
             self.phase = "sealing"
@@ -216,6 +220,17 @@ class Flusher:
         self._precopier.press("")
         self._finished = serial
         self._tell()
+
+    async def _something_new(self) -> bool:
+        """Whether a cut may find anything; False without a commit, so that an idle disk sleeps."""
+        store = self.context.store
+        if store.dirty or store.layers.committing is not None:
+            return True
+        return await self.context.in_thread(self._has_changed)
+
+    def _has_changed(self) -> bool:
+        with CommittedState(self.context.store.environment, self.context.clock) as state:
+            return state.moving or state.something_changed()
 
     @property
     def _generations(self) -> Generations:
@@ -293,10 +308,11 @@ class Flusher:
 
     async def _upkeep_once(self) -> None:
         short = self.short_of_room
-        if short:
+        if short and self._dirty_estimate >= self._worth_freeing:
             self._precopier.press("the cache is short of room", orphans_too=True)
         elif self.phase != "uploading ahead":
             self._precopier.press("")
+        self._alarm(short)
         if self._precopier.garbage:
             garbage, self._precopier.garbage = self._precopier.garbage, []
             await self.context.in_thread(lambda: self.context.spool.add_abandoned(garbage))
@@ -317,6 +333,27 @@ class Flusher:
         """Whether the cache holds more than its high watermark."""
         store = self.context.store
         return store.expected_bytes() >= store.limits.high_bytes
+
+    @property
+    def _dirty_estimate(self) -> int:
+        """Bytes of committed blocks that have dirty pages."""
+        return self.context.store.layers.view.count(Table.DIRTY) * BLOCK_SIZE
+
+    @property
+    def _worth_freeing(self) -> int:
+        """Dirty bytes whose upload would let eviction get on."""
+        limits = self.context.store.limits
+        return limits.high_bytes - limits.low_bytes
+
+    def _alarm(self, short: bool) -> None:
+        """Says once that pages may go whose packs cannot become full."""
+        if short and self.context.ledger.incomplete and not self._alarmed:
+            _log.warning(
+                "the cache is short of room and %d packs are not full: pages may be evicted whose packs have "
+                "fewer shards than they should; bring the missing backends back",
+                len(self.context.ledger.incomplete),
+            )
+        self._alarmed = short and bool(self.context.ledger.incomplete)
 
     # for others
 
@@ -362,9 +399,8 @@ class Flusher:
         context, generations = self.context, self.generations
         now_ns = context.clock.time_ns()
         ledger = context.ledger
-        dirty = context.store.layers.view.count(Table.DIRTY) * BLOCK_SIZE
         open_bytes = context.store.layers.open.bytes
-        unwritten = dirty + self._precopier.bytes_recorded - self._published_bytes
+        unwritten = self._dirty_estimate + self._precopier.bytes_recorded - self._published_bytes
         base = generations.base.head if generations is not None else None
         age = (now_ns - base.time_ns) / 1e9 if base is not None and unwritten + open_bytes else 0.0
         oldest = min((written for _, written in ledger.incomplete.values()), default=now_ns)

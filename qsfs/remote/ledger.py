@@ -37,7 +37,7 @@ def read_rows(environment: Environment, clock: Clock, start: bytes) -> RowsRead:
             row = PackRow.decode(bytes(value))
             if row.kind == PackKind.METADATA:
                 metadata.append((row.pack_id, split_u64(key)))
-            if row.state & settled != settled and row.live:
+            if row.state & settled != settled and not row.unnamed_since_ns:
                 unsettled.append((split_u64(key), row))
             if clock.monotonic() >= until:
                 return RowsRead(tuple(unsettled), tuple(metadata), key + b"\0")

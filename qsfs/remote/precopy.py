@@ -27,7 +27,7 @@ from qsfs.store.snapshot import CommittedState, DirtyPart, DirtyRun, Want
 _log = logging.getLogger(__name__)
 
 STEP_SECONDS = 0.1
-IDLE_SECONDS = 1.0
+LEAST_IDLE_SECONDS = 0.5
 _WORTH_A_PACK = 2
 """A pass without pressure leaves what is less than a pack's bytes divided by this."""
 
@@ -39,7 +39,9 @@ class PreCopier:
     clean since the start; `garbage` holds packs of which nothing was of use when they were written.
     """
 
-    def __init__(self, context: FlushContext, elsewhere: Callable[[int, int, int], bool]) -> None:
+    def __init__(
+        self, context: FlushContext, elsewhere: Callable[[int, int, int], bool], quiet_seconds: float
+    ) -> None:
         self.pressed = ""
         self.orphans_too = False
         self.bytes_recorded = 0
@@ -49,6 +51,7 @@ class PreCopier:
         self._elsewhere = elsewhere
         self._position = b""
         self._in_flight: dict[int, int] = {}
+        self._idle_seconds = max(quiet_seconds, LEAST_IDLE_SECONDS)
         self._wake = trio.Event()
 
     def press(self, why: str, *, orphans_too: bool = False) -> None:
@@ -63,7 +66,7 @@ class PreCopier:
             while True:
                 if not await self._pass(nursery):
                     self._wake = trio.Event()
-                    with trio.move_on_after(IDLE_SECONDS):
+                    with trio.move_on_after(self._idle_seconds):
                         await self._wake.wait()
 
     async def _pass(self, nursery: trio.Nursery) -> bool:

@@ -57,8 +57,11 @@ class SecondLook:
         context = self._context
         ledger = context.ledger
         row = pack_row(context.store, number)
-        if row is None or not row.live or row.state & PackState.LOOKED:
-            ledger.forget(number) if row is None or not row.live else ledger.note(number, row)
+        if row is None or row.unnamed_since_ns:
+            ledger.forget(number)
+            return False
+        if row.state & PackState.LOOKED:
+            ledger.note(number, row)
             return False
         answers = await self._ask(StoredPack.of_row(row, context.sealer.code.params))
         failpoints.hit("flush.look.asked")

@@ -242,6 +242,7 @@ class FlushMachine:
         self.precopier = PreCopier(
             self.context,
             lambda *page: self.generations.cut is not None and self.generations.cut.taken(*page),
+            quiet_seconds=5.0,
         )
 
     async def _publish_first(self, owner: Owner) -> None:
