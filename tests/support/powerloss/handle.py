@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import select
@@ -175,6 +176,8 @@ class PowerLoss:
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
         if not ready or self._process.stdout.readline() != b"ready\n":
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE)
             raise PowerLossError(f"no disk on {self.mountpoint}: {self._last_words()}")
 
     def _ask(self, verb: str, *, timeout: float = PATIENCE, **command: Any) -> dict[str, Any]:
