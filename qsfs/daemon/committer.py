@@ -37,6 +37,7 @@ class Committer:
         self._wake = trio.Event()
         self._progress = trio.Event()
         self._begun = trio.Event()
+        store.on_stream = self._on_stream
         self._queue: list[Frame] = []
         self._placed = 0
         self._flushed = 0
@@ -77,11 +78,14 @@ class Committer:
         self._progress = trio.Event()
         for callback in self.after_commit:
             callback()
-        if self._store.group_is_full() or self._wanted > group.number:
+        if self._store.group_is_full() or self._store.streams() or self._wanted > group.number:
             self._wake.set()
 
+    def _on_stream(self) -> None:
+        self._wake.set()
+
     async def _apply(self, group: Group) -> None:
-        """Commits a sealed group.  Room that is only held up by readers is waited for."""
+        """Commits a sealed group.  Room that was freed but cannot be reused yet is waited for."""
         for attempt in range(_FULL_TRIES):
             try:
                 await trio.to_thread.run_sync(self._store.commit, group)
@@ -89,9 +93,11 @@ class Committer:
             except StoreFull as error:
                 if attempt + 1 == _FULL_TRIES:
                     raise
-                if attempt == 0:
-                    _log.warning("%s; waiting for pages that are being read to become free", error)
-                await trio.sleep(_FULL_PAUSE_SECONDS)
+                if attempt > 0:
+                    # Not what the last commits freed, which is had by two empty ones: readers hold it.
+                    if attempt == 1:
+                        _log.warning("%s; waiting for pages that are being read to become free", error)
+                    await trio.sleep(_FULL_PAUSE_SECONDS)
                 self._store.layers.renew_view()
                 with contextlib.suppress(StoreFull):
                     await trio.to_thread.run_sync(self._store.environment.release_freed)

@@ -8,24 +8,29 @@ import trio
 
 from qsfs.clock import Clock
 from qsfs.daemon.committer import Committer
+from qsfs.errors import CacheError
 from qsfs.filesystem.contents import Contents
-from qsfs.store.eviction import Evictor, bytes_of
+from qsfs.store.eviction import Evictor
+from qsfs.store.schema import BLOCK_SIZE, PAGE, Table
 from qsfs.store.store import Store
 
 _log = logging.getLogger(__name__)
 
-_STEP_ROWS = 512
-_STEP_PAGES = 1024
+_STEP_ROWS = 128
+_STEP_BLOCKS = 128
 _WORK_STEPS = 128
 _TICK_SECONDS = 1.0
 _SHORT_AFTER_SECONDS = 60.0
 _REST = 4.0
+_LEAST_REST_SECONDS = 0.05
+_MUCH = 16
 
 
 class Keeper:
     """The background work on one store; whoever waits for room calls `room`.
 
-    `futile` is whether there was nothing to evict when that was last tried, and nothing changed since.
+    `futile` is whether there was nothing to evict when that was last tried, and nothing changed since;
+    `joined` counts the files that were covered without a sync because they filled the cache.
     """
 
     def __init__(self, store: Store, contents: Contents, committer: Committer, clock: Clock) -> None:
@@ -42,6 +47,7 @@ class Keeper:
         self._full_since: float | None = None
         self._alarmed = False
         self.evicted_bytes = 0
+        self.joined = 0
 
     async def run(self) -> None:
         """Works until cancelled."""
@@ -50,10 +56,16 @@ class Keeper:
             with trio.move_on_after(_TICK_SECONDS):
                 await self._wake.wait()
             self._wake = trio.Event()
-            await self._work()
-            await self._evict()
-            self._room.set()
-            self._room = trio.Event()
+            try:
+                await self._work()
+                await self._evict()
+            except CacheError:
+                # Nothing becomes durable any more; whoever waits for room learns it from the state.
+                if self._committer.failed is None:
+                    raise
+            finally:
+                self._room.set()
+                self._room = trio.Event()
 
     def _committed(self) -> None:
         """Pages may be clean now, and packs safe."""
@@ -83,24 +95,53 @@ class Keeper:
         recent_too = False
         rounds = 0
         freed = 0
+        later = later_so_far = 0
         target = self._store.used_bytes - limits.low_bytes
         while freed < target and rounds < 3:
             done = self._evictor.step(
-                _STEP_ROWS, _STEP_PAGES, recent_too=recent_too, written_will_do=self._is_short()
+                _STEP_ROWS, _STEP_BLOCKS, recent_too=recent_too, written_will_do=self._is_short()
             )
-            freed += bytes_of(done)
+            freed += done.bytes
+            later_so_far += done.later_pages
             if done.came_round:
+                later, later_so_far = later_so_far, 0
                 rounds += 1
                 recent_too = rounds > 1
             await self._pause()
         self.evicted_bytes += freed
+        if freed and not self._alarmed:
+            self._full_since = None
         self.futile = target > 0 and not freed
         if self.futile:
             # To look at everything again at once would take the time that uploads and reads need.
             now = self._clock.monotonic()
-            self._rest_until = now + _REST * (now - begin)
+            self._rest_until = now + max(_LEAST_REST_SECONDS, _REST * (now - begin))
+            if self._waiting and self._store.expected_bytes() >= limits.full_bytes:
+                self._join_largest(later * PAGE)
         if freed or self._store.used_bytes < limits.new_bytes <= self._store.expected_bytes():
             await self._committer.commit()
+
+    def _join_largest(self, later_bytes: int) -> None:
+        """Covers the file that fills the cache with what it wrote since its last sync, if that is the cause.
+
+        Its sync can never come: it waits for room that only this makes.  `later_bytes` may still be
+        evicted of themselves, as may what is dirty; as long as that is much, waiting is enough.
+        """
+        store, limits = self._store, self._store.limits
+        dirty = store.layers.view.count(Table.DIRTY) * BLOCK_SIZE
+        largest = self._contents.largest_uncovered()
+        if largest is None or dirty + later_bytes > limits.full_bytes // _MUCH:
+            return
+        inode, size = largest
+        _log.warning(
+            "the cache is full of what inode %d wrote since its last sync (%d bytes), which can never come: "
+            "all of it is taken as synced now; give [cache] size more than such a file needs",
+            inode.number,
+            size,
+        )
+        self._contents.cover(inode)
+        self.joined += 1
+        self._wake.set()
 
     def _is_short(self) -> bool:
         """Whether room has been short for so long that packs that are only written must do."""

@@ -290,7 +290,6 @@ class Contents:
             for page in sorted(u.pages):
                 store.spill.put(number, page, u.pages.pop(page))
                 self._uncovered_bytes -= PAGE
-                u.spilled += 1
                 if store.group_is_full() or self._uncovered_bytes <= store.limits.uncovered_bytes // 2:
                     break
 
@@ -326,6 +325,20 @@ class Contents:
     def oldest_uncovered(self) -> float | None:
         """Running time at which the oldest uncovered write was made, or None."""
         return min((u.since for u in self._uncovered.values()), default=None)
+
+    def largest_uncovered(self) -> tuple[Inode, int] | None:
+        """The file of which most is uncovered, and how many bytes; not one that is still being moved."""
+        store = self._store
+        sizes = {
+            number: u.memory_bytes + store.spill.bytes_of(number)
+            for number, u in self._uncovered.items()
+            if number not in store.spill.covered
+        }
+        number = max(sizes, key=lambda n: sizes[n], default=None)
+        inode = store.inode(number) if number is not None else None
+        if number is None or inode is None or not sizes[number]:
+            return None
+        return inode, sizes[number]
 
     def opened(self, inode: Inode) -> None:
         """One more handle is open."""

@@ -28,7 +28,6 @@ class Uncovered:
     pages: dict[int, bytes] = field(default_factory=dict)
     cut: int | None = None
     fresh: int = 0
-    spilled: int = 0
 
     @classmethod
     def of(cls, inode: Inode, now: float) -> Uncovered:

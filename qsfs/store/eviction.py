@@ -1,7 +1,7 @@
 """Eviction: which clean pages leave the cache, in about the order in which they were last used.
 
-A hand goes round the block rows.  It takes clean pages whose pack was looked at a second time and
-passes over what was used since its last rounds; dirty, pinned and local-only pages never go.
+A hand goes round the block rows.  It takes blocks of clean pages whose packs were looked at a second
+time and passes over what was used since its last rounds; dirty, pinned and local-only pages never go.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qsfs.store.group import block_key
 from qsfs.store.schema import (
     BLOCK_PAGES,
-    PAGE,
+    BLOCK_SIZE,
     InodeFlag,
     PackRow,
     PackState,
@@ -26,11 +26,21 @@ _KEPT = InodeFlag.LOCAL_ONLY | InodeFlag.PINNED
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """What one step did: pages dropped, rows looked at, and whether the hand came round."""
+    """What one step did: blocks dropped, rows looked at, and whether the hand came round.
 
-    pages: int
+    `later_pages` are clean and on the backends, but must stay for now: their pack was not looked at
+    again, or a page of their block is dirty.
+    """
+
+    blocks: int
+    later_pages: int
     looked_at: int
     came_round: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the dropped blocks."""
+        return self.blocks * BLOCK_SIZE
 
 
 class Evictor:
@@ -40,16 +50,17 @@ class Evictor:
         self._store = store
         self._hand = b""
 
-    def step(self, rows: int, pages: int, *, recent_too: bool, written_will_do: bool) -> Evicted:
-        """Looks at most at `rows` blocks and drops at most about `pages` pages.
+    def step(self, rows: int, blocks: int, *, recent_too: bool, written_will_do: bool) -> Evicted:
+        """Looks at most at `rows` blocks and drops at most `blocks` of them.
 
+        A block goes as a whole or stays: what is left of one takes as much room as all of it.
         `recent_too` takes what was used lately as well; `written_will_do` takes pages whose pack is
         written but cannot become full.
         """
         store = self._store
         kept: dict[int, bool] = {}
         safe: dict[int, bool] = {}
-        dropped = looked = 0
+        dropped = later = looked = 0
         for key, _ in store.layers.view.scan(Table.BLOCKS, self._hand, None):
             number, block = split_u64_pair(key)
             self._hand = key + b"\0"
@@ -58,32 +69,41 @@ class Evictor:
                 inode = store.inode(number)
                 kept[number] = inode is None or bool(inode.flags & _KEPT)
             if not kept[number] and (recent_too or block_key(number, block) not in store.blocks.used):
-                dropped += self._evict(number, block, safe, written_will_do)
-            if looked >= rows or dropped >= pages:
-                return Evicted(dropped, looked, False)
+                gone, held = self._evict(number, block, safe, written_will_do)
+                dropped += gone
+                later += held
+            if looked >= rows or dropped >= blocks:
+                return Evicted(dropped, later, looked, False)
         self._hand = b""
         store.blocks.used.turn()
-        return Evicted(dropped, looked, True)
+        return Evicted(dropped, later, looked, True)
 
-    def _evict(self, number: int, block: int, safe: dict[int, bool], written_will_do: bool) -> int:
+    def _evict(
+        self, number: int, block: int, safe: dict[int, bool], written_will_do: bool
+    ) -> tuple[bool, int]:
+        """Drops a block if all of its pages may go: whether it did, and the pages that may go later."""
         store = self._store
         state = store.blocks.state(number, block)
         inode = store.inode(number)
         if state is None or inode is None:
-            return 0
-        candidates = state.resident & ~state.dirty
-        bits = 0
+            return False, 0
+        resident, held, all_safe = state.resident, 0, True
         for index in range(BLOCK_PAGES):
-            if not candidates & 1 << index:
+            if not resident & 1 << index:
                 continue
-            extent = store.blocks.remote_extent(number, block * BLOCK_PAGES + index)
+            extent = None
+            if not state.dirty & 1 << index:
+                extent = store.blocks.remote_extent(number, block * BLOCK_PAGES + index)
             if extent is None:
+                all_safe = False
                 continue
+            held += 1
             if extent.pack not in safe:
                 safe[extent.pack] = self._is_safe(extent.pack, written_will_do)
-            if safe[extent.pack]:
-                bits |= 1 << index
-        return store.blocks.evict(inode, block, bits) if bits else 0
+            all_safe = all_safe and safe[extent.pack]
+        if all_safe and store.blocks.evict(inode, block, resident):
+            return True, 0
+        return False, held
 
     def _is_safe(self, pack: int, written_will_do: bool) -> bool:
         row = self._store.get(Table.PACKS, u64(pack))
@@ -91,8 +111,3 @@ class Evictor:
             return False
         state = PackRow.decode(row).state
         return bool(state & PackState.LOOKED) and (bool(state & PackState.FULL) or written_will_do)
-
-
-def bytes_of(evicted: Evicted) -> int:
-    """Bytes of page data that a step dropped."""
-    return evicted.pages * PAGE

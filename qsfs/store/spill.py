@@ -17,6 +17,7 @@ from qsfs.store.group import Block, DamagedPage, block_key
 from qsfs.store.layers import Layers
 from qsfs.store.schema import (
     BLOCK_PAGES,
+    BLOCK_SIZE,
     PAGE,
     BlockRow,
     Inode,
@@ -68,6 +69,10 @@ class Spill:
     def any(self, inode: int) -> bool:
         """Whether the file has spilled pages."""
         return inode in self._blocks
+
+    def bytes_of(self, inode: int) -> int:
+        """Room that the file's spilled blocks take."""
+        return len(self._blocks.get(inode, ())) * BLOCK_SIZE
 
     def page(self, inode: int, page: int) -> bytes | None:
         """A spilled page, or None if this page is not spilled.  Raises `LocalDamage`."""

@@ -1,0 +1,354 @@
+"""A full cache: writers wait, nothing is refused, nothing grows without bound, nobody waits for ever."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from qsfs.clock import FixedClock
+from qsfs.config import CacheConfig
+from qsfs.daemon.committer import Committer
+from qsfs.daemon.keeper import Keeper
+from qsfs.errors import CacheError
+from qsfs.filesystem.needs import NeedPages, NeedRoom
+from qsfs.store.limits import Limits
+from qsfs.store.packs import add_pack
+from qsfs.store.schema import BLOCK_PAGES, PAGE, ExtentRow, PackRow, PackState, Table, split_u64_pair
+from qsfs.store.store import NEXT_PACK
+from tests.core.machine import Machine, page
+
+
+class TrioClock(FixedClock):
+    """Running time is trio's, which may be virtual."""
+
+    def monotonic(self) -> float:
+        return trio.current_time()
+
+
+SMALLEST = Limits.of(CacheConfig(size_bytes=32 << 20), 8 << 20)
+
+
+@pytest.fixture(autouse=True)
+def _alarms_may_come(expect_log: Callable[..., None]) -> None:
+    """Virtual time runs on while a commit is under way, so a wait may look long."""
+    expect_log(r"packs do not become full on the backends", optional=True)
+
+
+class Running:
+    """A store with committer, keeper and, if wanted, backends that take what is dirty."""
+
+    def __init__(self, machine: Machine, *, group_seconds: float = 5.0) -> None:
+        self.machine = machine
+        self.store = machine.store
+        self.committer = Committer(machine.store, machine.contents, group_seconds)
+        self.keeper = Keeper(machine.store, machine.contents, self.committer, TrioClock())
+        self.most_open = 0
+        self.most_used = 0
+
+    async def write(self, number: int, first: int, data: bytes) -> None:
+        """A WRITE as the handlers do it."""
+        while True:
+            try:
+                self.machine.write(number, first, data)
+            except NeedRoom:
+                if self.committer.failed is not None:
+                    raise self.committer.failed from None
+                await self.keeper.room()
+                continue
+            except NeedPages as need:
+                await self.fetch(need)
+                continue
+            self.most_open = max(self.most_open, self.store.layers.open.bytes)
+            self.most_used = max(self.most_used, self.store.used_bytes)
+            return
+
+    async def read(self, number: int) -> bytes:
+        parts = []
+        size = self.machine.contents.stat(self.machine.inode(number)).size
+        for offset in range(0, size, 64 * PAGE):
+            while True:
+                try:
+                    parts.append(self.machine.contents.read(self.machine.inode(number), offset, 64 * PAGE))
+                    break
+                except NeedPages as need:
+                    await self.fetch(need)
+        return b"".join(parts)
+
+    async def fetch(self, need: NeedPages) -> None:
+        blocks = self.store.blocks
+        for index in range(need.first, need.first + need.count):
+            extent = blocks.remote_extent(need.inode, index)
+            if extent is None:
+                continue
+            offset = (extent.skip + index - extent.first) * PAGE
+            data = self.machine.remote[extent.pack][offset : offset + PAGE]
+            if self.store.expected_bytes() < self.store.limits.full_bytes:
+                blocks.install(self.machine.inode(need.inode), index, data, extent)
+            else:
+                self.machine.contents.transient.put(need.inode, index, data, extent)
+
+    def stuck(self) -> bool:
+        """Whether a writer waits for room that no commit and no eviction can make."""
+        settled = self.store.layers.committing is None and not self.store.dirty
+        full = self.store.expected_bytes() >= self.store.limits.full_bytes
+        return settled and full and self.keeper.futile and self.keeper.waiting > 0
+
+    async def upload(self) -> None:
+        """Backends: what is dirty in the last commit becomes clean, for ever."""
+        while True:
+            done = self._upload_some(256)
+            if done:
+                await self.committer.commit()
+            else:
+                await trio.sleep(1)
+
+    def _upload_some(self, most: int) -> int:
+        store = self.store
+        pack, count = store.next_number(NEXT_PACK), 0
+        add_pack(store, pack, PackRow(bytes(16), bytes(32), 1, 1, 1, 0, 0, 0, 0, 0, 0, int(SAFE), ()))
+        parts: list[bytes] = []
+        for key, _ in list(itertools.islice(store.layers.view.scan(Table.DIRTY, b"", None), most)):
+            number, block = split_u64_pair(key)
+            inode, state = store.inode(number), store.blocks.state(number, block)
+            if inode is None or state is None:
+                continue
+            for i in range(BLOCK_PAGES):
+                index = block * BLOCK_PAGES + i
+                if not state.dirty & 1 << i:
+                    continue
+                (data,) = store.blocks.pages(number, index, 1)
+                assert data is not None
+                write_number = state.writes[i]
+                parts.append(bytes(data))
+                assert store.blocks.clean(inode, index, write_number)
+                row = ExtentRow(index, write_number, 1, len(parts) - 1, pack, 0, 0, 0, 0, 0)
+                store.extents.insert(number, row)
+                count += 1
+        self.machine.remote[pack] = b"".join(parts)
+        return count
+
+
+SAFE = PackState.FULL | PackState.LOOKED
+
+
+@asynccontextmanager
+async def running(
+    directory: Path, limits: Limits = SMALLEST, *, backends: bool = True, group_seconds: float = 5.0
+) -> AsyncIterator[Running]:
+    machine = Machine(directory, limits)
+    live = Running(machine, group_seconds=group_seconds)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(live.committer.run)
+        nursery.start_soon(live.keeper.run)
+        if backends:
+            nursery.start_soon(live.upload)
+        yield live
+        nursery.cancel_scope.cancel()
+    machine.close()
+
+
+async def test_a_full_group_is_sealed_at_once_and_bounds_memory(tmp_path: Path) -> None:
+    """Writers fill group after group without an age in between; none grows past its bound by more than a write."""
+    limits = replace(SMALLEST, map_bytes=64 << 20, full_bytes=48 << 20)
+    async with running(tmp_path, limits, backends=False, group_seconds=10_000) as live:
+        file = live.machine.create("a")
+        before = live.committer.commits
+        for turn in range(40):
+            await live.write(file, turn * 64, page("a") * 64)
+        assert live.most_open < limits.group_bytes + 64 * PAGE
+        assert live.committer.commits - before >= 40 * 64 * PAGE // limits.group_bytes - 2
+
+
+async def test_more_than_the_cache_holds_passes_through_it(tmp_path: Path, autojump_clock: object) -> None:
+    """Several writers write five times the cache's size; every byte is there, and LMDB never outgrew its map."""
+    source = random.Random(3)
+    async with running(tmp_path) as live:
+        files = {live.machine.create(f"f{i}"): bytearray() for i in range(3)}
+        total = 0
+        while total < 5 * SMALLEST.full_bytes:
+            number = source.choice(list(files))
+            content = files[number]
+            first = source.randrange(0, 1500)
+            data = source.randbytes(PAGE * source.randrange(1, 60))
+            await live.write(number, first, data)
+            if len(content) < first * PAGE:
+                content.extend(bytes(first * PAGE - len(content)))
+            content[first * PAGE : first * PAGE + len(data)] = data
+            total += len(data)
+            if source.random() < 0.05:
+                await live.committer.sync(number)
+        for number, content in files.items():
+            assert await live.read(number) == content
+        assert live.keeper.evicted_bytes > SMALLEST.full_bytes
+        assert live.most_used < SMALLEST.full_bytes + 3 * SMALLEST.group_bytes
+        assert (tmp_path / "data.mdb").stat().st_size <= SMALLEST.map_bytes
+
+
+async def test_writers_wait_while_backends_are_away_and_go_on_when_they_return(
+    tmp_path: Path, autojump_clock: object
+) -> None:
+    """A cache full of dirty data: a WRITE waits, reads and fsyncs do not, and nothing is dropped."""
+    async with running(tmp_path, backends=False) as live:
+        file = live.machine.create("a")
+        written = 0
+
+        async def fill() -> None:
+            nonlocal written
+            for first in range(0, 6000, 60):
+                await live.write(file, first, page("a") * 60)
+                written += 60
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fill)
+            while not live.stuck():
+                await trio.sleep(0.3)
+            stuck = written
+            assert written < 6000
+            await live.committer.sync(file)
+            assert live.machine.page(file, 0) == page("a")
+            assert (written, live.keeper.waiting) == (stuck, 1)
+            with trio.CancelScope() as uploads:
+
+                async def until_done() -> None:
+                    while written < 6000:
+                        await trio.sleep(1)
+                    uploads.cancel()
+
+                nursery.start_soon(until_done)
+                await live.upload()
+        assert await live.read(file) == page("a") * 6000
+
+
+async def test_a_copy_larger_than_the_cache_onto_an_atomic_name_joins_with_an_alarm(
+    tmp_path: Path, autojump_clock: object, expect_log: Callable[..., None]
+) -> None:
+    """cp of a database larger than the cache: its sync could never come, so it is covered, and says so."""
+    expect_log(r"the cache is full of what inode \d+ wrote since its last sync")
+    async with running(tmp_path) as live:
+        small = live.machine.create("small", atomic=True)
+        await live.write(small, 0, page("s") * 30)
+        copy = live.machine.create("copy", atomic=True)
+        pages = 2 * SMALLEST.full_bytes // PAGE
+        for first in range(0, pages, 64):
+            await live.write(copy, first, bytes([1 + first // 64 % 250]) * (64 * PAGE))
+        assert live.keeper.joined >= 1
+        assert live.machine.contents.has_uncovered(small), "only the largest file joins"
+        wanted = b"".join(bytes([1 + first // 64 % 250]) * (64 * PAGE) for first in range(0, pages, 64))
+        assert await live.read(copy) == wanted
+        live.machine.contents.closed(live.machine.inode(copy))
+        await live.committer.commit()
+        assert await live.read(copy) == wanted
+        assert (tmp_path / "data.mdb").stat().st_size <= SMALLEST.map_bytes
+
+
+async def test_uncovered_data_do_not_join_while_waiting_makes_room(
+    tmp_path: Path, autojump_clock: object
+) -> None:
+    """A large uncovered file and as much of other dirty data: uploads make room, so it stays uncovered."""
+    async with running(tmp_path) as live:
+        atomic = live.machine.create("atomic", atomic=True)
+        plain = live.machine.create("plain")
+        third = SMALLEST.full_bytes // PAGE // 3
+        for first in range(0, third, 32):
+            await live.write(atomic, first, page("u") * 32)
+        for first in range(0, 6 * third, 32):
+            await live.write(plain, first, page("p") * 32)
+        assert live.keeper.joined == 0
+        assert live.machine.contents.has_uncovered(atomic)
+        assert live.machine.store.spill.any(atomic)
+
+
+async def test_a_failed_disk_ends_every_wait_with_its_error(
+    tmp_path: Path, autojump_clock: object, expect_log: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the local disk fails, whoever waits for room or a commit gets the error; the keeper goes on."""
+    expect_log("read-only from here on")
+    async with running(tmp_path, backends=False) as live:
+        file = live.machine.create("a")
+        live.machine.write(file, 0, page("a"))
+        errors = []
+
+        async def fill(first: int) -> None:
+            try:
+                while True:
+                    await live.write(file, first, page("a") * 60)
+                    first += 60
+            except CacheError as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(3):
+                nursery.start_soon(fill, 1 + i * 100_000)
+            while live.keeper.waiting < 3:
+                await trio.sleep(1)
+
+            def fail(_: object) -> None:
+                raise CacheError("no space left on device")
+
+            monkeypatch.setattr(live.store, "commit", fail)
+            with pytest.raises(CacheError):
+                with live.store.change() as change:
+                    change.patch(file, mode=0o100600)
+                await live.committer.commit()
+        assert len(errors) == 3
+        with pytest.raises(CacheError):
+            await live.committer.sync(file)
+        assert live.machine.page(file, 0) == page("a")
+
+
+async def test_an_unexpected_error_in_a_commit_is_a_failed_disk(
+    tmp_path: Path, expect_log: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a commit raises: the committer ends in order, its group stays readable, callers get the error."""
+    expect_log("failed unexpectedly")
+    async with running(tmp_path, backends=False) as live:
+        file = live.machine.create("a")
+        live.machine.write(file, 0, page("a"))
+
+        def fail(_: object) -> None:
+            raise ValueError("cannot happen")
+
+        monkeypatch.setattr(live.store, "commit", fail)
+        with pytest.raises(CacheError, match="cannot happen"):
+            await live.committer.commit()
+        assert live.machine.read(file) == page("a")
+        monkeypatch.undo()
+        with pytest.raises(CacheError):
+            await live.committer.sync(file)
+
+
+async def test_what_an_unexpected_error_kept_from_the_journal_is_not_acknowledged(
+    tmp_path: Path, expect_log: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two fsyncs share a flush that fails: neither returns, also not by an empty flush after it."""
+    expect_log("failed unexpectedly")
+    async with running(tmp_path, backends=False, group_seconds=10_000) as live:
+        files = [live.machine.create(name) for name in "ab"]
+        await live.committer.commit()
+        for file in files:
+            live.machine.write(file, 0, page("a"))
+
+        def fail(_: object) -> None:
+            raise MemoryError("no memory for a thread")
+
+        monkeypatch.setattr(live.store.journal, "write", fail)
+        results: list[str] = []
+
+        async def sync(file: int) -> None:
+            try:
+                await live.committer.sync(file)
+                results.append("durable")
+            except CacheError:
+                results.append("failed")
+
+        async with trio.open_nursery() as nursery:
+            for file in files:
+                nursery.start_soon(sync, file)
+        assert results == ["failed", "failed"]
