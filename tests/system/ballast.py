@@ -13,18 +13,19 @@ from typing import Self
 
 PAGE = 4096
 FILL_BYTES = 1 << 20
+NAME = "ballast"
 
 
 class Ballast:
-    """The file at `path`, and what each of its pages must hold.
+    """The file `ballast` of a mount, and what each of its pages must hold.
 
     While the block of `with` runs, a thread reads pages and overwrites parts of them, each followed by an
     fsync.  An error of the file system ends it quietly: the daemon is about to be killed.
     """
 
-    def __init__(self, path: Path, pages: int, seed: object = 0) -> None:
+    def __init__(self, mountpoint: Path, pages: int, seed: object = 0) -> None:
         self.pages = pages
-        self.path = path
+        self.path = mountpoint / NAME
         self.synced = 0
         self.wrong: list[str] = []
         self._choose = random.Random(f"ballast/{seed}")
@@ -55,20 +56,21 @@ class Ballast:
         self._stop.set()
         self._thread.join()
 
-    def verify(self, sample: int = 0) -> list[str]:
+    def verify(self, mountpoint: Path | None = None, *, sample: int = 0) -> list[str]:
         """What is wrong in the pages that were overwritten and `sample` others (0: all pages)."""
+        path = self.path if mountpoint is None else mountpoint / NAME
         touched = self._changed.keys() | self._maybe.keys()
         pages: Iterable[int] = range(self.pages)
         if sample:
             pages = sorted(touched | {self._choose.randrange(self.pages) for _ in range(sample)})
         problems = self.wrong
-        with self.path.open("rb", buffering=0) as file:
+        with path.open("rb", buffering=0) as file:
             for page in pages:
                 found = os.pread(file.fileno(), PAGE, page * PAGE)
                 if found == self._maybe.get(page):
                     self._changed[page] = found
                 elif found != self._expected(page):
-                    problems.append(f"{self.path.name}: page {page} holds what it must not hold")
+                    problems.append(f"{path}: page {page} holds what it must not hold")
         self._maybe.clear()
         return problems
 
@@ -85,7 +87,7 @@ class Ballast:
         if self._choose.random() < 0.5:
             self._forget(file, page)
             if os.pread(file, PAGE, page * PAGE) != self._expected(page):
-                self.wrong.append(f"{self.path.name}: page {page} reads wrong")
+                self.wrong.append(f"{self.path}: page {page} reads wrong")
             return
         for page in {first, self._choose.randrange(self.pages)}:
             start = self._choose.randrange(PAGE)

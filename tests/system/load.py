@@ -76,18 +76,18 @@ class Load:
 
     def steps(self) -> int:
         """How many steps were acknowledged, over all programs."""
-        return sum(workload.read(self._acks(name)).acked + 1 for name in self._running)
+        return sum(workload.read(self._acks(name)).acked + 1 for name in self._programs if self._ran(name))
 
-    def place(self, name: str) -> Path:
+    def place(self, name: str, mountpoint: Path | None = None) -> Path:
         """The directory of one program."""
-        return self._fs.mountpoint / f"{name}-{self.number}"
+        return (mountpoint or self._fs.mountpoint) / f"{name}-{self.number}"
 
-    def verify(self) -> list[str]:
+    def verify(self, mountpoint: Path | None = None) -> list[str]:
         """What is missing or wrong of what the programs were promised."""
         problems = []
-        for name in self._programs:
-            place, acks = self.place(name), self._acks(name)
-            if acks.exists() and (place.exists() or workload.read(acks).acked >= 0):
+        for name in filter(self._ran, self._programs):
+            place, acks = self.place(name, mountpoint), self._acks(name)
+            if place.exists() or workload.read(acks).acked >= 0:
                 problems += [f"{place.name}: {problem}" for problem in workload.verify(place, acks)]
         return problems
 
@@ -96,6 +96,11 @@ class Load:
         for name in self._programs:
             if self.place(name).exists():
                 shutil.rmtree(self.place(name))
+
+    def _ran(self, name: str) -> bool:
+        """Whether the program came so far as to note its first step."""
+        acks = self._acks(name)
+        return acks.exists() and acks.stat().st_size > 0
 
     def _acks(self, name: str) -> Path:
         return self._fs.directory / f"acks-{name}-{self.number}"
@@ -113,7 +118,7 @@ class Rounds:
         self._kept = kept
         self._loads: list[Load] = []
         self.steps = 0
-        self.ballast = Ballast(fs.mountpoint / "ballast", BALLAST_PAGES)
+        self.ballast = Ballast(fs.mountpoint, BALLAST_PAGES)
         self.ballast.fill()
         fs.sync()
 
@@ -127,8 +132,18 @@ class Rounds:
         """Verifies all that is kept, after the mount that followed a crash; then removes the oldest."""
         last = self._loads[-1]
         self.steps += last.steps()
-        problems = [problem for load in self._loads for problem in load.verify()]
-        problems += self.ballast.verify(sample=50)
-        assert not problems, f"after the crash of round {last.number}:\n" + "\n".join(problems)
+        self.verify(f"after the crash of round {last.number}", sample=50)
         while len(self._loads) > self._kept:
             self._loads.pop(0).remove()
+
+    def verify(self, when: str, *, mountpoint: Path | None = None, sample: int = 0) -> None:
+        """Everything that is kept is as promised; of the ballast `sample` pages, or all."""
+        problems = [problem for load in self._loads for problem in load.verify(mountpoint)]
+        problems += self.ballast.verify(mountpoint, sample=sample)
+        assert not problems, f"{when}:\n" + "\n".join(problems)
+
+
+def check_clean(fs: FileSystem) -> None:
+    """`qsfs fsck` of what is not mounted finds nothing wrong."""
+    done = fs.run("fsck", code=None)
+    assert done.returncode == 0, done.stdout + done.stderr

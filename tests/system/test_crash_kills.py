@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import FileSystem
-from tests.system.load import EAGER, PROGRAMS, Rounds
+from tests.system.load import EAGER, PROGRAMS, Rounds, check_clean
 
 pytestmark = pytest.mark.mount
 
@@ -27,8 +27,9 @@ def survive(scratch: Path, rounds: int, first: int = 0) -> int:
             fs.mount()
             story.judge()
         assert fs.status()["cache"]["evicted_bytes"] > 0
-        assert story.ballast.verify() == []
+        story.verify("at the end")
         fs.umount()
+        check_clean(fs)
     return story.steps
 
 
