@@ -9,10 +9,8 @@ not yet published until a deadline, commit, close.  A crash at any point is what
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import signal
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -31,6 +29,7 @@ from qsfs.daemon.notify import notify
 from qsfs.daemon.owning import local_fleets
 from qsfs.daemon.paths import find, path_of
 from qsfs.daemon.probing import probe
+from qsfs.daemon.runtime import tune_allocator, tune_interpreter
 from qsfs.daemon.space import DaemonSpace
 from qsfs.daemon.status import status_of
 from qsfs.daemon.supervision import supervised
@@ -51,7 +50,6 @@ from qsfs.store.store import Store
 _log = logging.getLogger(__name__)
 
 _POLICY_STEP_SECONDS = 0.2
-_SWITCH_INTERVAL_SECONDS = 0.0005
 _ANSWER_SECONDS = 2.0
 _BUSY_TRIES_SECONDS = 0.1
 
@@ -234,9 +232,7 @@ class Service:
 
     def _is_ready(self) -> None:
         self.phase = "mounted"
-        sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
-        gc.collect()
-        gc.freeze()
+        tune_interpreter()
         notify(f"READY=1\nSTATUS=mounted on {self.config.filesystem.mountpoint}")
         _log.info("mounted on %s", self.config.filesystem.mountpoint)
         self._ready()
@@ -361,5 +357,6 @@ def run(
     waiting: Callable[[str], None],
 ) -> None:
     """Runs a mount to its end in this process."""
+    tune_allocator()
     service = Service(config, clock, offline=offline, ready=ready, waiting=waiting)
     trio.run(service.run, strict_exception_groups=True)

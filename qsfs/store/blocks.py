@@ -204,27 +204,38 @@ class Blocks:
             log = group.data_log[inode.number] = InodeLog()
         local = bool(inode.flags & InodeFlag.LOCAL_ONLY)
         has_extents = self._extents.any(inode.number)
-        page, offset, size = first, 0, len(data)
-        while offset < size:
+        count = len(data) // PAGE
+        log.pages.update(dict.fromkeys(range(first, first + count), write_number))
+        page, offset = first, 0
+        while count:
             number, index = divmod(page, BLOCK_PAGES)
+            here = min(BLOCK_PAGES - index, count)
             block = self.writable(inode, number)
+            if here == BLOCK_PAGES and not block.filled:
+                group.streamed_blocks += 1
             group.fill(block)
             self.written.add(block_key(inode.number, number))
-            for i in range(index, min(BLOCK_PAGES, index + (size - offset) // PAGE)):
-                bit = 1 << i
-                if not block.resident & bit and not (
-                    has_extents and self._extents.at(inode.number, page) is not None
-                ):
-                    inode.allocated += 1
-                block.resident |= bit
-                if not local:
-                    block.dirty |= bit
+            bits = ((1 << here) - 1) << index
+            new = bits & ~block.resident
+            if new:
+                inode.allocated += self._holes(inode.number, number, new) if has_extents else new.bit_count()
+                block.resident |= bits
+            if not local:
+                block.dirty |= bits
+            for i in range(index, index + here):
                 block.writes[i] = write_number
                 block.pages[i] = bytes(data[offset : offset + PAGE])
-                log.pages[page] = write_number
-                page += 1
                 offset += PAGE
+            page += here
+            count -= here
         self._inodes.touch(inode)
+
+    def _holes(self, inode: int, number: int, bits: int) -> int:
+        """How many of the pages `bits` of a block no extent row holds."""
+        first = number * BLOCK_PAGES
+        return sum(
+            bool(bits & 1 << i) and self._extents.at(inode, first + i) is None for i in range(BLOCK_PAGES)
+        )
 
     def move_in(self, inode: Inode, page: int, data: bytes, write_number: int) -> None:
         """Makes a page of the file's own that was kept elsewhere in the store; nothing for the journal."""

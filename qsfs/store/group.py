@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from sortedcontainers import SortedDict
 from xxhash import xxh3_64_intdigest
@@ -23,7 +23,7 @@ from qsfs.store.schema import (
     BLOCK_SIZE,
     PAGE,
     REMOTE_TABLES,
-    VALUE_SIZE,
+    TAIL,
     BlockRow,
     Table,
     plain_u64,
@@ -96,6 +96,7 @@ class Group:
         self.data_log: dict[int, InodeLog] = {}
         self.covers: set[int] = set()
         self.filled_blocks = 0
+        self.streamed_blocks = 0
         self.published: Publication | None = None
         self.sealed_at = 0
         self.journal_start = 0
@@ -105,6 +106,11 @@ class Group:
     def bytes(self) -> int:
         """Upper bound of the values that the group writes to LMDB: whole blocks count."""
         return self.filled_blocks * BLOCK_SIZE
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of the blocks that came whole and new: to wait for more of them saves nothing."""
+        return self.streamed_blocks * BLOCK_SIZE
 
     @property
     def row_count(self) -> int:
@@ -241,24 +247,32 @@ def _old_value(
 def _merge(block: Block, old: BlockRow | None, old_bytes: bytes | None) -> tuple[BlockRow, bytes | None]:
     """The row to store, and the value, or None where the stored value can stay."""
     pages = block.pages
-    sums = list(old.sums) if old is not None else [0] * BLOCK_PAGES
-    parts: list[bytes] = []
-    fresh = False
-    for index, page in enumerate(pages):
-        if page is not None:
-            sums[index] = xxh3_64_intdigest(page) ^ (type(page) is DamagedPage)
-            parts.append(page)
-            fresh = True
-        elif old_bytes is not None:
-            parts.append(old_bytes[index * PAGE : (index + 1) * PAGE])
-        else:
-            parts.append(ZERO_PAGE)
-    if not fresh:
-        assert old is not None, "a resident block without pages must be in LMDB already"
-        tail, value = old.tail, None
+    if None not in pages:
+        parts = cast("list[bytes]", pages)
+        sums = [_checksum(page) for page in parts]
     else:
-        whole = b"".join(parts)
-        tail, value = whole[VALUE_SIZE:], whole[:VALUE_SIZE]
+        sums = list(old.sums) if old is not None else [0] * BLOCK_PAGES
+        parts = [ZERO_PAGE] * BLOCK_PAGES
+        if old_bytes:
+            parts = [old_bytes[i * PAGE : (i + 1) * PAGE] for i in range(BLOCK_PAGES)]
+        fresh = False
+        for index, page in enumerate(pages):
+            if page is not None:
+                sums[index] = _checksum(page)
+                parts[index] = page
+                fresh = True
+        if not fresh:
+            assert old is not None, "a resident block without pages must be in LMDB already"
+            return _row(block, sums, old.tail), None
+    last = parts[-1]
+    value = b"".join((*parts[:-1], memoryview(last)[:-TAIL]))
+    return _row(block, sums, last[-TAIL:]), value
+
+
+def _checksum(page: bytes) -> int:
+    return xxh3_64_intdigest(page) ^ (type(page) is DamagedPage)
+
+
+def _row(block: Block, sums: list[int], tail: bytes) -> BlockRow:
     s, w = sums, block.writes
-    row = BlockRow(block.resident, block.dirty, (s[0], s[1], s[2], s[3]), (w[0], w[1], w[2], w[3]), tail)
-    return row, value
+    return BlockRow(block.resident, block.dirty, (s[0], s[1], s[2], s[3]), (w[0], w[1], w[2], w[3]), tail)

@@ -58,6 +58,11 @@ class Limits:
         )
 
     @property
+    def stream_bytes(self) -> int:
+        """With so much of whole new blocks a group is committed as soon as no other one is."""
+        return self.group_bytes // 4
+
+    @property
     def new_bytes(self) -> int:
         """Where room ends for new files; the rest is for what the kernel holds and has promised."""
         return self.full_bytes - self.group_bytes

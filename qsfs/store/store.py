@@ -13,7 +13,7 @@ the disk is handed out and done elsewhere, by whoever drives the store (the daem
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,12 +52,19 @@ _ROW_BYTES = 256
 Frame = tuple[int, int, bytes]
 
 
+def _nothing() -> None:
+    pass
+
+
 class CommitNeeded(Exception):
     """An fsync that the journal cannot serve: the groups must be committed."""
 
 
 class Store:
-    """The local store of one file system."""
+    """The local store of one file system.
+
+    `on_stream` is called when `streams` begins to hold while nothing commits; it must not change the store.
+    """
 
     def __init__(self, directory: Path, limits: Limits, clock: Clock) -> None:
         """Opens the store in `directory` (creating it if absent), replays the journal and commits that.
@@ -78,6 +85,7 @@ class Store:
             key: read_plain_u64(row) for key, row in self.layers.scan(Table.COUNTERS, b"", None)
         }
         self._counters_changed: set[bytes] = set()
+        self.on_stream: Callable[[], None] = _nothing
         self.write_number = self.layers.committed_write_number
         self.used_bytes = self.environment.used_bytes()
         self._replay()
@@ -177,6 +185,8 @@ class Store:
         if inode.number in self.spill.covered:
             self.spill.drop_pages(inode.number, first, len(data) // PAGE)
         self.blocks.put(inode, first, data, write_number)
+        if self.layers.committing is None and self.streams():
+            self.on_stream()
 
     def truncate_data(self, inode: Inode, first: int, size: int, cut_spill: bool = True) -> None:
         """Sets a file's size; its pages from `first` on become holes, spilled ones if `cut_spill`."""
@@ -283,6 +293,10 @@ class Store:
         """Whether the open group has reached its bound: it should be sealed, and writers wait."""
         group = self.layers.open
         return _weight(group) >= self.limits.group_bytes or group.row_count >= _MOST_ROWS
+
+    def streams(self) -> bool:
+        """Whether the open group holds so much that will not be written again that its commit can begin."""
+        return self.layers.open.streamed_bytes >= self.limits.stream_bytes
 
     def expected_bytes(self) -> int:
         """LMDB bytes in use once the groups are committed, as an upper bound."""
