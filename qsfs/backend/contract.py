@@ -6,8 +6,8 @@ limits, metrics, injected faults).  Three results are never confused: a value, p
 
 What every implementation promises:
 
-- Calls raise only `BackendUnavailable`, `BackendRefused` and `BackendFull` (and trio's
-  `Cancelled`).  The message names the backend.
+- Calls raise only `BackendUnavailable`, `BackendRefused`, `BackendFull` and, where `expect` was
+  called, `WrongBackend` (and trio's `Cancelled`).  The message names the backend.
 - A call that is cancelled or runs out of time may or may not have taken effect, and leaves
   nothing half read for the next one.
 - Storing a key that exists replaces its value; storing identical bytes succeeds and changes
@@ -129,6 +129,14 @@ class Backend(Session, Protocol):
 
     def session(self) -> AbstractAsyncContextManager[Session]:
         """Opens one connection of its own for the time of an `async with` block."""
+        ...
+
+    def expect(self, key: bytes, value: bytes | None) -> None:
+        """From now on a connection is used only if the namespace at its other end holds `value` under `key`.
+
+        So a backend that was emptied, re-created or swapped between two calls is noticed before the
+        second: it raises `WrongBackend`.  None expects nothing any more.
+        """
         ...
 
     async def aclose(self) -> None:

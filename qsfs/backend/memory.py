@@ -18,7 +18,7 @@ import trio
 
 from qsfs.backend.contract import BackendInfo, Buffer, ScanEntry, ScanPage, Session, check_key, check_value
 from qsfs.clock import Clock, SystemClock
-from qsfs.errors import BackendFull, BackendRefused, BackendUnavailable
+from qsfs.errors import BackendFull, BackendRefused, BackendUnavailable, WrongBackend
 
 T = TypeVar("T")
 
@@ -268,7 +268,6 @@ class _Calls:
             await trio.sleep(seconds / 2)
         return result
 
-
     def _refuse_closed(self) -> None:
         if self._closed:
             raise BackendUnavailable(f"backend {self.name}: the connection is closed")
@@ -299,6 +298,7 @@ class MemoryBackend(_Calls):
 
     def __init__(self, store: MemoryStore | None = None, latency: Latency | float = 0.0) -> None:
         super().__init__(store or MemoryStore(), latency)
+        self._expected: tuple[bytes, bytes] | None = None
 
     @property
     def store(self) -> MemoryStore:
@@ -309,11 +309,27 @@ class MemoryBackend(_Calls):
     async def session(self) -> AsyncIterator[Session]:
         """See `Backend`."""
         self._refuse_closed()
+        self._recognise()
         session = MemorySession(self._store, self._latency)
         try:
             yield session
         finally:
             session.break_off()
+
+    def expect(self, key: bytes, value: bytes | None) -> None:
+        """See `Backend`.  Every call is taken for one on a new connection."""
+        self._expected = None if value is None else (key, value)
+
+    async def _call(self, call: str, size: int, effect: Callable[[], T]) -> T:
+        def on_the_right_store() -> T:
+            self._recognise()
+            return effect()
+
+        return await super()._call(call, size, on_the_right_store)
+
+    def _recognise(self) -> None:
+        if self._expected is not None and self._store.peek(self._expected[0]) != self._expected[1]:
+            raise WrongBackend(f"backend {self.name}: it was re-created, emptied or swapped since it was asked last")
 
     async def aclose(self) -> None:
         """See `Backend`."""

@@ -50,7 +50,10 @@ class Target:
 
 
 class Link:
-    """A connection.  Its methods block; only `abort` may be called while another one runs."""
+    """A connection.  Its methods block; only `abort` may be called while another one runs.
+
+    `outdated`: whoever uses it shall not use it again.
+    """
 
     def __init__(self, target: Target, *, connect_timeout: float, call_timeout: float) -> None:
         self._target = target
@@ -65,6 +68,7 @@ class Link:
             redis_connect_func=_begin,
         )
         self._aborted = False
+        self.outdated = False
 
     def connect(self) -> None:
         """Connects, authenticates and selects the namespace; raises `LinkBroken` or `Refusal`."""

@@ -111,6 +111,10 @@ class WrappedBackend(WrappedSession):
             )
             yield WrappedSession(session, self._session_around())
 
+    def expect(self, key: bytes, value: bytes | None) -> None:
+        """See `Backend`."""
+        self._backend.expect(key, value)
+
     async def aclose(self) -> None:
         """See `Backend`."""
         await self._backend.aclose()

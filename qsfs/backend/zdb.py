@@ -180,6 +180,10 @@ class ZdbBackend(_ZdbCalls):
         async with self._pool.dedicated() as link:
             yield _ZdbSession(self.name, self._namespace, link)
 
+    def expect(self, key: bytes, value: bytes | None) -> None:
+        """See `Backend`."""
+        self._pool.expect(key, value)
+
     async def aclose(self) -> None:
         """See `Backend`."""
         await self._pool.aclose()

@@ -16,7 +16,7 @@ import trio
 
 from qsfs.backend.redis_link import Link, LinkBroken, Refusal, Reply, Target
 from qsfs.clock import Clock
-from qsfs.errors import BackendError, BackendFull, BackendRefused, BackendUnavailable
+from qsfs.errors import BackendError, BackendFull, BackendRefused, BackendUnavailable, WrongBackend
 
 T = TypeVar("T")
 Argument = bytes | memoryview | str
@@ -25,6 +25,7 @@ _BACKOFF_FIRST_S = 0.1
 _BACKOFF_LONGEST_S = 5.0
 _TRANSIENT = ("Cannot write", "Cannot delete key (", "Internal", "temporarily", "not available anymore")
 _FULL = ("No space left",)
+_NAMESPACE_GONE = "not available anymore"
 
 
 def backend_error(name: str, refusal: str) -> BackendError:
@@ -61,6 +62,7 @@ class LinkPool:
         self._connect_timeout = min(connect_timeout, call_timeout)
         self._slots = trio.Semaphore(connections)
         self._threads = trio.CapacityLimiter(connections)
+        self._expected: tuple[bytes, bytes] | None = None
         self._idle: list[Link] = []
         self._busy: set[Link] = set()
         self._closed = False
@@ -75,8 +77,11 @@ class LinkPool:
                 link = await self._take()
                 try:
                     reply = await self._in_thread(link, lambda: link.call(*arguments), self._threads)
-                except Refusal:
-                    self._give_back(link)
+                except Refusal as refusal:
+                    if _NAMESPACE_GONE in str(refusal):
+                        link.close()
+                    else:
+                        self._give_back(link)
                     raise
                 self._give_back(link)
                 return reply
@@ -97,6 +102,20 @@ class LinkPool:
         finally:
             dedicated.end()
 
+    def expect(self, key: bytes, value: bytes | None) -> None:
+        """See `Backend`.  Links that were made before are not used again."""
+        expected = None if value is None else (key, value)
+        if expected != self._expected:
+            self._expected = expected
+            self._failures = 0
+            self._retry_at = -math.inf
+            self._last_failure = None
+            for link in self._idle:
+                link.close()
+            self._idle = []
+            for link in self._busy:
+                link.outdated = True
+
     async def aclose(self) -> None:
         """Closes every link; calls under way fail."""
         self._closed = True
@@ -116,7 +135,7 @@ class LinkPool:
         return await self._connect(self._threads)
 
     def _give_back(self, link: Link) -> None:
-        if self._closed:
+        if self._closed or link.outdated:
             link.close()
         else:
             self._idle.append(link)
@@ -132,16 +151,34 @@ class LinkPool:
         link = Link(self._target, connect_timeout=self._connect_timeout, call_timeout=self._call_timeout)
         try:
             await self._in_thread(link, link.connect, threads)
+            await self._recognise(link, threads)
         except Refusal as refusal:
             error = backend_error(self.name, str(refusal))
             self._note_failure(error)
             raise error from None
-        except BackendUnavailable as error:
+        except (BackendUnavailable, WrongBackend) as error:
             self._note_failure(error)
             raise
         self._failures = 0
         self._last_failure = None
         return link
+
+    async def _recognise(self, link: Link, threads: trio.CapacityLimiter) -> None:
+        """Raises `WrongBackend` unless the link leads to what is expected."""
+        if self._expected is None:
+            return
+        key, value = self._expected
+        try:
+            found = await self._in_thread(link, lambda: link.call("GET", key), threads)
+        except Refusal:
+            link.close()
+            raise
+        if found != value:
+            link.close()
+            what = "has lost the record by which it is known" if found is None else "is known by another record"
+            raise WrongBackend(
+                f"backend {self.name}: {what}: it was re-created, emptied or swapped since it was asked last"
+            )
 
     async def _in_thread(self, link: Link, action: Callable[[], T], threads: trio.CapacityLimiter) -> T:
         self._busy.add(link)

@@ -53,9 +53,10 @@ class Trial:
         if force is not None and set(self.systems) == {force}:
             return
         found = [
-            f"file system {fsid.hex()} on {', '.join(sorted(set(on)))}" for fsid, on in self.systems.items()
+            f"file system {fsid.hex()} on {', '.join(sorted(set(on)))}" for fsid, on in sorted(self.systems.items())
         ]
-        found += [f"a superblock that cannot be read on {name}" for name in self.unreadable]
+        if self.unreadable:
+            found.append(f"a superblock that cannot be read on {', '.join(sorted(self.unreadable))}")
         advice = (
             "name its id to format over it, and lose it"
             if len(self.systems) == 1 and force is None

@@ -41,11 +41,15 @@ async def read_identity(session: Session, keys: KeyRing) -> BackendIdentity:
 
     `NotFound` if it positively has none, `Corrupt` if what lies there does not authenticate.
     """
+    return (await _sealed_identity(session, keys))[0]
+
+
+async def _sealed_identity(session: Session, keys: KeyRing) -> tuple[BackendIdentity, bytes]:
     key = identity_key(keys.fsid)
     value = await session.get(key)
     if value is None:
         raise NotFound(f"backend {session.name}: carries no identity of file system {keys.fsid.hex()}")
-    return open_identity(key, value, keys)
+    return open_identity(key, value, keys), value
 
 
 async def read_tombstone(session: Session, keys: KeyRing) -> Tombstone | None:
@@ -55,15 +59,14 @@ async def read_tombstone(session: Session, keys: KeyRing) -> Tombstone | None:
     return None if value is None else open_tombstone(key, value, keys)
 
 
-async def require_identity(session: Session, entry: FleetEntry, keys: KeyRing) -> None:
-    """`WrongBackend` unless `session` leads to the backend of `entry`."""
+async def require_identity(session: Session, entry: FleetEntry, keys: KeyRing) -> bytes:
+    """The sealed identity, or `WrongBackend` unless `session` leads to the backend of `entry`."""
     try:
-        found = await read_identity(session, keys)
+        found, sealed = await _sealed_identity(session, keys)
     except NotFound:
         raise WrongBackend(
             f"backend {session.name}: has lost the identity of entry {entry.number}: it was re-created or "
-            "emptied; "
-            "what it held must be rebuilt there"
+            "emptied; what it held must be rebuilt there"
         ) from None
     except Corrupt as error:
         raise WrongBackend(
@@ -72,17 +75,22 @@ async def require_identity(session: Session, entry: FleetEntry, keys: KeyRing) -
     if (found.identity, found.number) != (entry.identity, entry.number):
         raise WrongBackend(
             f"backend {session.name}: is entry {found.number} of the fleet, not {entry.number}: backends "
-            "were "
-            "swapped; check the addresses in the configuration"
+            "were swapped; check the addresses in the configuration"
         )
+    return sealed
 
 
 async def identify(member: Member, keys: KeyRing) -> bool:
-    """Asks a member for its identity in both its namespaces, and records the result in it."""
+    """Asks a member for its identity in both its namespaces, and records the result in it.
+
+    From then on its connections are used only where they lead to just these records.
+    """
+    key = identity_key(keys.fsid)
     try:
-        await require_identity(member.data, member.entry, keys)
-        if member.control is not member.data:
-            await require_identity(member.control, member.entry, keys)
+        for namespace in dict.fromkeys((member.data, member.control)):
+            if not member.identified:
+                namespace.expect(key, None)
+            namespace.expect(key, await require_identity(namespace, member.entry, keys))
     except WrongBackend as error:
         member.not_ours(error)
     except BackendError as error:
@@ -148,7 +156,9 @@ async def find_members(
 async def _who(candidate: Candidate, keys: KeyRing, attempt_seconds: float) -> BackendIdentity | BackendError:
     try:
         with trio.fail_after(attempt_seconds):
-            return await read_identity(candidate.data, keys)
+            identity, sealed = await _sealed_identity(candidate.data, keys)
+            candidate.data.expect(identity_key(keys.fsid), sealed)
+            return identity
     except BackendError as error:
         return error
     except trio.TooSlowError:

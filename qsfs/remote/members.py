@@ -6,6 +6,7 @@ Nothing here waits on a backend.  Uploads, fetches and heads report what their c
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from enum import Enum
 
 from qsfs.backend.contract import Backend
 from qsfs.clock import Clock
-from qsfs.errors import BackendError, BackendFull, QsfsBug
+from qsfs.errors import BackendError, BackendFull, QsfsBug, WrongBackend
 from qsfs.format.head import Fleet, FleetEntry
 from qsfs.remote.control import ControlIndex
+
+_log = logging.getLogger(__name__)
 
 ACTIVE = "active"
 """`FleetEntry.state` of a backend that takes new shards."""
@@ -141,7 +144,8 @@ class Member:
         self._enter(State.UP)
 
     def failed(self, error: BackendError) -> None:
-        """Records a call that failed.  A full backend answers, so it stays up.
+        """Records a call that failed.  A full backend answers, so it stays up; one that is not the one
+        that was there before (`WrongBackend`) has to show who it is.
 
         Calls that fail together are one reason to wait: the pause before the next probe grows with the
         probes that failed, not with the calls that were under way.
@@ -152,6 +156,9 @@ class Member:
             self._failures = self._waits = 0
             self._next_probe = -math.inf
             self._enter(State.UP)
+            return
+        if isinstance(error, WrongBackend) and self.identified:
+            self.not_ours(error)
             return
         self._error = error
         self._failures += 1
@@ -167,6 +174,8 @@ class Member:
 
     def not_ours(self, error: BackendError) -> None:
         """Records that what answers there is not this entry of the fleet: down until it shows who it is."""
+        if self.identified:
+            _log.warning("%s; nothing is stored there until it shows its identity", error)
         self.identified = False
         if self.index is not None:
             # The cursor came from another namespace than what answers there from now on.

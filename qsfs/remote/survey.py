@@ -22,6 +22,7 @@ from qsfs.errors import (
 )
 from qsfs.format.erasure import CodeParams
 from qsfs.format.head import FleetEntry, Head, HeadRef
+from qsfs.format.identity import identity_key
 from qsfs.remote.control import Reading, Records, read_control
 from qsfs.remote.identity import require_identity
 from qsfs.remote.members import Member, Members
@@ -79,7 +80,8 @@ async def converse(
     try:
         with trio.fail_after(timing.attempt):
             async with member.control.session() as session:
-                await require_identity(session, member.entry, records.keys)
+                sealed = await require_identity(session, member.entry, records.keys)
+                member.control.expect(identity_key(records.fsid), sealed)
                 result = await talk(session)
     except trio.TooSlowError:
         late = BackendUnavailable(f"backend {member.control.name}: no answer in {timing.attempt:g} s")

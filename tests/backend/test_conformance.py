@@ -19,7 +19,7 @@ from qsfs.backend.retry import with_retry
 from qsfs.backend.zdb import ZdbBackend
 from qsfs.clock import FixedClock
 from qsfs.config import BackendConfig
-from qsfs.errors import BackendFull, BackendRefused, BackendUnavailable
+from qsfs.errors import BackendFull, BackendRefused, BackendUnavailable, WrongBackend
 from tests.support.backends import in_process
 
 LIMIT = 20_000_000
@@ -234,3 +234,25 @@ async def test_a_closed_backend_answers_nothing(backend):
     with pytest.raises(BackendUnavailable):
         async with backend.session():
             pass
+
+
+async def test_a_connection_is_used_only_where_the_expected_record_is(backend):
+    """So an emptied, re-created or swapped backend is noticed before anything is stored there."""
+    await backend.set(b"who", b"it is me")
+    backend.expect(b"who", b"it is me")
+    await backend.set(b"k", b"v")
+    async with backend.session() as session:
+        assert await session.get(b"k") == b"v"
+    backend.expect(b"who", b"somebody else")
+    with pytest.raises(WrongBackend, match=backend.name):
+        await backend.set(b"k", b"w")
+    with pytest.raises(WrongBackend, match=backend.name):
+        async with backend.session():
+            pass
+    backend.expect(b"who", None)
+    assert await backend.get(b"k") == b"v"
+    backend.expect(b"nobody", b"x")
+    with pytest.raises(WrongBackend):
+        await backend.get(b"k")
+    backend.expect(b"who", b"it is me")
+    assert await backend.get(b"k") == b"v", "what is expected changed: no pause is left from before"

@@ -113,6 +113,9 @@ class FaultyBackend(FaultySession):
         async with self.memory.session() as inner:
             yield FaultySession(inner, self)
 
+    def expect(self, key: bytes, value: bytes | None) -> None:
+        self.memory.expect(key, value)
+
     async def aclose(self) -> None:
         await self.memory.aclose()
 

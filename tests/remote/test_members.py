@@ -261,7 +261,7 @@ async def test_a_retired_backend_carries_a_tombstone(autojump_clock, world):
     assert await read_tombstone(backend, world.keys) == stone
 
 
-def test_a_backend_that_is_another_one_is_listed_anew(world):
+def test_a_backend_that_is_another_one_is_listed_anew(world, expect_log):
     """Where heads lie among the data: a cursor into a lost namespace would skip records in the new one."""
     clock = FixedClock()
     backend = FaultyBackend(world.data[0])
@@ -270,5 +270,36 @@ def test_a_backend_that_is_another_one_is_listed_anew(world):
     one.index.cursor, one.index.keys = b"somewhere", {b"qsfs:h:"}
     one.failed(BackendUnavailable("no answer"))
     assert one.index.cursor == b"somewhere"
+    expect_log("is another; nothing is stored there", count=1)
     one.not_ours(WrongBackend("is another"))
     assert (one.index.cursor, one.index.keys) == (None, set())
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["control apart", "control shared"])
+async def test_a_backend_that_is_emptied_while_it_is_in_use_is_not_used_again(
+    autojump_clock, world, expect_log, apart
+):
+    """What is stored in an emptied namespace would be counted as stored, beside all that was lost."""
+    data = FaultyBackend(world.data[0])
+    control = FaultyBackend(world.control[0]) if apart else data
+    if not apart:
+        assert world.control[0] is not world.data[0]
+    clock = FixedClock()
+    one = Member(world.fleet.entries[0], data, control, clock)
+    assert await identify(one, world.keys) and one.writable
+    await one.data.set(b"k", b"v")
+    store = world.control[0] if apart else world.data[0]
+    earlier = store.copy()
+    store.clear()
+    expect_log("emptied or swapped.*nothing is stored there until", count=1)
+    used = one.control if apart else one.data
+    with pytest.raises(WrongBackend) as caught:
+        await used.set(b"k", b"w")
+    one.failed(caught.value)
+    one.failed(caught.value)
+    assert not one.writable and not one.identified and "emptied" in str(one.error)
+    assert not await identify(one, world.keys)
+    assert store.peek(b"k") is None
+    store.go_back_to(earlier)
+    clock.advance(module.LAST_PROBE_SECONDS)
+    assert await identify(one, world.keys) and one.writable

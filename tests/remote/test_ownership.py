@@ -216,11 +216,12 @@ async def test_a_record_that_rotted_does_not_let_its_backend_count(autojump_cloc
     assert result.counted == {3}
 
 
-async def test_a_backend_that_lost_its_identity_does_not_count(autojump_clock, nursery):
+async def test_a_backend_that_lost_its_identity_does_not_count(autojump_clock, nursery, expect_log):
     """Re-created and empty, it would acknowledge and show nothing."""
     world = await make_world(4)
     plant(world, make_head(world, OLD, 7))
     world.control_of(1).clear()
+    expect_log("has lost the identity of entry 1.*nothing is stored there", count=1)
     machine = Machine(world)
     machine.cut_off(2)
     with pytest.raises(QuorumUnavailable, match="host1:9900/qsfs-heads: has lost the identity of entry 1"):
@@ -229,10 +230,11 @@ async def test_a_backend_that_lost_its_identity_does_not_count(autojump_clock, n
     assert not written_on(world, 1)
 
 
-async def test_swapped_backends_do_not_count(autojump_clock, nursery):
+async def test_swapped_backends_do_not_count(autojump_clock, nursery, expect_log):
     world = await make_world(4)
     plant(world, make_head(world, OLD, 7))
     world.control[0], world.control[1] = world.control[1], world.control[0]
+    expect_log("backends were swapped.*nothing is stored there", count=2)
     with pytest.raises(QuorumUnavailable, match="is entry 2 of the fleet, not 1: backends were swapped"):
         await Machine(world).own(nursery, deadline=5.0)
 
