@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import cast
 
 from qsfs.filesystem.needs import NeedPages, NeedRoom
 from qsfs.filesystem.transient import TransientPages
 from qsfs.filesystem.uncovered import Uncovered
-from qsfs.store.blocks import LocalDamage, Page
+from qsfs.store.blocks import LocalDamage
 from qsfs.store.group import ZERO_PAGE
 from qsfs.store.replay import log_of
-from qsfs.store.schema import BLOCK_PAGES, PAGE, Inode, InodeFlag
+from qsfs.store.schema import BLOCK_PAGES, PAGE, Inode, InodeFlag, Page
 from qsfs.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -136,8 +137,10 @@ class Contents:
 
     def _fill(self, inode: Inode, u: Uncovered | None, first: int, found: list[Page | None]) -> list[Page]:
         """Replaces None by zeros for holes; raises `NeedPages` for a run that is remote only."""
+        if None not in found:
+            return cast("list[Page]", found)
         number, pages = inode.number, []
-        has_extents = None in found and self._store.extents.any(number)
+        has_extents = self._store.extents.any(number)
         for i, data in enumerate(found):
             page = first + i
             if data is None and has_extents and not (u is not None and u.hides(page)):

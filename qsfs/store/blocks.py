@@ -27,6 +27,7 @@ from qsfs.store.schema import (
     ExtentRow,
     Inode,
     InodeFlag,
+    Page,
     Table,
     Truncation,
     add_truncation,
@@ -37,8 +38,9 @@ from qsfs.store.schema import (
     u64,
     u64_pair,
 )
+from qsfs.store.values import whole_pages
 
-Page = bytes | memoryview
+_RUN_PAGES = 2 * BLOCK_PAGES
 
 
 class LocalDamage(Corrupt):
@@ -72,6 +74,8 @@ class Blocks:
         `LocalDamage` if stored bytes fail their checksum.
         """
         found: list[Page | None] = []
+        if count > _RUN_PAGES and self._read_run(found, inode, first, count):
+            return found
         page, stop = first, first + count
         while page < stop:
             index = page % BLOCK_PAGES
@@ -79,6 +83,30 @@ class Blocks:
             self._read_block(found, inode, page // BLOCK_PAGES, index, here)
             page += here
         return found
+
+    def _read_run(self, found: list[Page | None], inode: int, first: int, count: int) -> bool:
+        """Reads a run of blocks if LMDB alone has them, wholly resident and intact; whether it did."""
+        blocks = range(first // BLOCK_PAGES, (first + count - 1) // BLOCK_PAGES + 1)
+        if inode in self.pending:
+            return False
+        for group in (self._layers.open, self._layers.committing):
+            if group is not None and inode in group.blocks_of and not group.blocks_of[inode].isdisjoint(blocks):
+                return False
+        keys = [u64_pair(inode, number) for number in blocks]
+        rows = self._layers.view.get_all(Table.BLOCKS, keys)
+        values = self._layers.view.get_all(Table.VALUES, keys)
+        if not len(rows) == len(values) == len(keys):
+            return False
+        for (_, row), (_, value) in zip(rows, values, strict=True):
+            pages = whole_pages(row, value)
+            if pages is None:
+                found.clear()
+                return False
+            found += pages
+        self.used.add_all(range(block_key(inode, blocks.start), block_key(inode, blocks.stop)))
+        skipped = first - blocks.start * BLOCK_PAGES
+        found[:] = found[skipped : skipped + count]
+        return True
 
     def _read_block(self, found: list[Page | None], inode: int, number: int, index: int, count: int) -> None:
         key = block_key(inode, number)

@@ -7,7 +7,7 @@ a process; write transactions live on one thread; a read transaction is renewed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,12 @@ class ReadView:
         """The row at `key`, or None."""
         row: memoryview | None = self.txn.get(key, db=self._databases[table])
         return row
+
+    def get_all(self, table: Table, keys: Sequence[bytes]) -> list[tuple[memoryview, memoryview]]:
+        """The rows at those of `keys` that there are, in their order."""
+        with self.txn.cursor(self._databases[table]) as cursor:
+            found: list[tuple[memoryview, memoryview]] = cursor.getmulti(keys)
+            return found
 
     def scan(
         self, table: Table, start: bytes, stop: bytes | None, reverse: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 MOST = 500_000
 
 
@@ -15,6 +17,12 @@ class RecentSet:
     def add(self, key: int) -> None:
         """Takes note of `key`."""
         self._new.add(key)
+        if len(self._new) > MOST:
+            self.turn()
+
+    def add_all(self, keys: Iterable[int]) -> None:
+        """Takes note of `keys`."""
+        self._new.update(keys)
         if len(self._new) > MOST:
             self.turn()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import Any
 
 from qsfs.errors import Corrupt
 
@@ -22,6 +23,8 @@ TAIL = 16
 VALUE_SIZE = BLOCK_SIZE - TAIL
 
 ROOT_INODE = 1
+
+Page = bytes | memoryview
 
 
 class Table(IntEnum):
@@ -332,11 +335,16 @@ class BlockRow:
     @classmethod
     def decode(cls, row: bytes | memoryview) -> BlockRow:
         """The block in a row; raises `Corrupt`."""
-        try:
-            f = _BLOCK.unpack(row)
-        except struct.error:
-            raise Corrupt(f"block row of {len(row)} bytes; run 'qsfs fsck'") from None
+        f = unpack_block(row)
         return cls(f[0], f[1], f[2:6], f[6:10], f[10])
+
+
+def unpack_block(row: bytes | memoryview) -> tuple[Any, ...]:
+    """The eleven fields of a block row as they lie there; raises `Corrupt`."""
+    try:
+        return _BLOCK.unpack(row)
+    except struct.error:
+        raise Corrupt(f"block row of {len(row)} bytes; run 'qsfs fsck'") from None
 
 
 @dataclass(frozen=True, slots=True)
