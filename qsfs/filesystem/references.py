@@ -6,6 +6,7 @@ ORPHANS, removed with the inode once nothing uses it, or by the next mount.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from itertools import islice
 
@@ -13,6 +14,8 @@ from qsfs.filesystem.interfaces import Change
 from qsfs.filesystem.needs import Need
 from qsfs.filesystem.tree import Tree
 from qsfs.store.schema import Inode, Table, split_u64, u64
+
+log = logging.getLogger(__name__)
 
 _BATCH = 256
 
@@ -42,14 +45,17 @@ class References:
 
     def forget(self, counts: Iterable[tuple[int, int]]) -> None:
         """Gives references back; what nobody uses any more is removed by `collect`."""
+        gone = []
         for number, count in counts:
             left = self._lookups.get(number, 0) - count
             if left > 0:
                 self._lookups[number] = left
                 continue
             self._lookups.pop(number, None)
-            self._tree.forget_name(number)
+            gone.append(number)
+        for number in gone:
             self._note_unused(number)
+            self._tree.forget_name(number)
 
     def closed(self, number: int) -> None:
         """Takes note that a handle was closed; what nobody uses any more is removed by `collect`."""
@@ -68,27 +74,53 @@ class References:
     def collect(self) -> None:
         """Removes the orphans that nobody uses any more, in one change for each batch.
 
-        A `Need` leaves them for the next call: forgetting must not be repeated.
+        A `Need` leaves them for the next call: forgetting must not be repeated.  One that cannot be
+        removed for another reason stays an orphan until the next mount, and the reason is raised once
+        the others are gone.
         """
+        failures: list[Exception] = []
+        size = _BATCH
         while self._unused:
-            batch = list(islice(self._unused, _BATCH))
+            batch = list(islice(self._unused, size))
             try:
                 self._remove(batch)
             except Need:
-                return
+                break
+            except Exception as error:  # noqa: BLE001 - one that stays must not hold up the others
+                if len(batch) > 1:
+                    size = 1
+                    continue
+                failures.append(error)
             self._unused.difference_update(batch)
             self._orphans.difference_update(batch)
+        if failures:
+            raise failures[0] if len(failures) == 1 else ExceptionGroup("orphans that stay", failures)
 
     def remove_orphans(self) -> int:
-        """At mount: removes the inodes that a former mount left without a name; returns how many."""
-        removed = 0
+        """At mount: removes the inodes that a former mount left without a name; returns how many.
+
+        One that cannot be removed is logged, and left to the next mount.
+        """
+        removed, start = 0, u64(0)
         while True:
-            rows = islice(self._tree.store.scan(Table.ORPHANS, u64(0), None), _BATCH)
+            rows = islice(self._tree.store.scan(Table.ORPHANS, start, None), _BATCH)
             batch = [split_u64(key) for key, _ in rows]
             if not batch:
                 return removed
-            self._remove(batch)
-            removed += len(batch)
+            try:
+                self._remove(batch)
+                removed += len(batch)
+            except Exception:  # noqa: BLE001 - as above
+                removed += sum(map(self._remove_alone, batch))
+            start = u64(batch[-1] + 1)
+
+    def _remove_alone(self, number: int) -> bool:
+        try:
+            self._remove([number])
+        except Exception:
+            log.exception("inode %d has no name left and cannot be removed; run 'qsfs fsck'", number)
+            return False
+        return True
 
     def _note_unused(self, number: int) -> None:
         if number not in self._orphans or number in self._lookups:

@@ -9,17 +9,21 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
+import trio
 
 from qsfs.errors import DataLost, QsfsError, Unavailable
 from qsfs.filesystem.needs import Need
-from qsfs.filesystem.posix import PosixError
+from qsfs.filesystem.posix import MAX_NAME, PosixError
 from qsfs.fuse.interfaces import Waiter
 
 log = logging.getLogger(__name__)
+
+_ENDS = (trio.Cancelled, GeneratorExit, KeyboardInterrupt, SystemExit)
+_TOLD_AGAIN = frozenset(10**power for power in range(1, 12))
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -33,10 +37,23 @@ class RequestCounts:
         self.waits: dict[str, int] = {}
         self.waiting = 0
         self.unexpected = 0
+        self.failures: dict[str, int] = {}
+        self._causes: dict[tuple[str, type, object, int], int] = {}
 
     def total(self) -> int:
         """All requests."""
         return sum(self.requests.values())
+
+    def failed(self, name: str, error: BaseException) -> int:
+        """Counts an unexpected error in requests of kind `name`; returns how often its like came by now."""
+        self.unexpected += 1
+        self.failures[name] = self.failures.get(name, 0) + 1
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        cause = (name, type(error), place and place.tb_frame.f_code, place.tb_lineno if place else 0)
+        self._causes[cause] = times = self._causes.get(cause, 0) + 1
+        return times
 
 
 class Guarded(Protocol):
@@ -72,10 +89,10 @@ def request(
                 need = raised
             except PosixError as error:
                 raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-            except pyfuse3.FUSEError:
+            except (pyfuse3.FUSEError, *_ENDS):
                 raise
-            except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001 (whatever it is, the mount lives)
-                raise pyfuse3.FUSEError(translate(self.counts, name, error)) from None
+            except BaseException as error:  # noqa: BLE001 (whatever it is, the mount lives)
+                raise pyfuse3.FUSEError(translate(self.counts, name, error, args)) from None
 
     functools.update_wrapper(guarded, handler)
     return guarded
@@ -91,15 +108,16 @@ async def _wait(handlers: Guarded, name: str, need: Need) -> None:
         counts.waiting -= 1
 
 
-def translate(counts: RequestCounts, name: str, error: BaseException) -> int:
+def translate(counts: RequestCounts, name: str, error: BaseException, arguments: Sequence[object] = ()) -> int:
     """The error code for an exception that left handler `name`, logged and counted.
 
-    A group counts as the first of its exceptions that says more than EIO.  What is no `Exception`
-    at all (a cancellation) is raised again.
+    A group counts as the first of its exceptions that says more than EIO.  What ends the program
+    (a cancellation) is raised again.
     """
     leaves = list(_leaves(error))
-    if not all(isinstance(leaf, Exception) for leaf in leaves):
-        raise error
+    for leaf in leaves:
+        if isinstance(leaf, _ENDS):
+            raise leaf
     for leaf in leaves:
         if isinstance(leaf, PosixError | pyfuse3.FUSEError):
             return leaf.errno or errno.EIO
@@ -107,16 +125,28 @@ def translate(counts: RequestCounts, name: str, error: BaseException) -> int:
         # Whoever waited for the backends has said so, once for all the requests of one read.
         log.debug("%s failed: %s", name, leaves[0])
         return errno.EIO
-    counts.unexpected += 1
+    times = counts.failed(name, leaves[0])
     if all(isinstance(leaf, QsfsError) for leaf in leaves):
         for leaf in leaves:
             log.error("%s failed: %s: %s", name, type(leaf).__name__, leaf)
         return errno.EIO
-    log.error("%s failed unexpectedly", name, exc_info=error)
+    if times == 1:
+        log.error("%s failed unexpectedly (%s)", name, ", ".join(_shown(arguments)), exc_info=error)
+    elif times in _TOLD_AGAIN:
+        log.error("%s failed unexpectedly, the same way for the %dth time: %r", name, times, leaves[0])
     for leaf in leaves:
         if isinstance(leaf, OSError) and leaf.errno:
             return leaf.errno
     return errno.EIO
+
+
+def _shown(arguments: Sequence[object]) -> Iterator[str]:
+    """What of a request's arguments helps to find it in a log: numbers and names, no contents."""
+    for argument in arguments:
+        if isinstance(argument, bytes):
+            yield repr(argument) if len(argument) <= MAX_NAME else f"{len(argument)} bytes"
+        elif isinstance(argument, int) or (isinstance(argument, list) and len(argument) == 1):
+            yield repr(argument)
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

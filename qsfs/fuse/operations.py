@@ -6,6 +6,7 @@ waits for durability or for what an operation needs.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -18,12 +19,13 @@ from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT, XAttrNameT
 from qsfs import failpoints
 from qsfs.filesystem.attributes import SET_IDS, AttributeChange
 from qsfs.filesystem.namespace import Namespace
+from qsfs.filesystem.needs import Need
 from qsfs.filesystem.posix import MAX_NAME, PosixError
 from qsfs.fuse.attributes import AttributeFiller
-from qsfs.fuse.boundary import RequestCounts, request
+from qsfs.fuse.boundary import RequestCounts, request, translate
 from qsfs.fuse.handles import inode_of, is_durable, make_handle
 from qsfs.fuse.interfaces import Durability, Space, State, Waiter
-from qsfs.store.schema import PAGE, InodeFlag
+from qsfs.store.schema import PAGE, Inode, InodeFlag
 
 _WRITE_THROUGH = int(InodeFlag.WRITE_THROUGH)
 
@@ -80,8 +82,7 @@ class Operations(pyfuse3.Operations):
         inode = self._namespace.lookup(parent_inode, name)
         if inode is None:
             return self._attributes.absent()
-        self._references.looked_up(inode.number)
-        return self._attributes.fill(inode)
+        return self._known(inode)
 
     @request
     async def readlink(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileNameT:
@@ -95,8 +96,7 @@ class Operations(pyfuse3.Operations):
         """A new file, device, FIFO or socket."""
         self._check_room()
         inode = self._namespace.mknod(parent_inode, name, mode, rdev, ctx)
-        self._references.looked_up(inode.number)
-        return self._attributes.fill(inode)
+        return self._known(inode)
 
     @request
     async def mkdir(
@@ -105,8 +105,7 @@ class Operations(pyfuse3.Operations):
         """A new directory."""
         self._check_room()
         inode = self._namespace.mkdir(parent_inode, name, mode, ctx)
-        self._references.looked_up(inode.number)
-        return self._attributes.fill(inode)
+        return self._known(inode)
 
     @request
     async def symlink(
@@ -115,8 +114,7 @@ class Operations(pyfuse3.Operations):
         """A new symlink."""
         self._check_room()
         inode = self._namespace.symlink(parent_inode, name, target, ctx)
-        self._references.looked_up(inode.number)
-        return self._attributes.fill(inode)
+        return self._known(inode)
 
     @request
     async def link(
@@ -128,9 +126,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """One more name."""
         self._check_room()
-        linked = self._namespace.link(inode, new_parent_inode, new_name)
-        self._references.looked_up(linked.number)
-        return self._attributes.fill(linked)
+        return self._known(self._namespace.link(inode, new_parent_inode, new_name))
 
     @request
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> None:
@@ -160,10 +156,8 @@ class Operations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         """Gives lookup counts back.  pyfuse3 lets nothing escape here, not even `FUSEError`."""
-        try:
+        with contextlib.suppress(pyfuse3.FUSEError):
             await self._forget(inode_list)
-        except pyfuse3.FUSEError:
-            return
 
     @request
     async def _forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
@@ -264,9 +258,9 @@ class Operations(pyfuse3.Operations):
         """A new file, opened."""
         self._check_room()
         inode = self._namespace.create(parent_inode, name, mode, ctx)
-        self._references.looked_up(inode.number)
+        answer = self._file_info(inode.number, inode.flags), self._known(inode)
         self._contents.opened(inode)
-        return self._file_info(inode.number, inode.flags), self._attributes.fill(inode)
+        return answer
 
     @request
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
@@ -278,8 +272,9 @@ class Operations(pyfuse3.Operations):
             self._state.check_change()
         if flags & os.O_TRUNC:
             self._namespace.set_attributes(inode, AttributeChange(size=0))
+        answer = self._file_info(inode, opened.flags)
         self._contents.opened(opened)
-        return self._file_info(inode, opened.flags)
+        return answer
 
     @request
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
@@ -312,9 +307,11 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: FileHandleT) -> None:
         """The last close of a handle."""
         inode = self._namespace.inode(inode_of(fh))
-        self._contents.closed(inode)
-        self._references.closed(inode.number)
-        self._collect()
+        try:
+            self._contents.closed(inode)
+        finally:
+            self._references.closed(inode.number)
+            self._collect()
 
     @request
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -333,13 +330,25 @@ class Operations(pyfuse3.Operations):
 
     @request
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """Lists from cookie `start_id` on, with attributes, as much as fits."""
-        fill = self._attributes.fill
-        for cookie, name, inode in self._namespace.list_directory(inode_of(fh), start_id):
-            if not pyfuse3.readdir_reply(token, name, fill(inode), cookie):
-                return
-            if cookie > 2:
-                self._references.looked_up(inode.number)
+        """Lists from cookie `start_id` on, with attributes, as much as fits.
+
+        What an error leaves of the answer is sent: the kernel has references to all that it holds, and
+        gets the error, if it stays, when it asks for the next entry.
+        """
+        fill, looked_up = self._attributes.fill, self._references.looked_up
+        answered = False
+        try:
+            for cookie, name, inode in self._namespace.list_directory(inode_of(fh), start_id):
+                if not pyfuse3.readdir_reply(token, name, fill(inode), cookie):
+                    return
+                answered = True
+                if cookie > 2:
+                    looked_up(inode.number)
+        except BaseException as error:
+            if not answered:
+                raise
+            if not isinstance(error, Need):
+                translate(self.counts, "readdir", error, (fh, start_id))
 
     @request
     async def releasedir(self, fh: FileHandleT) -> None:
@@ -352,6 +361,12 @@ class Operations(pyfuse3.Operations):
         await self._durability.sync_namespace()
 
     # inside
+
+    def _known(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        """The answer that gives the kernel one more reference; counted once nothing can fail any more."""
+        attributes = self._attributes.fill(inode)
+        self._references.looked_up(inode.number)
+        return attributes
 
     def _file_info(self, number: int, flags: int) -> pyfuse3.FileInfo:
         durable = bool(flags & _WRITE_THROUGH)

@@ -72,9 +72,12 @@ async def _when_initialized(
 ) -> None:
     """Tunes once the session is agreed on: until then the kernel would set readahead again."""
     await operations.initialized.wait()
-    device = tuning.find_device(mountpoint)
-    if device is not None:
-        tuning.tune(device, read_ahead_kb=config.read_ahead_kb, max_background=config.max_background)
+    try:
+        device = tuning.find_device(mountpoint)
+        if device is not None:
+            tuning.tune(device, read_ahead_kb=config.read_ahead_kb, max_background=config.max_background)
+    except Exception:
+        log.exception("%s: the kernel's settings for the mount stay as they are", mountpoint)
     mounted()
 
 
@@ -98,11 +101,13 @@ class AttributeRefresh:
         self._nursery.start_soon(self._tell, number)
 
     async def _tell(self, number: int) -> None:
-        await trio.to_thread.run_sync(_invalidate, number, abandon_on_cancel=True)
+        try:
+            await trio.to_thread.run_sync(_invalidate, number, abandon_on_cancel=True)
+        except OSError as error:
+            log.debug("inode %d: the kernel need not ask again: %s", number, error)
+        except Exception:
+            log.exception("inode %d: the kernel was not told that its attributes changed", number)
 
 
 def _invalidate(number: int) -> None:
-    try:
-        pyfuse3.invalidate_inode(number, attr_only=True)
-    except OSError as error:
-        log.debug("inode %d: the kernel need not ask again: %s", number, error)
+    pyfuse3.invalidate_inode(number, attr_only=True)

@@ -22,6 +22,7 @@ class Settings:
     mountpoint: str = ""
     xattr: bool = False
     short_loop: bool = True
+    break_tuning: bool = False
     policies: tuple[dict[str, Any], ...] = ()
     total_bytes: int = 1 << 40
     free_bytes: int = 1 << 39

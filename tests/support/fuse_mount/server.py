@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import gc
 import inspect
 import json
@@ -21,10 +22,15 @@ from qsfs.filesystem.needs import Need, NeedPages
 from qsfs.filesystem.policies import Policies
 from qsfs.filesystem.posix import Credentials, PosixError
 from qsfs.filesystem.space import SpaceReport
+from qsfs.fuse import session, tuning
 from qsfs.fuse.operations import Operations
 from qsfs.fuse.session import serve
 from qsfs.fuse.state import MountState
 from tests.support.memory_store import MemoryContents, MemoryStore
+
+
+class _Panic(BaseException):
+    """As what is raised by extension modules that do not know Python's rules."""
 
 
 class Daemon:
@@ -45,6 +51,7 @@ class Daemon:
         self.needed: NeedPages | None = None
         self.operations = Operations(self.namespace, self, self, self, self.state, xattr=settings["xattr"])
         self._seen: dict[str, int] = {}
+        self._counted: dict[tuple[str, str], int] = {}
 
     # what the handlers ask for
 
@@ -89,10 +96,11 @@ class Daemon:
 
     async def settled(self) -> bool:
         """Waits until nothing that has no name is left, which ends with a FORGET of the kernel."""
-        with trio.fail_after(30):
+        with trio.move_on_after(30):
             while self.namespace.references.orphans:
                 await trio.sleep(0.01)
-        return True
+            return True
+        return False
 
     async def waiting(self, count: int) -> bool:
         """Waits until so many requests wait."""
@@ -111,31 +119,105 @@ class Daemon:
     def unexpected(self) -> int:
         return self.operations.counts.unexpected
 
-    def raise_in(self, method: str, error: str) -> None:
-        """The next call of a method of the namespace raises."""
+    def break_next(self, place: str, error: str = "ValueError", after: bool = False, times: int = 1) -> None:
+        """The next calls of the function at `place`, a dotted path from here, raise: at once or at their end."""
         kinds: dict[str, BaseException] = {
             "ValueError": ValueError("planned"),
             "OSError": OSError(28, "planned"),
             "ExceptionGroup": ExceptionGroup("planned", [PosixError(2), ValueError("planned")]),
             "KeyError group": BaseExceptionGroup("planned", [KeyError("planned")]),
+            "BaseException": _Panic("planned"),
         }
-        original = getattr(self.namespace, method)
+        *path, name = place.split(".")
+        owner: Any = functools.reduce(getattr, path, self)
+        original = getattr(owner, name)
+        left = times
 
-        def fail(*args: Any) -> None:
-            setattr(self.namespace, method, original)
+        def fail(*args: Any, **kwargs: Any) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                setattr(owner, name, original)
+            if after:
+                original(*args, **kwargs)
             raise kinds[error]
 
-        setattr(self.namespace, method, fail)
+        setattr(owner, name, fail)
 
-    def raise_in_forget(self) -> None:
-        original = self.namespace.references.forget
+    def break_after(self, place: str, calls: int) -> None:
+        """The call of a method of the handlers' helpers after so many good ones raises."""
+        *path, name = place.split(".")
+        owner: Any = functools.reduce(getattr, path, self)
+        original = getattr(owner, name)
+        left = calls
 
-        def fail(counts: Any) -> None:
-            self.namespace.references.forget = original  # type: ignore[method-assign]
-            original(counts)
+        def fail(*args: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                return original(*args)
+            setattr(owner, name, original)
             raise ValueError("planned")
 
-        self.namespace.references.forget = fail  # type: ignore[method-assign]
+        setattr(owner, name, fail)
+
+    def refuse_removal(self, number: int) -> None:
+        """An inode cannot be removed any more; 0: all can."""
+        original = type(self.store).remove
+
+        def remove(store: MemoryStore, which: int) -> None:
+            if which == number:
+                raise ValueError("planned")
+            original(store, which)
+
+        self.store.remove = functools.partial(remove, self.store)  # type: ignore[method-assign]
+
+    def remove_orphans(self) -> int:
+        return self.namespace.remove_orphans()
+
+    def open_files(self) -> int:
+        return len(self.contents.open_count)
+
+    def break_refresh(self) -> None:
+        """Telling the kernel of changed attributes fails from here on."""
+
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise ValueError("planned")
+
+        session.pyfuse3.invalidate_inode = fail
+
+    def refresh(self, number: int) -> None:
+        self.operations.attributes_changed(number)
+
+    async def refreshes_ended(self) -> bool:
+        """Waits until no refresh runs."""
+        refresh: Any = self.operations.attributes_changed
+        nursery = refresh.__self__._nursery
+        with trio.fail_after(30):
+            while any("AttributeRefresh" in task.name for task in nursery.child_tasks):
+                await trio.sleep(0.01)
+        return True
+
+    async def counted(self, what: str, name: str) -> bool:
+        """Waits until something was counted that comes when the kernel likes."""
+        counts: dict[str, int] = getattr(self.operations.counts, what)
+        before = self._counted.get((what, name), 0)
+        with trio.fail_after(30):
+            while counts.get(name, 0) == before:
+                await trio.sleep(0.01)
+        self._counted[what, name] = counts[name]
+        return True
+
+    def failures(self) -> dict[str, int]:
+        return dict(self.operations.counts.failures)
+
+    async def known_only(self, count: int) -> bool:
+        """Waits until the kernel knows so many inodes, which ends with a FORGET."""
+        with trio.move_on_after(30):
+            while self.namespace.references.known != count:
+                await trio.sleep(0.01)
+            return True
+        return False
 
     def need_pages(self, number: int, always: bool = False) -> None:
         """The next access to a file's contents waits until `release`, or all of them."""
@@ -177,7 +259,12 @@ class Daemon:
                 answer(await result if inspect.iscoroutine(result) else result)
         cancel()
 
+    def _fail_to_tune(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("planned")
+
     async def run(self) -> None:
+        if self.settings["break_tuning"]:
+            tuning.tune = self._fail_to_tune  # type: ignore[assignment]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.command_loop, nursery.cancel_scope.cancel)
             await serve(
