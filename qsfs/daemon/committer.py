@@ -1,7 +1,8 @@
 """Local durability: seals and commits groups, serves fsyncs by the journal, wakes who waits.
 
 Two things leave the event loop here: the commit of a group and the flush of journal appends, one
-thread hop each.  Everything between hops is synchronous, so no lock is needed: "one commits at a
+thread hop each.  A flush stays where the disk is quick and nobody else asks for anything: the hop
+would take about as long as the flush.  Everything between hops is synchronous, so no lock is needed: "one commits at a
 time" and "one flushes at a time" are plain flags.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 
 import trio
@@ -24,12 +26,24 @@ _log = logging.getLogger(__name__)
 _IDLE_SECONDS = 4.0
 _FULL_TRIES = 200
 _FULL_PAUSE_SECONDS = 0.1
+_SHORT_FLUSH_SECONDS = 1e-3
+_FORGETTING = 0.1
 
 
 class Committer:
-    """Drives the store's groups and journal.  `failed` is set once the local disk failed: no way back."""
+    """Drives the store's groups and journal.  `failed` is set once the local disk failed: no way back.
 
-    def __init__(self, store: Store, contents: Contents, group_seconds: float) -> None:
+    `alone` tells whether no request waits but the one that is being served; by default nobody knows.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        contents: Contents,
+        group_seconds: float,
+        *,
+        alone: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._store = store
         self._contents = contents
         self._group_seconds = group_seconds
@@ -43,6 +57,8 @@ class Committer:
         self._flushed = 0
         self._flushing = False
         self._flush_progress = trio.Event()
+        self._flush_seconds = math.inf
+        self._alone = alone
         self.failed: CacheError | None = None
         self._failure = trio.Event()
         self.after_commit: list[Callable[[], None]] = []
@@ -204,8 +220,11 @@ class Committer:
             self._flushing = True
             frames, self._queue, upto = self._queue, [], self._placed
             try:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._store.journal.write, frames)
+                if self._flushes_at_once():
+                    self._write(frames)
+                else:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(self._write, frames)
                 self._flushed = upto
                 self.flushes += 1
             except Exception as error:  # noqa: BLE001 - what was to be flushed must not pass for durable
@@ -214,3 +233,20 @@ class Committer:
                 self._flushing = False
                 self._flush_progress.set()
                 self._flush_progress = trio.Event()
+
+    def _flushes_at_once(self) -> bool:
+        """Whether a flush may keep the event loop: it was short lately, the disk is free, nobody waits."""
+        return (
+            self._flush_seconds < _SHORT_FLUSH_SECONDS
+            and self._store.layers.committing is None
+            and self._alone()
+        )
+
+    def _write(self, frames: list[Frame]) -> None:
+        """Writes and flushes appends.  A slow flush counts at once, and is forgotten over the next ones."""
+        clock = self._store.clock
+        begin = clock.monotonic()
+        self._store.journal.write(frames)
+        seconds = clock.monotonic() - begin
+        before = seconds if math.isinf(self._flush_seconds) else self._flush_seconds
+        self._flush_seconds = max(seconds, before + _FORGETTING * (seconds - before))

@@ -39,7 +39,7 @@ from qsfs.filesystem.contents import Contents
 from qsfs.filesystem.namespace import Namespace
 from qsfs.filesystem.needs import Need
 from qsfs.filesystem.policies import Policies
-from qsfs.fuse import session
+from qsfs.fuse import loop, session
 from qsfs.fuse.operations import Operations
 from qsfs.fuse.state import MountState
 from qsfs.remote.fetch import Fetcher
@@ -124,7 +124,9 @@ class Service:
         config, store = self.config, self.store
         self.contents = Contents(store)
         self.namespace = Namespace(store, self.contents, Policies(config.policies))
-        self.committer = Committer(store, self.contents, config.cache.group_seconds)
+        self.committer = Committer(
+            store, self.contents, config.cache.group_seconds, alone=loop.nothing_waits
+        )
         self.keeper = Keeper(store, self.contents, self.committer, self.clock)
         self.links = links(config, self.clock)
         try:

@@ -35,6 +35,7 @@ TURN_SECONDS = 500e-6
 
 _EAGER_SECONDS = 100e-6
 _VERSION = "3.5."
+_in_use: list[ShortLoop] = []
 
 
 @contextmanager
@@ -50,11 +51,18 @@ def installed(enabled: bool = True) -> Iterator[bool]:
         yield False
         return
     module: Any = pyfuse3
-    module.trio = ShortLoop()
+    module.trio = short_loop = ShortLoop()
+    _in_use.append(short_loop)
     try:
         yield True
     finally:
         module.trio = trio
+        _in_use.remove(short_loop)
+
+
+def nothing_waits() -> bool:
+    """Whether the kernel has no further request for us just now; without the shorter loop nobody knows."""
+    return bool(_in_use) and not any(short_loop.lowlevel.is_readable() for short_loop in _in_use)
 
 
 class ShortLoop:
@@ -124,6 +132,10 @@ class _LowLevel:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
+
+    def is_readable(self) -> bool:
+        """Whether one of the descriptors that were waited for can be read."""
+        return any(poll.poll(0) for poll in self._polls.values())
 
     async def wait_readable(self, descriptor: int) -> None:
         """Returns when `descriptor` can be read, without a pause if that is soon."""
