@@ -3,7 +3,8 @@
 Option `mode`: "default" (what qsfs itself uses), "writemap" (Casper's `storage.lmdb`), "manual" (Casper's
 `data.lmdb`: WRITEMAP, MAP_ASYNC and NOMETASYNC with a forced sync after each commit), "nosync" (acknowledges
 without ever having synced: a liar, to see that its lies are found).  `single` is the name of a file to use
-instead of a directory with LMDB's own names (data.mdb, lock.mdb).
+instead of a directory with LMDB's own names (data.mdb, lock.mdb).  `large` is a number of records of 9 kB that
+each step writes anew besides.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import lmdb
 from lmdb import verify as offline
 
 from tests.support.workload.acks import Acks, Promises
-from tests.support.workload.records import changes, compare, state_after
+from tests.support.workload.records import bulk, changes, compare, state_after
 
 MODES: dict[str, dict[str, bool]] = {
     "default": {},
@@ -38,6 +39,7 @@ def run(
     mode: str = "default",
     single: str = "",
     map_size: int = 1 << 30,
+    large: int = 0,
 ) -> None:
     """Commits one transaction a step and acknowledges it once it was synced as its mode asks."""
     environment = open_environment(directory, single, map_size=map_size, **MODES[mode])
@@ -53,6 +55,8 @@ def run(
                     else:
                         transaction.put(key, value)
                         records[key] = value
+                for key, value in bulk(seed, step, large):
+                    transaction.put(key, value)
                 transaction.put(TIP, str(step).encode())
             if mode == "manual":
                 environment.sync(True)
@@ -79,7 +83,10 @@ def verify(directory: Path, promises: Promises) -> list[str]:
     tip = int(found.pop(TIP, b"-1"))
     if not promises.acked <= tip <= promises.begun:
         return [f"{path} is as of step {tip}; acknowledged was {promises.acked}, begun {promises.begun}"]
-    return compare(str(path), state_after(promises.seed, tip), found)
+    expected = state_after(promises.seed, tip)
+    if tip >= 0:
+        expected |= bulk(promises.seed, tip, promises.options.get("large", 0))
+    return compare(str(path), expected, found)
 
 
 def open_environment(directory: Path, single: str, **options: Any) -> lmdb.Environment:

@@ -23,8 +23,14 @@ def changes(seed: str, step: int, records: dict[bytes, bytes]) -> Iterable[tuple
         yield key, None
 
 
+def bulk(seed: str, step: int, count: int) -> Iterable[tuple[bytes, bytes]]:
+    """`count` large records that each step writes anew."""
+    for number in range(count):
+        yield f"bulk.{number:06}".encode(), content(LARGEST, seed, step, number, "bulk")
+
+
 def state_after(seed: str, last: int) -> dict[bytes, bytes]:
-    """The records after steps 0 to `last`."""
+    """The records after steps 0 to `last`, without those in bulk."""
     records: dict[bytes, bytes] = {}
     for step in range(last + 1):
         for key, value in changes(seed, step, records):
