@@ -14,10 +14,10 @@ from typing import cast
 from qsfs.filesystem.needs import NeedPages, NeedRoom
 from qsfs.filesystem.transient import TransientPages
 from qsfs.filesystem.uncovered import Uncovered
-from qsfs.store.blocks import LocalDamage
 from qsfs.store.group import ZERO_PAGE
+from qsfs.store.reading import LocalDamage
 from qsfs.store.replay import log_of
-from qsfs.store.schema import BLOCK_PAGES, PAGE, Inode, InodeFlag, Page
+from qsfs.store.schema import PAGE, Inode, InodeFlag, Page
 from qsfs.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -261,10 +261,8 @@ class Contents:
             page = first + i
             if page not in u.pages:
                 self._uncovered_bytes += PAGE
-                state = blocks.state(inode.number, page // BLOCK_PAGES)
-                held = state is not None and state.resident & 1 << page % BLOCK_PAGES
-                spilled = self._store.spill.has(inode.number, page)
-                if not held and not spilled and extents.at(inode.number, page) is None:
+                held = blocks.reader.is_resident(inode.number, page) or self._store.spill.has(inode.number, page)
+                if not held and extents.at(inode.number, page) is None:
                     u.fresh += 1
             u.pages[page] = bytes(data[i * PAGE : (i + 1) * PAGE])
 

@@ -19,8 +19,8 @@ from qsfs.format.extent import PackRef
 from qsfs.remote.context import FlushContext
 from qsfs.remote.packing import Sealer, row_of, sealed_runs
 from qsfs.remote.upload import Upload
-from qsfs.store.blocks import LocalDamage
 from qsfs.store.packs import SealedRun, record_run, reserve_numbers
+from qsfs.store.reading import LocalDamage
 from qsfs.store.schema import BLOCK_PAGES, PAGE, u64_pair
 from qsfs.store.snapshot import CommittedState, DirtyPart, DirtyRun, Want
 

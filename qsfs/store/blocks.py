@@ -11,19 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from xxhash import xxh3_64_intdigest
-
-from qsfs.errors import Corrupt
 from qsfs.store.extents import Extents
-from qsfs.store.group import Block, DamagedPage, InodeLog, block_key
+from qsfs.store.group import Block, InodeLog, block_key
 from qsfs.store.inodes import Inodes
 from qsfs.store.layers import Layers
+from qsfs.store.reading import PageReader
 from qsfs.store.recency import RecentSet
 from qsfs.store.schema import (
     BLOCK_PAGES,
     PAGE,
-    VALUE_SIZE,
-    BlockRow,
     ExtentRow,
     Inode,
     InodeFlag,
@@ -37,19 +33,8 @@ from qsfs.store.schema import (
     split_u64,
     u64,
     u64_pair,
+    unpack_block,
 )
-from qsfs.store.values import whole_pages
-
-_RUN_PAGES = 2 * BLOCK_PAGES
-
-
-class LocalDamage(Corrupt):
-    """The bytes of one local page are gone or fail their checksum."""
-
-    def __init__(self, inode: int, page: int, what: str) -> None:
-        super().__init__(f"inode {inode}, page {page}: {what}; run 'qsfs fsck --repair'")
-        self.inode = inode
-        self.page = page
 
 
 class Blocks:
@@ -59,111 +44,17 @@ class Blocks:
         self._layers = layers
         self._inodes = inodes
         self._extents = extents
-        self.used = RecentSet()
         self.written = RecentSet()
         self._under_work: dict[int, _Work] = {}
         self.pending: dict[int, tuple[Truncation, ...]] = {
             split_u64(key): decode_truncations(row)
             for key, row in layers.scan(Table.TRUNCATIONS, b"", None)
         }
+        self.reader = PageReader(layers, self.pending)
 
     def pages(self, inode: int, first: int, count: int) -> list[Page | None]:
-        """The resident pages from `first` on; None where a page is a hole or remote only.
-
-        Memoryviews among them die with the next commit: join or copy at once.  Raises
-        `LocalDamage` if stored bytes fail their checksum.
-        """
-        found: list[Page | None] = []
-        if count > _RUN_PAGES and self._read_run(found, inode, first, count):
-            return found
-        page, stop = first, first + count
-        while page < stop:
-            index = page % BLOCK_PAGES
-            here = min(BLOCK_PAGES - index, stop - page)
-            self._read_block(found, inode, page // BLOCK_PAGES, index, here)
-            page += here
-        return found
-
-    def _read_run(self, found: list[Page | None], inode: int, first: int, count: int) -> bool:
-        """Reads a run of blocks if LMDB alone has them, wholly resident and intact; whether it did."""
-        blocks = range(first // BLOCK_PAGES, (first + count - 1) // BLOCK_PAGES + 1)
-        if inode in self.pending:
-            return False
-        for group in (self._layers.open, self._layers.committing):
-            if group is not None and inode in group.blocks_of and not group.blocks_of[inode].isdisjoint(blocks):
-                return False
-        keys = [u64_pair(inode, number) for number in blocks]
-        rows = self._layers.view.get_all(Table.BLOCKS, keys)
-        values = self._layers.view.get_all(Table.VALUES, keys)
-        if not len(rows) == len(values) == len(keys):
-            return False
-        for (_, row), (_, value) in zip(rows, values, strict=True):
-            pages = whole_pages(row, value)
-            if pages is None:
-                found.clear()
-                return False
-            found += pages
-        self.used.add_all(range(block_key(inode, blocks.start), block_key(inode, blocks.stop)))
-        skipped = first - blocks.start * BLOCK_PAGES
-        found[:] = found[skipped : skipped + count]
-        return True
-
-    def _read_block(self, found: list[Page | None], inode: int, number: int, index: int, count: int) -> None:
-        key = block_key(inode, number)
-        self.used.add(key)
-        committing = self._layers.committing
-        lower = committing.blocks.get(key) if committing is not None else None
-        top = self._layers.open.blocks.get(key) or lower
-        if top is None:
-            found += self._stored_pages(key, index, count)[index : index + count]
-            return
-        for i in range(index, index + count):
-            if not top.resident & 1 << i or self._is_cut(inode, number, i, top):
-                found.append(None)
-                continue
-            page: Page | None = top.pages[i]
-            if page is None and lower is not None:
-                page = lower.pages[i]
-            if page is None:
-                page = self._stored_pages(key, i, 1, raw=True)[i]
-            elif type(page) is DamagedPage:
-                raise LocalDamage(inode, number * BLOCK_PAGES + i, "its local bytes fail their checksum")
-            found.append(page)
-
-    def _is_cut(self, inode: int, number: int, index: int, block: Block) -> bool:
-        pending = self.pending.get(inode)
-        page = number * BLOCK_PAGES + index
-        return pending is not None and is_cut(pending, page, block.writes[index])
-
-    def _stored_pages(self, key: int, index: int, count: int, raw: bool = False) -> list[Page | None]:
-        """The pages of a block in LMDB; `raw`: those under a pending truncation too."""
-        name = key.to_bytes(16, "big")
-        pages: list[Page | None] = [None] * BLOCK_PAGES
-        view = self._layers.view
-        encoded = view.get(Table.BLOCKS, name)
-        if encoded is None:
-            return pages
-        row = BlockRow.decode(encoded)
-        inode, number = key >> 64, key & (1 << 64) - 1
-        pending = None if raw else self.pending.get(inode)
-        value = view.get(Table.VALUES, name)
-        for i in range(index, index + count):
-            if not row.resident & 1 << i:
-                continue
-            page_number = number * BLOCK_PAGES + i
-            if pending is not None and is_cut(pending, page_number, row.writes[i]):
-                continue
-            page: Page
-            if value is None or len(value) != VALUE_SIZE:
-                raise LocalDamage(inode, page_number, "its local bytes are gone")
-            if i < BLOCK_PAGES - 1:
-                page = value[i * PAGE : (i + 1) * PAGE]
-            else:
-                page = bytes(value[i * PAGE :]) + row.tail
-            if xxh3_64_intdigest(page) != row.sums[i]:
-                raise LocalDamage(inode, page_number, "its local bytes fail their checksum")
-            pages[i] = page
-        return pages
+        """See `PageReader.pages`."""
+        return self.reader.pages(inode, first, count)
 
     def state(self, inode: int, number: int) -> Block | None:
         """Bitmaps and write numbers of a block as of now, or None; read only."""
@@ -185,8 +76,8 @@ class Blocks:
         encoded = self._layers.view.get(Table.BLOCKS, u64_pair(inode, number))
         if encoded is None:
             return None
-        row = BlockRow.decode(encoded)
-        return Block(row.resident, row.dirty, list(row.writes))
+        fields = unpack_block(encoded)
+        return Block(fields[0], fields[1], list(fields[6:10]))
 
     def _cut(self, inode: int, number: int, block: Block) -> int:
         """Clears the pages of `block` that a pending truncation cuts; returns their bits."""
@@ -294,7 +185,7 @@ class Blocks:
         block.writes[index] = source.write_number
         block.pages[index] = data
         self._layers.open.fill(block)
-        self.used.add(block_key(inode.number, number))
+        self.reader.used.add(block_key(inode.number, number))
         return True
 
     def remote_extent(self, inode: int, page: int) -> ExtentRow | None:
@@ -419,7 +310,7 @@ class Blocks:
         key = block_key(inode.number, number)
         block = self._layers.open.blocks.get(key) or self._inherit(inode.number, number, key)
         if block is not None and any(
-            block.resident & 1 << i and self._is_cut(inode.number, number, i, block)
+            block.resident & 1 << i and self.reader.is_cut(inode.number, number, i, block)
             for i in range(BLOCK_PAGES)
         ):
             self.writable(inode, number)

@@ -68,14 +68,14 @@ class Evictor:
             if number not in kept:
                 inode = store.inode(number)
                 kept[number] = inode is None or bool(inode.flags & _KEPT)
-            if not kept[number] and (recent_too or block_key(number, block) not in store.blocks.used):
+            if not kept[number] and (recent_too or block_key(number, block) not in store.blocks.reader.used):
                 gone, held = self._evict(number, block, safe, written_will_do)
                 dropped += gone
                 later += held
             if looked >= rows or dropped >= blocks:
                 return Evicted(dropped, later, looked, False)
         self._hand = b""
-        store.blocks.used.turn()
+        store.blocks.reader.used.turn()
         return Evicted(dropped, later, looked, True)
 
     def _evict(

@@ -33,6 +33,8 @@ from qsfs.store.schema import (
 COMMIT_KEY = b"commit"
 WRITE_NUMBER_KEY = b"write-number"
 JOURNAL_START_KEY = b"journal-start"
+Key = bytes
+RowValue = bytes | None
 ALL_PAGES = (1 << BLOCK_PAGES) - 1
 ZERO_PAGE = bytes(PAGE)
 _MARKS_AT_ONCE = 10_000
@@ -88,6 +90,7 @@ class Group:
     def __init__(self, number: int) -> None:
         self.number = number
         self.rows: dict[Table, SortedDict] = {table: SortedDict() for table in Table}
+        self._changed_rows = 0
         self.blocks: dict[int, Block] = {}
         self.blocks_of: defaultdict[int, set[int]] = defaultdict(set)
         self.spill: dict[int, Block] = {}
@@ -115,7 +118,14 @@ class Group:
     @property
     def row_count(self) -> int:
         """Rows and blocks that the group changes."""
-        return len(self.blocks) + len(self.spill) + sum(map(len, self.rows.values()))
+        return len(self.blocks) + len(self.spill) + self._changed_rows
+
+    def change(self, table: Table, key: Key, value: RowValue) -> None:
+        """Sets a row, or deletes it (None)."""
+        rows = self.rows[table]
+        if key not in rows:
+            self._changed_rows += 1
+        rows[key] = value
 
     def fill(self, block: Block) -> None:
         """Takes note that a block gets bytes of its own, for the bound."""
@@ -127,7 +137,7 @@ class Group:
     def empty(self) -> bool:
         """Whether committing it would change nothing."""
         return not (
-            self.blocks or self.spill or self.inodes or self.published or any(self.rows.values())
+            self.blocks or self.spill or self.inodes or self.published or self._changed_rows
         )
 
 

@@ -66,11 +66,11 @@ class Layers:
 
     def put(self, table: Table, key: bytes, value: bytes) -> None:
         """Sets a row in the open group."""
-        self.open.rows[table][key] = value
+        self.open.change(table, key, value)
 
     def delete(self, table: Table, key: bytes) -> None:
         """Deletes a row in the open group; harmless if there is none."""
-        self.open.rows[table][key] = None
+        self.open.change(table, key, None)
 
     def scan(
         self, table: Table, start: bytes, stop: bytes | None, reverse: bool = False

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from xxhash import xxh3_64_intdigest
 
-from qsfs.store.blocks import Blocks, LocalDamage
+from qsfs.store.blocks import Blocks
 from qsfs.store.environment import Environment
 from qsfs.store.group import Block, DamagedPage, block_key
 from qsfs.store.layers import Layers
+from qsfs.store.reading import LocalDamage
 from qsfs.store.schema import (
     BLOCK_PAGES,
     BLOCK_SIZE,

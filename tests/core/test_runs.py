@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qsfs.store.blocks import LocalDamage
+from qsfs.store.reading import LocalDamage
 from qsfs.store.schema import BLOCK_PAGES, PAGE, Table, u64_pair
 from tests.core.machine import Machine
 

@@ -16,8 +16,8 @@ from qsfs.remote.collect import AbandonedCollector
 from qsfs.remote.cut import NoCut
 from qsfs.remote.metadata import full_snapshot
 from qsfs.remote.stored import StoredPack
-from qsfs.store.blocks import LocalDamage
 from qsfs.store.packs import pack_row
+from qsfs.store.reading import LocalDamage
 from qsfs.store.schema import PAGE, InodeFlag, Table, u64
 from qsfs.store.snapshot import CommittedState, Want
 from tests.remote.flush_machine import Crash, FlushMachine, crash, newest_head, restore
