@@ -1,0 +1,218 @@
+"""Each promise of durability against a power cut at the moment that tests it most.
+
+Unlike the cuts at random moments these keep nothing, or anything, of what no fsync covered right after a call
+returned, where a generation is half made, and while a lost machine is being restored.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support import workload
+from tests.support.daemon import FileSystem
+from tests.support.workload import Running
+
+pytestmark = pytest.mark.mount
+
+# Nothing becomes durable by itself.
+LAZY = {"cache.group_seconds": 600, "flush.cut_seconds": 600, "flush.quiet_seconds": 600, "log.level": "warning"}
+EAGER = {"cache.group_seconds": 0.3, "flush.cut_seconds": 0.5, "flush.quiet_seconds": 0.1, "log.level": "warning"}
+
+# Between what a generation stores here, what it sends, and what it records here.
+POINTS = (
+    "flush.packs.uploaded",
+    "spool.head.stored",
+    "publish.send",
+    "quorum_write.acknowledged",
+    "publish.published",
+    "flush.record.step",
+    "flush.recorded",
+    "flush.spool.cleared",
+    "flush.precopy.recorded",
+    "own.announced",
+)
+
+
+def write(path: Path, data: bytes, *, flags: int = 0, sync: Callable[[int], None] | None = None) -> None:
+    """Writes a file anew, and makes it durable by `sync`."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644)
+    try:
+        assert os.pwrite(descriptor, data, 0) == len(data)
+        if sync is not None:
+            sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def touch_mapped(path: Path, data: bytes) -> None:
+    """Writes a file through a shared mapping, and makes it durable by msync."""
+    with path.open("w+b") as file:
+        file.truncate(len(data))
+        with mmap.mmap(file.fileno(), len(data)) as mapped:
+            mapped[:] = data
+            mapped.flush()
+
+
+def sync_names(directory: Path) -> None:
+    """An fsync of a directory."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# By name of the file: how much of it is written, by which call.
+CALLS: dict[str, tuple[int, Callable[[Path, bytes], None]]] = {
+    "fsync": (10_000, lambda path, data: write(path, data, sync=os.fsync)),
+    "fsync-large": (6 << 20, lambda path, data: write(path, data, sync=os.fsync)),
+    "fdatasync": (10_000, lambda path, data: write(path, data, sync=os.fdatasync)),
+    "O_SYNC": (10_000, lambda path, data: write(path, data, flags=os.O_SYNC)),
+    "O_DSYNC": (10_000, lambda path, data: write(path, data, flags=os.O_DSYNC)),
+    "msync": (10_000, touch_mapped),
+    "atomic.lmdb": (10_000, touch_mapped),
+    "atomic-large.lmdb": (30 << 20, touch_mapped),
+}
+
+
+def test_each_call_that_promises_durability_keeps_it(scratch: Path) -> None:
+    """Right after each call the power goes: what it covered is there, with all before it, and nothing else."""
+    wanted: dict[str, bytes] = {}
+    with FileSystem(scratch, shards=(2, 1), count=4, forgetting=True, metadata="strict", settings=LAZY) as fs:
+        fs.format()
+        fs.mount()
+        for name, (size, call) in CALLS.items():
+            data = random.Random(name).randbytes(size)
+            call(fs.mountpoint / name, data)
+            wanted[name] = data
+            (fs.mountpoint / "lost").write_bytes(b"never covered")
+            fs.power_cut(keep="none")
+            fs.mount()
+            found = {path.name: path.read_bytes() for path in fs.mountpoint.iterdir()}
+            assert found.keys() == wanted.keys(), f"after {name}"
+            assert [path for path in found if found[path] != wanted[path]] == [], f"after {name}"
+        fs.umount()
+
+
+def test_names_are_durable_once_their_directory_was_synced(scratch: Path) -> None:
+    with FileSystem(scratch, shards=(2, 1), count=4, forgetting=True, metadata="strict", settings=LAZY) as fs:
+        fs.format()
+        fs.mount()
+        top = fs.mountpoint
+        (top / "d").mkdir()
+        for name in ("old", "gone", "over", "under"):
+            write(top / name, name.encode(), sync=os.fsync)
+        (top / "old").rename(top / "d" / "new")
+        (top / "gone").unlink()
+        (top / "over").rename(top / "under")
+        (top / "link").hardlink_to(top / "under")
+        (top / "sym").symlink_to("d/new")
+        (top / "under").chmod(0o600)
+        sync_names(top)
+        (top / "later").mkdir()
+        fs.power_cut(keep="none")
+        fs.mount()
+        assert sorted(str(path.relative_to(top)) for path in top.rglob("*")) == ["d", "d/new", "link", "sym", "under"]
+        assert (top / "sym").read_bytes() == b"old"
+        assert (top / "link").read_bytes() == (top / "under").read_bytes() == b"over"
+        assert (top / "link").stat().st_nlink == 2
+        assert (top / "link").stat().st_mode & 0o777 == 0o600
+        fs.umount()
+
+
+def test_what_a_qsfs_sync_returned_for_is_durable_here_too(scratch: Path) -> None:
+    with FileSystem(scratch, shards=(2, 1), count=4, forgetting=True, settings=LAZY) as fs:
+        fs.format()
+        fs.mount()
+        (fs.mountpoint / "d").mkdir()
+        (fs.mountpoint / "d" / "a").write_bytes(b"1" * 100_000)
+        fs.sync()
+        (fs.mountpoint / "d" / "b").write_bytes(b"2")
+        fs.power_cut(keep="none")
+        fs.mount()
+        assert [path.name for path in (fs.mountpoint / "d").iterdir()] == ["a"]
+        assert (fs.mountpoint / "d" / "a").read_bytes() == b"1" * 100_000
+        fs.umount()
+
+
+def lose_power_at(scratch: Path, points: tuple[str, ...], keep: tuple[str, ...]) -> None:
+    """The daemon dies at each point, and what no fsync covered is gone with it."""
+    with FileSystem(scratch, shards=(2, 1), count=4, forgetting=True, metadata="strict", settings=EAGER) as fs:
+        fs.format()
+        for number, point in enumerate(points):
+            mounted = fs.run("--json", "mount", code=None, QSFS_FAILPOINTS=f"{point}=kill")
+            place, acks = fs.mountpoint / f"w{number}", scratch / f"acks{number}"
+            if mounted.returncode == 0:
+                fs.adopt(mounted.json()["process"])
+                with Running("files", place, acks, seed=number):
+                    fs.wait_dead()
+            fs.power_cut(seed=number, keep=keep[number % len(keep)])
+            fs.run("fsck", "--local")
+            fs.mount()
+            for earlier in range(number + 1):
+                problems = workload.verify(fs.mountpoint / f"w{earlier}", scratch / f"acks{earlier}")
+                assert problems == [], f"w{earlier} after {point}"
+            fs.sync()
+            fs.umount()
+            fs.run("fsck", "--deep")
+
+
+def test_a_generation_that_was_half_made_when_the_power_went_harms_nothing(scratch: Path) -> None:
+    """A head that was sent is known again, or the machine would take its own for a stranger's."""
+    lose_power_at(scratch, ("publish.send", "publish.published", "flush.recorded"), ("none",))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_no_step_of_a_generation_is_harmed_by_a_power_cut(scratch: Path) -> None:
+    lose_power_at(scratch, POINTS * 2, ("none", "random", "newest"))
+
+
+def restore_through(scratch: Path, rounds: int) -> None:
+    """A lost machine is brought back, and its new one loses its power meanwhile."""
+    with FileSystem(scratch, shards=(2, 1), count=4, forgetting=True, metadata="strict", settings=EAGER) as fs:
+        assert fs.disk is not None
+        fs.format()
+        fs.mount()
+        with Running("files", fs.mountpoint / "w", scratch / "acks", seed=1, count=60) as writer:
+            assert writer.end() == 0
+        fs.umount()
+        requests = {"fsync": 0, "write": 0}
+        for number in range(rounds):
+            # A new machine.
+            for path in fs.cache.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            fs.power_cut(keep="all")
+            choose = random.Random(f"restore/{number}")
+            if number:
+                kind = choose.choice(sorted(requests))
+                fs.disk.arm(kind=kind, at=choose.randint(1, requests[kind]), before=choose.random() < 0.5, seed=number)
+            fs.run("takeover", code=0 if not number else None)
+            status = fs.disk.stat()
+            if status["dead"]:
+                fs.wait_power_cut()
+                fs.run("takeover")
+            else:
+                requests = {kind: sum(status[f"{kind}s"].values()) for kind in requests}
+            fs.power_cut(keep="none")
+            fs.mount()
+            assert workload.verify(fs.mountpoint / "w", scratch / "acks") == [], f"round {number}"
+            fs.umount()
+        fs.run("fsck", "--deep")
+
+
+def test_a_restore_that_loses_its_power_is_repeated_and_one_that_returned_is_durable(scratch: Path) -> None:
+    restore_through(scratch, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_restore_loses_its_power_at_many_moments(scratch: Path) -> None:
+    restore_through(scratch, 40)
