@@ -28,12 +28,14 @@ def shared():
     """One mount for all cases: each must leave it as good as new."""
     with scratch.scratch_directory() as directory, mounted(Settings(xattr=True), directory) as mount:
         mount.expected_log = "planned"
+        mount.spoilt = False
         yield mount
 
 
 @pytest.fixture
 def mount(shared):
     """The shared mount with a file, a directory and a symlink, of which the kernel knows nothing."""
+    assert not shared.spoilt, "an earlier case left something behind"
     clear(shared.path)
     with contextlib.suppress(OSError):
         hand_over(shared.path)  # tells once of the WRITE that failed in another case
@@ -45,6 +47,7 @@ def mount(shared):
     forget_names()
     assert shared.command("known_only", 0)
     os.stat(shared.path)
+    shared.spoilt = True
     return shared
 
 
@@ -210,6 +213,7 @@ def nothing_is_left(mount):
     assert mount.command("settled")
     assert mount.command("inodes") == [1]
     assert mount.command("open_files") == 0
+    mount.spoilt = False
 
 
 @pytest.mark.parametrize(("handler", "place"), BEFORE)

@@ -35,6 +35,7 @@ class FuseMount:
         self.path = directory / "mnt"
         self.path.mkdir()
         self.expected_log = ""
+        self.spoilt = False
         self._log = (directory / "stderr").open("w+", encoding="utf-8")
         arguments = json.dumps(dataclasses.asdict(settings) | {"mountpoint": str(self.path)})
         self._process = subprocess.Popen(

@@ -96,7 +96,7 @@ class Daemon:
 
     async def settled(self) -> bool:
         """Waits until nothing that has no name is left, which ends with a FORGET of the kernel."""
-        with trio.move_on_after(30):
+        with trio.move_on_after(15):
             while self.namespace.references.orphans:
                 await trio.sleep(0.01)
             return True
@@ -213,7 +213,7 @@ class Daemon:
 
     async def known_only(self, count: int) -> bool:
         """Waits until the kernel knows so many inodes, which ends with a FORGET."""
-        with trio.move_on_after(30):
+        with trio.move_on_after(15):
             while self.namespace.references.known != count:
                 await trio.sleep(0.01)
             return True
