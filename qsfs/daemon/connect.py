@@ -63,6 +63,8 @@ def read_secret(config: Config) -> bytes:
     path = config.filesystem.key_file
     try:
         return parse_key_file(path.read_text("ascii"))
+    except KeyFileError as error:
+        raise KeyFileError(f"{path}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise KeyFileError(f"{path}: the key file cannot be read: {reason}") from error

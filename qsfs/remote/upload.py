@@ -284,7 +284,11 @@ class Uploader:
 
     async def _pause(self, upload: Upload, attempt: int) -> None:
         """Waits, with jitter, before the missing shards are tried again."""
-        reasons = sorted({str(member.error) for member in self.members if member.error is not None})
+        reasons = sorted(
+            f"backend {member.name}: has no room" if member.full else str(member.error)
+            for member in self.members
+            if member.full or member.error is not None
+        )
         self.waiting[upload.ref.pack_id] = (
             f"{upload.stored} of the {self.code.write_quorum} shards that a pack needs are stored; "
             + ("; ".join(reasons[:3]) or "too few backends take shards")
