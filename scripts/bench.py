@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from measures import MEASURES, MIB, Measure
+from remote import measure_remote, remote_table
 
 from qsfs.cli.output import format_table
 from qsfs.values import format_size, parse_size
@@ -26,6 +27,10 @@ FLOOR = "floor"
 def main() -> int:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if arguments.remote:
+        report = measure_remote(Path(arguments.directory), arguments.size, arguments.rounds or 1)
+        print(json.dumps(report, indent=2) if arguments.json else remote_table(report))
+        return 0
     chosen = select(arguments.only)
     with contextlib.ExitStack() as stack:
         targets = {"DIR": stack.enter_context(workspace(Path(arguments.directory)))}
@@ -62,6 +67,7 @@ def parse() -> argparse.Namespace:
     add("--against", metavar="OTHERDIR", help="a directory to compare with, such as one on the disk")
     add("--floor", action="store_true", help="compare with the floor")
     add("--floor-disk", metavar="PATH", help="where the floor's fsync appends (default: OTHERDIR, else DIR)")
+    add("--remote", action="store_true", help="instead: make a file system on 24 backends below DIR; flush, read")
     add("--rounds", type=int, default=0, metavar="N", help="default: 1, or 3 when comparing")
     add("--size", type=parse_size, default=256 * MIB, metavar="SIZE", help="of the files; default: 256MiB")
     add("--only", metavar="NAME,...", help="only these measures")
@@ -69,6 +75,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.size < MIB:
         parser.error("--size: at least 1MiB")
+    if arguments.remote and (arguments.against or arguments.floor or arguments.only):
+        parser.error("--remote compares with nothing; it goes with --size, --rounds and --json only")
     if not Path(arguments.directory).is_dir():
         parser.error(f"{arguments.directory} is not a directory")
     return arguments

@@ -40,6 +40,8 @@ _FEW_MARKS = 1000
 _POLL_SECONDS = 0.5
 _RETRY_SECONDS = 5.0
 _MOVE_STEPS = 256
+_LITTLE_PACKS = 4
+"""Packs' worth of dirty bytes that need not be uploaded ahead of a cut."""
 _UPKEEP_SECONDS = 1.0
 _LOOKS_A_ROUND = 32
 _COMPLETIONS_A_ROUND = 2
@@ -245,15 +247,24 @@ class Flusher:
             await trio.lowlevel.checkpoint()
 
     async def _upload_ahead(self, most_bytes: int) -> None:
-        """Has pre-copy take everything until so little is dirty that a cut can be made."""
+        """Has pre-copy take everything until so little is dirty that a cut can be made.
+
+        What pre-copy takes it reads, seals and sends at the same time, and a cut one after the other: so
+        it goes on beyond what a cut may seal, for as long as that gets it much further.
+        """
         context = self.context
         self._pace.too_much()
         self._precopier.press("more is dirty than a cut may seal", orphans_too=False)
-        goal = most_bytes // 2
+        enough, little = most_bytes // 2, min(most_bytes // 2, _LITTLE_PACKS * context.sealer.pack_bytes)
+        before = self._precopier.bytes_recorded
         while True:
             await trio.sleep(_POLL_SECONDS)
             await context.committer.commit()
-            if await context.in_thread(lambda: self._dirty_bytes(goal)) <= goal:
+            recorded = self._precopier.bytes_recorded
+            stalled = recorded - before < little
+            before = recorded
+            goal = enough if stalled else little
+            if await context.in_thread(lambda: self._dirty_bytes(goal)) <= goal:  # noqa: B023 (awaited at once)
                 return
 
     def _dirty_bytes(self, most: int) -> int:
