@@ -1,0 +1,391 @@
+"""Real programs find an ordinary file system: git, SQLite, LMDB, tar, cp, shared maps, huge sparse files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+import pytest
+
+from tests.support import scratch as places
+from tests.support.daemon import FileSystem
+from tests.system.load import check_clean
+
+pytestmark = pytest.mark.mount
+
+TIB = 1 << 40
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[FileSystem]:
+    """One mounted file system for all tests of this module, each of which has a directory of its own."""
+    with places.scratch_directory("programs") as path, FileSystem(path, count=6) as fs:
+        fs.format()
+        fs.mount()
+        yield fs
+        fs.umount()
+        check_clean(fs)
+
+
+@pytest.fixture
+def place(shared: FileSystem, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """An empty directory on the mount."""
+    path = shared.mountpoint / request.node.name
+    path.mkdir()
+    yield path
+    shutil.rmtree(shared.mountpoint / request.node.name)
+
+
+def run(*words: object, cwd: Path | None = None) -> str:
+    """Runs a program that must succeed; what it printed."""
+    done = subprocess.run(list(map(str, words)), cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def in_python(program: str, *arguments: object) -> subprocess.Popen[str]:
+    """A Python program in a process of its own."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def succeed(*processes: subprocess.Popen[str]) -> list[str]:
+    """Waits for the end of all, which must be a good one; what each printed."""
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    return said
+
+
+def remount(fs: FileSystem) -> None:
+    """Ends the daemon at once, and mounts again."""
+    fs.kill()
+    fs.mount()
+
+
+def grow_tree(top: Path, files: int = 120) -> None:
+    """A tree with links, modes, holes and files of many sizes."""
+    for number in range(files):
+        folder = top / f"d{number % 7}"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"file {number}"
+        path.write_bytes(bytes([number]) * (number * number * 7))
+        path.chmod(0o600 | number % 0o100)
+        os.utime(path, ns=(number * 10**9, number * 10**9 + number))
+    (top / "link").symlink_to("d0/file 0")
+    (top / "d1" / "hard").hardlink_to(top / "d1" / "file 1")
+    with (top / "sparse").open("wb") as file:
+        file.write(b"head")
+        file.seek(3 << 20)
+        file.write(b"tail")
+
+
+def listing(top: Path) -> dict[str, tuple[object, ...]]:
+    """Everything below `top` as a program sees it."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in sorted(top.rglob("*")):
+        status = path.lstat()
+        name = str(path.relative_to(top))
+        if path.is_symlink():
+            found[name] = (status.st_mode, path.readlink())
+        elif path.is_dir():
+            found[name] = (status.st_mode,)
+        else:
+            found[name] = (status.st_mode, status.st_nlink, status.st_mtime_ns, path.read_bytes())
+    return found
+
+
+def test_git(place: Path) -> None:
+    git = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "gc.autoDetach=false")
+    work = place / "work"
+    run(*git, "init", "-q", work)
+    for step in range(5):
+        for number in range(40):
+            (work / f"{number % 5}").mkdir(exist_ok=True)
+            (work / f"{number % 5}" / f"{number}").write_text(f"{number} {number % (step + 1)}\n" * 50)
+        run(*git, "add", "--all", cwd=work)
+        run(*git, "commit", "-q", "--allow-empty", "-m", f"step {step}", cwd=work)
+    run(*git, "clone", "-q", "--no-local", work, place / "clone")
+    for repository in (work, place / "clone"):
+        run(*git, "gc", "-q", "--prune=now", cwd=repository)
+        run(*git, "fsck", "--full", "--strict", cwd=repository)
+        assert run(*git, "status", "--porcelain", cwd=repository) == ""
+    heads = {run(*git, "rev-parse", "HEAD", cwd=repository) for repository in (work, place / "clone")}
+    assert len(heads) == 1
+
+
+def test_two_processes_write_one_sqlite_database(place: Path) -> None:
+    """WAL: an index in shared memory, locks, and both see what the other committed."""
+    program = """
+import sqlite3, sys
+database = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None)
+database.execute("PRAGMA journal_mode = WAL")
+for number in range(60):
+    database.execute("BEGIN IMMEDIATE")
+    (count,) = database.execute("SELECT count(*) FROM rows").fetchone()
+    database.execute("INSERT INTO rows VALUES (?, ?, ?)", (count, sys.argv[2], number))
+    database.execute("COMMIT")
+"""
+    path = place / "database.sqlite"
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("CREATE TABLE rows (place INTEGER PRIMARY KEY, who TEXT, number INTEGER)")
+    succeed(in_python(program, path, "one"), in_python(program, path, "two"))
+    assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert database.execute("SELECT count(*), max(place) FROM rows").fetchone() == (120, 119)
+    for who in ("one", "two"):
+        rows = database.execute("SELECT number FROM rows WHERE who = ? ORDER BY place", (who,))
+        assert [number for (number,) in rows] == list(range(60))
+    database.close()
+
+
+@pytest.mark.parametrize("name", ["plain.db", "node.lmdb"])
+def test_lmdb_with_a_writable_map_of_a_tebibyte(place: Path, name: str) -> None:
+    """Two processes, one of which reads while the other commits; also under the policy for databases."""
+    reader = """
+import lmdb, sys
+environment = lmdb.open(sys.argv[1], subdir=False, map_size=1 << 40, writemap=True, create=False)
+print("ready", flush=True)
+for line in sys.stdin:
+    with environment.begin() as transaction:
+        print(transaction.stat()["entries"], flush=True)
+"""
+    path = place / name
+    environment = lmdb.open(str(path), subdir=False, map_size=TIB, writemap=True, readahead=False)
+    for first in range(0, 1000, 100):
+        with environment.begin(write=True) as transaction:
+            for number in range(first, first + 100):
+                transaction.put(f"{number:05}".encode(), bytes([number % 251]) * 1000)
+        if first == 0:
+            process = in_python(reader, path)
+            assert process.stdout is not None and process.stdin is not None
+            assert process.stdout.readline() == "ready\n"
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == f"{first + 100}\n"
+    succeed(process)
+    environment.close()
+    status = path.stat()
+    assert status.st_size == TIB
+    assert status.st_blocks * 512 < 8 << 20
+    again = lmdb.open(str(path), subdir=False, map_size=TIB, writemap=True)
+    with again, again.begin() as transaction:
+        assert dict(transaction.cursor()) == {
+            f"{number:05}".encode(): bytes([number % 251]) * 1000 for number in range(1000)
+        }
+
+
+def test_tar(place: Path) -> None:
+    grow_tree(place / "tree")
+    run("tar", "--sparse", "--format=posix", "-cf", place / "tree.tar", "-C", place, "tree")
+    (place / "out").mkdir()
+    run("tar", "-xf", place / "tree.tar", "-C", place / "out")
+    assert listing(place / "out" / "tree") == listing(place / "tree")
+    assert (place / "out" / "tree" / "sparse").stat().st_blocks * 512 <= 2 * 4096
+
+
+def test_cp_keeps_everything_and_makes_holes(place: Path, scratch: Path) -> None:
+    grow_tree(place / "tree")
+    run("cp", "-a", "--sparse=always", place / "tree", place / "copy")
+    run("cp", "-a", place / "tree", scratch / "outside")
+    run("cp", "-a", "--sparse=always", scratch / "outside", place / "back")
+    wanted = listing(place / "tree")
+    for name in ("copy", "back"):
+        assert listing(place / name) == wanted
+        assert (place / name / "sparse").stat().st_blocks * 512 <= 2 * 4096
+    run("diff", "-r", place / "tree", scratch / "outside")
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
+def test_rsync(place: Path) -> None:
+    """Also in place, into a file that has other content, and with what is gone at the source deleted."""
+    grow_tree(place / "tree")
+    run("rsync", "-aHS", f"{place}/tree/", place / "copy")
+    assert listing(place / "copy") == listing(place / "tree")
+    with (place / "tree" / "d3" / "file 101").open("r+b") as file:
+        file.seek(30_000)
+        file.write(b"changed")
+    (place / "tree" / "d4" / "file 102").unlink()
+    run("rsync", "-aH", "--inplace", "--no-whole-file", "--delete", "--checksum", f"{place}/tree/", place / "copy")
+    assert listing(place / "copy") == listing(place / "tree")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is installed")
+def test_a_program_is_compiled_linked_and_run(place: Path) -> None:
+    """A linker writes all over its output, which is then mapped and executed."""
+    for number in range(8):
+        (place / f"part{number}.c").write_text(f"int part{number}(void) {{ return {number}; }}\n")
+        run("cc", "-c", f"part{number}.c", cwd=place)
+    parts = " + ".join(f"part{number}()" for number in range(8))
+    declared = "".join(f"int part{number}(void);\n" for number in range(8))
+    (place / "main.c").write_text(
+        f'#include <stdio.h>\n{declared}int main(void) {{ return printf("%d\\n", {parts}) < 0; }}\n'
+    )
+    run("ar", "rcs", "libparts.a", *(f"part{number}.o" for number in range(8)), cwd=place)
+    run("cc", "-g", "-o", "program", "main.c", "-L.", "-lparts", cwd=place)
+    assert run(place / "program") == "28\n"
+
+
+def test_a_map_shared_by_two_processes(place: Path) -> None:
+    program = """
+import mmap, sys
+with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0) as shared:
+    for line in sys.stdin:
+        page = int(line)
+        assert shared[page * 4096] == 1, page
+        shared[page * 4096] = 2
+        shared.flush()
+        print(page, flush=True)
+"""
+    path = place / "map"
+    with path.open("w+b") as file:
+        file.truncate(64 * 4096)
+        with mmap.mmap(file.fileno(), 0) as shared:
+            other = in_python(program, path)
+            assert other.stdin is not None and other.stdout is not None
+            for page in range(64):
+                shared[page * 4096] = 1
+                other.stdin.write(f"{page}\n")
+                other.stdin.flush()
+                assert other.stdout.readline() == f"{page}\n"
+                assert shared[page * 4096] == 2
+        os.fsync(file.fileno())
+        succeed(other)
+        assert os.pread(file.fileno(), 1, 5 * 4096) == b"\2"
+
+
+def test_a_sparse_file_of_two_tebibytes(place: Path, shared: FileSystem) -> None:
+    """Its holes are zeros, take no room, are counted by nobody, and outlive a crash."""
+    path = place / "huge"
+    with path.open("wb", buffering=0) as file:
+        for offset in (0, 5000, TIB, 2 * TIB - 4096):
+            file.seek(offset)
+            file.write(b"x" * 4096)
+        os.fsync(file.fileno())
+    for _ in range(2):
+        status = path.stat()
+        assert status.st_size == 2 * TIB
+        # 5000 is not aligned: that write covers two pages.
+        assert status.st_blocks * 512 == 5 * 4096
+        assert run("du", "--block-size=1", path).split()[0] == str(5 * 4096)
+        with path.open("rb") as file:
+            assert os.pread(file.fileno(), 4096, TIB) == b"x" * 4096
+            assert os.pread(file.fileno(), 1 << 20, TIB + 4096) == bytes(1 << 20)
+            assert os.pread(file.fileno(), 10, 4096 + 900) == b"\0" * 4 + b"x" * 6
+        remount(shared)
+
+
+def test_truncating_up_and_down_by_tebibytes(place: Path, shared: FileSystem) -> None:
+    """As a database does it at each open: at once, and what was cut off never comes back."""
+    path = place / "database"
+    path.write_bytes(b"a" * 20_000)
+    for _ in range(50):
+        os.truncate(path, 2 * TIB)
+        os.truncate(path, 16_384 - 100)
+    assert path.stat().st_blocks * 512 == 16_384
+    os.truncate(path, 2 * TIB)
+    descriptor = os.open(path, os.O_RDWR)
+    os.pwrite(descriptor, b"end", 2 * TIB - 3)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    for _ in range(2):
+        with path.open("rb") as file:
+            assert file.read(20_000) == b"a" * (16_384 - 100) + bytes(20_000 - 16_384 + 100)
+            assert os.pread(file.fileno(), 10, 2 * TIB - 3) == b"end"
+        assert path.stat().st_blocks * 512 == 16_384 + 4096
+        remount(shared)
+    os.truncate(path, 0)
+    assert path.stat().st_blocks == 0
+
+
+def test_files_that_were_unlinked_while_open_are_gone_after_a_remount(shared: FileSystem, place: Path) -> None:
+    before = files_in_use(shared)
+    with (place / "open").open("w+b", buffering=0) as file:
+        file.write(b"x" * (8 << 20))
+        os.fsync(file.fileno())
+        (place / "open").unlink()
+        assert os.pread(file.fileno(), 3, 5) == b"xxx"
+        assert os.fstat(file.fileno()).st_nlink == 0
+        assert files_in_use(shared) == before + 1
+        shared.kill()
+    shared.mount()
+    assert files_in_use(shared) == before
+    assert list(place.iterdir()) == []
+
+
+def files_in_use(fs: FileSystem) -> int:
+    """The inodes that `df -i` shows as used, once what was committed is counted."""
+    fs.sync()
+    status = os.statvfs(fs.mountpoint)
+    return status.f_files - status.f_ffree
+
+
+@pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC], ids=["O_SYNC", "O_DSYNC"])
+@pytest.mark.parametrize("name", ["plain", "data.mdb"])
+def test_a_synchronous_write_is_durable_when_it_returns(
+    place: Path, shared: FileSystem, flag: int, name: str
+) -> None:
+    path = place / name
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flag)
+    for number in range(20):
+        os.write(descriptor, bytes([number]) * 3000)
+    shared.kill()
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
+    shared.mount()
+    assert path.read_bytes() == b"".join(bytes([number]) * 3000 for number in range(20))
+
+
+def test_two_processes_append_to_one_file(place: Path) -> None:
+    program = """
+import os, sys
+descriptor = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+for number in range(500):
+    os.write(descriptor, f"{sys.argv[2]} {number}\\n".encode())
+"""
+    path = place / "log"
+    succeed(*(in_python(program, path, who) for who in ("a", "b", "c")))
+    lines = path.read_text().splitlines()
+    assert len(lines) == 1500
+    for who in ("a", "b", "c"):
+        assert [line for line in lines if line[0] == who] == [f"{who} {number}" for number in range(500)]
+
+
+def test_extended_attributes_are_off_unless_configured(place: Path, shared: FileSystem) -> None:
+    """Off, because once they are answered the kernel asks for one before every write."""
+    path = place / "file"
+    path.touch()
+    for call in (
+        lambda: os.setxattr(path, "user.a", b"1"),
+        lambda: os.getxattr(path, "user.a"),
+        lambda: os.listxattr(path),
+    ):
+        with pytest.raises(OSError) as caught:
+            call()
+        assert caught.value.errno == errno.ENOTSUP
+    shared.umount()
+    shared.configure(mount__xattr=True)
+    try:
+        shared.mount()
+        os.setxattr(path, "user.a", b"1" * 4000)
+        os.setxattr(path, "user.b", b"", os.XATTR_CREATE)
+        with pytest.raises(FileExistsError):
+            os.setxattr(path, "user.a", b"2", os.XATTR_CREATE)
+        shared.umount()
+        shared.mount()
+        assert os.listxattr(path) == ["user.a", "user.b"]
+        assert os.getxattr(path, "user.a") == b"1" * 4000
+        os.removexattr(path, "user.a")
+        assert os.listxattr(path) == ["user.b"]
+        shared.umount()
+    finally:
+        shared.configure(mount__xattr=False)
+    shared.mount()
