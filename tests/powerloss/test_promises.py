@@ -6,6 +6,7 @@ returned, where a generation is half made, and while a lost machine is being res
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
@@ -140,6 +141,29 @@ def test_what_a_qsfs_sync_returned_for_is_durable_here_too(scratch: Path) -> Non
         assert [path.name for path in (fs.mountpoint / "d").iterdir()] == ["a"]
         assert (fs.mountpoint / "d" / "a").read_bytes() == b"1" * 100_000
         fs.umount()
+
+
+@pytest.mark.parametrize(("file", "size"), [("journal*", 5000), ("data.mdb", 6 << 20)])
+def test_a_disk_that_failed_once_is_not_trusted_again(scratch: Path, file: str, size: int) -> None:
+    """After a failed flush the kernel counts its pages as clean: the next one succeeds and proves nothing."""
+    with FileSystem(scratch, shards=(2, 1), count=4, forgetting=True, settings=LAZY) as fs:
+        assert fs.disk is not None
+        fs.expect("Input/output error")
+        fs.format()
+        fs.mount()
+        write(fs.mountpoint / "before", b"1" * size, sync=os.fsync)
+        fs.disk.fail("fsync", errno.EIO, match=file, count=1)
+        for name in ("during", "after"):
+            with pytest.raises(OSError):
+                write(fs.mountpoint / name, b"2" * size, sync=os.fsync)
+        assert (fs.mountpoint / "before").read_bytes() == b"1" * size
+        fs.power_cut(keep="none")
+        fs.mount()
+        assert (fs.mountpoint / "before").read_bytes() == b"1" * size
+        assert not (fs.mountpoint / "after").exists()
+        write(fs.mountpoint / "again", b"3" * size, sync=os.fsync)
+        fs.umount()
+        fs.run("fsck", "--deep")
 
 
 def lose_power_at(scratch: Path, points: tuple[str, ...], keep: tuple[str, ...]) -> None:
