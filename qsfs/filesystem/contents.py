@@ -22,6 +22,8 @@ from qsfs.store.store import Store
 
 _log = logging.getLogger(__name__)
 
+_ATOMIC_SYNC = int(InodeFlag.ATOMIC_SYNC)
+
 
 @dataclass(frozen=True, slots=True)
 class DataAttributes:
@@ -245,7 +247,7 @@ class Contents:
         Of a file of which nothing is uncovered they are new ones, which `_wrote_uncovered` takes in.
         """
         u = self._uncovered.get(inode.number)
-        if u is None and inode.flags & InodeFlag.ATOMIC_SYNC:
+        if u is None and inode.flags & _ATOMIC_SYNC:
             u = Uncovered.of(inode, self._store.clock.monotonic())
         return u
 

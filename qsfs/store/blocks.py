@@ -36,6 +36,9 @@ from qsfs.store.schema import (
     unpack_block,
 )
 
+_LOCAL_ONLY = int(InodeFlag.LOCAL_ONLY)
+_FEW_BLOCKS = 64
+
 
 class Blocks:
     """The local pages of all files."""
@@ -121,7 +124,7 @@ class Blocks:
         log = group.data_log.get(inode.number)
         if log is None:
             log = group.data_log[inode.number] = InodeLog()
-        local = bool(inode.flags & InodeFlag.LOCAL_ONLY)
+        local = bool(inode.flags & _LOCAL_ONLY)
         has_extents = self._extents.any(inode.number)
         count = len(data) // PAGE
         log.pages.update(dict.fromkeys(range(first, first + count), write_number))
@@ -164,7 +167,7 @@ class Blocks:
         if not block.resident & bit and self._extents.at(inode.number, page) is None:
             inode.allocated += 1
         block.resident |= bit
-        if not inode.flags & InodeFlag.LOCAL_ONLY:
+        if not inode.flags & _LOCAL_ONLY:
             block.dirty |= bit
         block.writes[index] = write_number
         block.pages[index] = data
@@ -256,6 +259,24 @@ class Blocks:
         """Makes every page from `first` on a hole: recorded at once, worked off by `work_off`."""
         new = Truncation(first, write_number)
         self._set_pending(inode.number, add_truncation(self.pending.get(inode.number, ()), new))
+
+    def drop(self, inode: Inode) -> bool:
+        """Makes all of a file that goes away holes at once if that is little; whether it did."""
+        number = inode.number
+        if number in self.pending or self._extents.any(number):
+            return False
+        if inode.allocated:
+            found = set(islice(self._stored_numbers(number, 0), _FEW_BLOCKS))
+            found.update(self._unstored_numbers(number, 0))
+            if len(found) >= _FEW_BLOCKS:
+                return False
+            for block_number in found:
+                block = self.writable(inode, block_number)
+                block.resident = block.dirty = 0
+                block.writes = [0] * BLOCK_PAGES
+                block.pages = [None] * BLOCK_PAGES
+            inode.allocated = 0
+        return True
 
     def _set_pending(self, inode: int, pending: tuple[Truncation, ...]) -> None:
         self._under_work.pop(inode, None)

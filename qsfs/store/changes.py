@@ -7,6 +7,8 @@ rows: a file's size and times belong to its data, so that each file keeps a pref
 
 from __future__ import annotations
 
+import stat
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -30,16 +32,34 @@ _FIELDS = (
     "next_cookie",
     "parent",
 )
+_LOCAL_ONLY = int(InodeFlag.LOCAL_ONLY)
+_TABLES = {int(table): table for table in Table}
+_fields_of = attrgetter(*_FIELDS)
+_DATA_FIELDS = _FIELDS.index("next_cookie")
 _FIELD_NUMBER = {name: number for number, name in enumerate(_FIELDS)}
 _PUT, _DELETE, _CREATE, _PATCH, _REMOVE = range(5)
 
 
 class Change:
-    """What one namespace operation changes; collected, then applied by `Store.change`."""
+    """What one namespace operation changes: collected in a `with` block, applied wholly at its end."""
 
-    def __init__(self) -> None:
+    __slots__ = ("_store", "data_of", "operations")
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self.operations: list[tuple[Any, ...]] = []
         self.data_of: tuple[int, ...] = ()
+
+    def __enter__(self) -> Change:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None or not self.operations:
+            return
+        store = self._store
+        number = store.next_write()
+        apply(store, self.operations, number)
+        store.layers.open.namespace_log.append((number, self.encode(number), self.data_of))
 
     def put(self, table: Table, key: bytes, value: bytes) -> None:
         """Sets a row."""
@@ -51,8 +71,7 @@ class Change:
 
     def create(self, inode: Inode) -> None:
         """Adds an inode, empty of data."""
-        fields = [getattr(inode, name) for name in _FIELDS]
-        self.operations.append((_CREATE, inode.number, fields))
+        self.operations.append((_CREATE, inode.number, _fields_of(inode)))
 
     def patch(self, number: int, **fields: int) -> None:
         """Sets single fields of an inode; size and allocation are the data's and not among them."""
@@ -90,11 +109,12 @@ def apply(store: Store, operations: list[tuple[Any, ...]], write_number: int) ->
     for operation in operations:
         kind = operation[0]
         if kind == _PUT:
-            layers.put(Table(operation[1]), operation[2], operation[3])
+            layers.put(_TABLES[operation[1]], operation[2], operation[3])
         elif kind == _DELETE:
-            layers.delete(Table(operation[1]), operation[2])
+            layers.delete(_TABLES[operation[1]], operation[2])
         elif kind == _CREATE:
-            inode = Inode(operation[1], **dict(zip(_FIELDS, operation[2], strict=True)))
+            fields = operation[2]
+            inode = Inode(operation[1], *(*fields[:_DATA_FIELDS], 0, 0, *fields[_DATA_FIELDS:]))
             store.inodes.add(inode)
             store.extents.expect_none(inode.number)
             store.note_inode_number(inode.number)
@@ -111,9 +131,9 @@ def _patch(store: Store, number: int, fields: dict[int, int]) -> None:
     flags = inode.flags
     for field, value in fields.items():
         setattr(inode, _FIELDS[field], value)
-    if (flags ^ inode.flags) & InodeFlag.LOCAL_ONLY:
+    if (flags ^ inode.flags) & _LOCAL_ONLY:
         # With the flag, in live and replay: pages that were never uploaded must not pass for clean.
-        store.blocks.mark_all(inode, dirty=not inode.flags & InodeFlag.LOCAL_ONLY)
+        store.blocks.mark_all(inode, dirty=not inode.flags & _LOCAL_ONLY)
     store.inodes.touch(inode)
 
 
@@ -126,7 +146,8 @@ def _remove(store: Store, number: int, write_number: int) -> None:
     store.forget_data(inode, write_number)
     store.inodes.remove(number)
     layers.delete(Table.ORPHANS, key)
-    if layers.get(Table.SYMLINKS, key) is not None:
+    if stat.S_ISLNK(inode.mode):
         layers.delete(Table.SYMLINKS, key)
-    for name in [name for name, _ in layers.scan(Table.XATTRS, key, u64(number + 1))]:
-        layers.delete(Table.XATTRS, name)
+    if layers.any(Table.XATTRS):
+        for name in [name for name, _ in layers.scan(Table.XATTRS, key, u64(number + 1))]:
+            layers.delete(Table.XATTRS, name)

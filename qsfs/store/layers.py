@@ -64,6 +64,13 @@ class Layers:
         row = self.view.get(table, key)
         return None if row is None else bytes(row)
 
+    def any(self, table: Table) -> bool:
+        """Whether the table may hold rows.  False is certain."""
+        committing = self.committing
+        return bool(
+            self.open.rows[table] or (committing is not None and committing.rows[table]) or self.view.count(table)
+        )
+
     def put(self, table: Table, key: bytes, value: bytes) -> None:
         """Sets a row in the open group."""
         self.open.change(table, key, value)

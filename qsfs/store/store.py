@@ -14,12 +14,11 @@ the disk is handed out and done elsewhere, by whoever drives the store (the daem
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from qsfs.clock import Clock
 from qsfs.errors import CacheError, FormatMismatch
-from qsfs.store import changes, replay
+from qsfs.store import replay
 from qsfs.store.blocks import Blocks
 from qsfs.store.changes import Change
 from qsfs.store.environment import Environment
@@ -169,16 +168,9 @@ class Store:
 
     # changes
 
-    @contextmanager
-    def change(self) -> Iterator[Change]:
-        """One namespace operation: applied wholly at the end of the block, or not at all."""
-        change = Change()
-        yield change
-        if not change.operations:
-            return
-        number = self.next_write()
-        changes.apply(self, change.operations, number)
-        self.layers.open.namespace_log.append((number, change.encode(number), change.data_of))
+    def change(self) -> Change:
+        """One namespace operation: applied wholly at the end of the `with` block, or not at all."""
+        return Change(self)
 
     def put_pages(self, inode: Inode, first: int, data: memoryview, write_number: int) -> None:
         """Writes whole pages of a file from page `first` on."""
@@ -219,7 +211,10 @@ class Store:
         for group in (self.layers.open, self.layers.committing):
             if group is not None:
                 group.data_log.pop(inode.number, None)
-        self.cut_data(inode, 0, write_number)
+        if not self.blocks.drop(inode):
+            self.cut_data(inode, 0, write_number)
+        elif self.spill.any(inode.number):
+            self.spill.cut(inode.number, 0)
 
     def cover_spilled(self, inode: Inode, write_number: int) -> None:
         """Makes a file's spilled pages its own; durable with the commit of the open group only."""
