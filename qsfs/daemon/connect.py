@@ -8,6 +8,7 @@ from functools import partial
 
 import trio
 
+from qsfs.backend.contract import Backend
 from qsfs.backend.limits import RateLimit
 from qsfs.backend.metrics import Metrics
 from qsfs.backend.open import create_control_namespace, create_namespace, open_backend, open_control
@@ -37,15 +38,16 @@ class Links:
     """The configured backends, not yet contacted, with what they share.  `aclose` ends all connections."""
 
     candidates: list[Candidate]
+    controls: list[Backend]
     metrics: dict[str, Metrics]
     upload: RateLimit
     download: RateLimit
 
     async def aclose(self) -> None:
-        """Closes the connections of the candidates' data namespaces."""
+        """Closes the connections to both namespaces of every candidate."""
         with trio.CancelScope(shield=True):
-            for candidate in self.candidates:
-                await candidate.data.aclose()
+            for backend in (*(candidate.data for candidate in self.candidates), *self.controls):
+                await backend.aclose()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,12 @@ def links(config: Config, clock: Clock) -> Links:
     upload, download = RateLimit(config.flush.upload_rate), RateLimit(config.flush.download_rate)
     metrics: dict[str, Metrics] = {}
     candidates = []
+    controls: list[Backend] = []
+
+    def connect_control(backend: BackendConfig, namespace: str) -> Backend:
+        controls.append(open_control(backend, namespace, clock=clock))
+        return controls[-1]
+
     for backend in config.backends:
         meter = metrics[backend.name] = Metrics()
         candidates.append(
@@ -94,13 +102,13 @@ def links(config: Config, clock: Clock) -> Links:
                     download=download,
                     connections=CONNECTIONS,
                 ),
-                connect=partial(open_control, backend, clock=clock),
+                connect=partial(connect_control, backend),
                 group=backend.group,
                 node=backend.node,
                 weight=backend.weight,
             )
         )
-    return Links(candidates, metrics, upload, download)
+    return Links(candidates, controls, metrics, upload, download)
 
 
 async def prepare_namespaces(config: Config, clock: Clock) -> dict[str, str]:

@@ -14,7 +14,7 @@ from qsfs.daemon.committer import Committer
 from qsfs.daemon.connect import Opened
 from qsfs.daemon.owning import local_state, own_when_possible
 from qsfs.daemon.status import backends_of
-from qsfs.errors import DeadlineExceeded, Fenced, QsfsBug, QsfsError
+from qsfs.errors import DeadlineExceeded, Fenced, QsfsBug, QsfsError, SplitHeads, StaleCache
 from qsfs.remote.context import FlushContext
 from qsfs.remote.flush import Flusher
 from qsfs.remote.ledger import Ledger
@@ -33,7 +33,10 @@ _log = logging.getLogger(__name__)
 
 
 class Flushing:
-    """Owns and flushes for one mount.  `flusher` is None until this mount owns the file system."""
+    """Owns and flushes for one mount.  `flusher` is None until this mount owns the file system.
+
+    `fenced` is why it may not (any more), `failure` what went wrong with flushing otherwise.
+    """
 
     def __init__(
         self,
@@ -46,15 +49,16 @@ class Flushing:
         reader: PackReader,
         clock: Clock,
         *,
-        on_fenced: Callable[[Fenced], None],
+        on_fenced: Callable[[QsfsError], None],
         waiting: Callable[[str], None],
     ) -> None:
-        """`waiting` is told what the owning waits for ("": nothing any more)."""
+        """`on_fenced` is told once why this mount may not own, `waiting` what the owning waits for ("": no more)."""
         self.members = members
         self.flusher: Flusher | None = None
-        self.fenced: Fenced | None = None
+        self.fenced: QsfsError | None = None
         self.waiting = ""
         self.failure = ""
+        self._cause: QsfsError | None = None
         self._config = config
         self._store = store
         self._committer = committer
@@ -83,8 +87,13 @@ class Flushing:
     async def _own_later(self, nursery: trio.Nursery) -> None:
         try:
             await self._own(nursery)
+        except (Fenced, StaleCache, SplitHeads) as error:
+            self._fence(error)
         except QsfsError as error:
-            self._fence(error if isinstance(error, Fenced) else Fenced(str(error)))
+            self._cause = error
+            self.failure = f"this mount does not own the file system and uploads nothing: {error}"
+            self._ready.set()
+            _log.error("%s; it goes on with what is local", self.failure)
 
     async def _own(self, nursery: trio.Nursery) -> None:
         opened, store = self._opened, self._store
@@ -123,8 +132,10 @@ class Flushing:
         flusher = Flusher(
             context, self._config, owned.publisher, owned.first, self._reader, on_fenced=self._fence
         )
-        await nursery.start(self._run, flusher)
+        if self.fenced is not None:
+            return
         self.flusher = flusher
+        await nursery.start(self._run, flusher)
         self._ready.set()
         _log.info("owner with epoch %d, at generation %d", owned.owner.epoch, owned.first_ref.generation)
 
@@ -145,11 +156,14 @@ class Flushing:
             self.waiting = what
             self._tell(what)
 
-    def _fence(self, error: Fenced) -> None:
+    def _fence(self, error: QsfsError) -> None:
+        """Ends flushing at once, whoever saw the other owner: a slow backend shows it between two cuts."""
         if self.fenced is None:
             self.fenced = error
             self._ready.set()
             self._on_fenced(error)
+            if self.flusher is not None:
+                self.flusher.fence(error)
 
     @property
     def makes_room(self) -> bool:
@@ -165,15 +179,16 @@ class Flushing:
         await self._ready.wait()
         if self.fenced is not None:
             raise self.fenced
-        assert self.flusher is not None
-        if self.failure:
+        if self._cause is not None:
+            raise self._cause
+        if self.failure or self.flusher is None:
             raise QsfsBug(self.failure)
         done = await self.flusher.sync()
         return {"generation": done.generation, "class": done.durability}
 
     async def stop(self, deadline: float) -> bool:
         """Makes a last generation if this mount owns; returns whether it was published."""
-        if self.flusher is None or self.fenced is not None:
+        if self.flusher is None or self.fenced is not None or self.failure:
             return False
         try:
             return await self.flusher.stop(deadline)

@@ -34,7 +34,7 @@ from qsfs.daemon.space import DaemonSpace
 from qsfs.daemon.status import status_of
 from qsfs.daemon.supervision import supervised
 from qsfs.daemon.waiter import DaemonWaiter
-from qsfs.errors import CacheError, Fenced, MountError, NotFound
+from qsfs.errors import CacheError, MountError, NotFound, QsfsError
 from qsfs.filesystem.contents import Contents
 from qsfs.filesystem.namespace import Namespace
 from qsfs.filesystem.needs import Need
@@ -306,10 +306,10 @@ class Service:
     async def _watch_disk(self) -> None:
         self.state.fail(str(await self.committer.failure()))
 
-    def fenced(self, error: Fenced) -> None:
-        """Another mount owns the file system now: everything that changes anything is refused."""
+    def fenced(self, error: QsfsError) -> None:
+        """This mount may not own the file system (any more): everything that changes anything is refused."""
         self.state.fence(str(error))
-        notify("STATUS=fenced: another mount owns the file system")
+        notify(f"STATUS=read-only: {error}")
 
     # control
 

@@ -73,7 +73,7 @@ class Flusher:
         first: Head,
         reader: ShardReader,
         *,
-        on_fenced: Callable[[Fenced], None] = lambda _: None,
+        on_fenced: Callable[[QsfsError], None] = lambda _: None,
     ) -> None:
         """`first` is the head with which this mount became the owner.
 
@@ -98,7 +98,7 @@ class Flusher:
         self._wake = trio.Event()
         self._news = trio.Event()
         self._stopping = False
-        self._fenced: Fenced | None = None
+        self._fenced: QsfsError | None = None
         self._published_bytes = 0
         self._abandoned = frozenset(pack.pack_id for pack in context.spool.abandoned)
         self._alarmed = False
@@ -111,19 +111,23 @@ class Flusher:
 
         Raises `CacheError` or `Corrupt` at the start if the local store lacks its base.
         """
+        begun = False
         with self._scope:
-            await self._begin()
             try:
+                await self._begin()
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self.context.uploader.run)
                     nursery.start_soon(self._turn)
                     nursery.start_soon(self._precopier.run)
                     nursery.start_soon(self._cuts, nursery)
                     nursery.start_soon(self._upkeep)
+                    begun = True
                     task_status.started()
             finally:
                 self.phase = "fenced" if self._fenced is not None else "stopped"
                 self._tell()
+        if not begun:
+            task_status.started()
 
     async def _begin(self) -> None:
         """Takes over what the last mount left: pack rows, metadata packs, heads in the spool."""
@@ -173,7 +177,7 @@ class Flusher:
                 await self._generation()
                 self.last_error = ""
             except Fenced as error:
-                self._fence(error)
+                self.fence(error)
                 return
             except QsfsError as error:
                 if str(error) != self.last_error:
@@ -294,13 +298,6 @@ class Flusher:
             _log.warning("a full snapshot of the metadata was given up: %s", error)
             self._generations.fresh = None
 
-    def _fence(self, error: Fenced) -> None:
-        self._fenced = error
-        self.last_error = str(error)
-        _log.critical("%s", error)
-        self._scope.cancel()
-        self._on_fenced(error)
-
     # after packs are written
 
     async def _upkeep(self) -> None:
@@ -397,6 +394,15 @@ class Flusher:
             _log.warning("the last generation was not published: %s", error)
         self._scope.cancel()
         return done
+
+    def fence(self, error: QsfsError) -> None:
+        """Ends flushing at once and for good: this mount does not own the file system any more."""
+        if self._fenced is None:
+            self._fenced = error
+            self.last_error = str(error)
+            _log.critical("%s", error)
+            self._scope.cancel()
+            self._on_fenced(error)
 
     def pin(self, ref: HeadRef, names: tuple[str, ...]) -> None:
         """Pins a kept generation by `names` (none: unpins) from the next published head on."""

@@ -235,6 +235,47 @@ async def test_a_fence_ends_flushing_and_is_told(machine: FlushMachine, expect_l
         assert len(machine.fenced) == 1  # type: ignore[attr-defined]
 
 
+async def test_a_fence_that_is_seen_between_two_cuts_ends_uploads_at_once(
+    machine: FlushMachine, expect_log, clock
+):
+    """A slow backend shows the other owner after a head was published: nothing more is sent to any."""
+    expect_log("another mount owns", count=1)
+    async with flushing(machine, cut_seconds=3600.0, quiet_seconds=1.0) as flusher:
+        a = machine.create("a")
+        for backend in machine.backends:
+            backend.delay = lambda call: 0.5 if call == "set" else 0.0
+        machine.write(a, 0, page("x") * 600)
+        await machine.committer.commit()
+        await until(lambda: machine.context.packs.value < 3)
+        error = Fenced("another mount owns the file system")
+        flusher.fence(error)
+        flusher.fence(error)
+        await until(lambda: flusher.status()["phase"] == "fenced")
+
+        def stored() -> int:
+            return sum(call == "set" for backend in machine.backends for call, _ in backend.calls)
+
+        before = stored()
+        await trio.sleep(120)
+        assert stored() == before
+        assert machine.fenced == [error]  # type: ignore[attr-defined]
+        with pytest.raises(Fenced):
+            await flusher.sync()
+
+
+async def test_a_fence_while_flushing_begins_ends_it(machine: FlushMachine, expect_log, clock):
+    expect_log("another mount owns", count=1)
+    error = Fenced("another mount owns the file system")
+    async with machine.mounted(), trio.open_nursery() as nursery:
+        flusher = Flusher(
+            machine.context, FlushConfig(), machine.publisher, machine.first, DirectReader(machine.world)
+        )
+        flusher.fence(error)
+        await nursery.start(flusher.run)
+        with pytest.raises(Fenced):
+            await flusher.sync()
+
+
 async def test_stop_publishes_what_is_left_or_gives_up_at_its_deadline(
     world: World, machine: FlushMachine, clock
 ):
