@@ -1,7 +1,7 @@
 """The whole check: the local store, then the backends; and the repair of what it found.
 
 The caller holds the mount lock of the cache directory: nothing else works on it.  The check looks
-at the last commit; what the journal holds beyond it is replayed by the next mount.
+at the last commit; what the journal holds beyond it is read, left alone, and replayed by the next mount.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qsfs.format.keys import KeyRing
 from qsfs.format.pack import PackKind
 from qsfs.fsck.copies_layer import CopiesCheck, kept_heads
 from qsfs.fsck.extents_layer import check_extents
+from qsfs.fsck.journal_layer import check_journal
 from qsfs.fsck.lmdb_layer import check_lmdb, check_rows
 from qsfs.fsck.mends import Mends
 from qsfs.fsck.namespace_layer import check_namespace
@@ -115,6 +116,7 @@ def check_local(
     view = environment.read()
     layers: dict[str, Callable[[], None]] = {
         "rows": lambda: check_rows(view, report),
+        "journal": lambda: check_journal(view, directory, report),
         "namespace": lambda: check_namespace(view, report),
         "extents": lambda: check_extents(view, report, mends),
     }

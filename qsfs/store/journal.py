@@ -65,20 +65,40 @@ def encode_frame(sequence: int, number: bytes, records: Sequence[bytes]) -> byte
 def decode_frames(content: bytes, number: bytes) -> Iterator[Frame]:
     """The frames at the start of a journal file that are whole, ours and in sequence."""
     offset, expected = 0, None
-    while offset + _HEAD <= len(content):
-        magic, length, sequence, owner = _HEADER.unpack_from(content, offset)
-        end = offset + _HEAD + length
-        if magic != _MAGIC or owner != number or end > len(content):
+    while (found := _frame_at(content, offset, number)) is not None:
+        frame, offset = found
+        if expected is not None and frame.sequence != expected:
             return
-        if expected is not None and sequence != expected:
-            return
-        digest = xxh3_64(content[offset : offset + _HEADER.size])
-        digest.update(content[offset + _HEAD : end])
-        if digest.intdigest() != _SUM.unpack_from(content, offset + _HEADER.size)[0]:
-            return
-        yield Frame(sequence, tuple(_decode_records(content[offset + _HEAD : end])))
-        expected = sequence + 1
-        offset = end + -end % SECTOR
+        yield frame
+        expected = frame.sequence + 1
+
+
+def whole_frames(content: bytes, number: bytes) -> Iterator[Frame]:
+    """All frames of a journal file that are whole and ours, also what lies behind a torn or an old one."""
+    offset = 0
+    while (offset := content.find(_MAGIC, offset)) >= 0:
+        found = _frame_at(content, offset, number) if offset % SECTOR == 0 else None
+        if found is None:
+            offset += 1
+        else:
+            frame, offset = found
+            yield frame
+
+
+def _frame_at(content: bytes, offset: int, number: bytes) -> tuple[Frame, int] | None:
+    """The whole frame of ours at `offset`, and where the next one begins."""
+    if offset + _HEAD > len(content):
+        return None
+    magic, length, sequence, owner = _HEADER.unpack_from(content, offset)
+    end = offset + _HEAD + length
+    if magic != _MAGIC or owner != number or end > len(content):
+        return None
+    payload = content[offset + _HEAD : end]
+    digest = xxh3_64(content[offset : offset + _HEADER.size])
+    digest.update(payload)
+    if digest.intdigest() != _SUM.unpack_from(content, offset + _HEADER.size)[0]:
+        return None
+    return Frame(sequence, tuple(_decode_records(payload))), end + -end % SECTOR
 
 
 def _decode_records(payload: bytes) -> Iterator[tuple[int, bytes]]:
@@ -114,7 +134,7 @@ class Journal:
         """
         self.number = number
         self.capacity = size // 2 - size // 2 % SECTOR
-        self._files = [_open_file(directory / f"journal.{i}", self.capacity) for i in range(2)]
+        self._files = [_open_file(path, self.capacity) for path in journal_paths(directory)]
         self._active = 0
         self._offset = 0
         self._sequence = FIRST_SEQUENCE
@@ -171,17 +191,23 @@ class Journal:
 
 def read_frames(directory: Path, number: bytes, start: int) -> list[Frame]:
     """The frames that replay must consider, from sequence number `start` on; an absent file holds none."""
-    files = []
-    for i in range(2):
-        path = directory / f"journal.{i}"
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            content = b""
-        except OSError as error:
-            raise CacheError(f"{path}: the journal cannot be read: {error}") from error
-        files.append(list(decode_frames(content, number)))
+    files = (list(decode_frames(read_file(path) or b"", number)) for path in journal_paths(directory))
     return in_order(files, start)
+
+
+def journal_paths(directory: Path) -> tuple[Path, ...]:
+    """The two files."""
+    return tuple(directory / f"journal.{i}" for i in range(2))
+
+
+def read_file(path: Path) -> bytes | None:
+    """All of a journal file, None if there is none.  Raises `CacheError` if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CacheError(f"{path}: the journal cannot be read: {error.strerror}") from error
 
 
 def _write_all(file: int, data: bytes, offset: int) -> None:

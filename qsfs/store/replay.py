@@ -104,13 +104,25 @@ def replay(store: Store, frames: Sequence[Frame]) -> None:
                 store.write_number = max(store.write_number, number)
 
 
+def newest_write(frame: Frame) -> int:
+    """The highest write number of an append, 0 if it holds nothing.  Raises `Corrupt` if it cannot be replayed."""
+    newest = 0
+    for kind, body in frame.records:
+        number = changes.decode(body)[0] if kind == NAMESPACE else _write_number(kind, body)
+        newest = max(newest, number)
+    return newest
+
+
 def _write_number(kind: int, body: bytes) -> int:
-    if kind == TRUNCATE:
-        return int(_TRUNCATE.unpack(body)[1])
-    if kind == PAGES:
-        return int(_PAGE.unpack_from(body)[2])
-    if kind == ATTRIBUTES:
-        return int(_ATTRIBUTES.unpack(body)[1])
+    try:
+        if kind == TRUNCATE:
+            return int(_TRUNCATE.unpack(body)[1])
+        if kind == PAGES and len(body) == _PAGE.size + PAGE:
+            return int(_PAGE.unpack_from(body)[2])
+        if kind == ATTRIBUTES:
+            return int(_ATTRIBUTES.unpack(body)[1])
+    except struct.error as error:
+        raise Corrupt(f"the journal holds a record of kind {kind} of the wrong size: {error}") from error
     raise Corrupt(f"the journal holds a record of unknown kind {kind}; use the qsfs version that wrote it")
 
 
