@@ -297,6 +297,7 @@ async def test_live_bytes_and_allocation_are_counted_anew(fs, scratch):
     number = fs.remote_file("a", noise(8 * PAGE))
     fs.inode(number).allocated = 77
     fs.store.inodes.touch(fs.inode(number))
+    fs.store.layers.put(Table.PACKS, u64(1), dataclasses.replace(fs.pack_row(1), live=0).encode())
     fs.commit()
     fs.publish()
     await fs.restore(scratch / "new")
