@@ -49,13 +49,14 @@ def lines(found: dict[str, Any]) -> list[str]:
     if found.get("failure"):
         out.append(f"FLUSHING ENDED: {found['failure']}")
     flush = found.get("flush")
-    if flush is not None:
-        out += ["", "not yet safe (bytes, age of the oldest):"]
+    exposure = (flush or found).get("exposure")
+    if exposure is not None:
+        out += ["", "not yet safe (at most so many bytes, age of the oldest):"]
         rows = [
-            (name, format_size(entry["bytes"]), _age(entry.get("age")))
-            for name, entry in flush["exposure"].items()
+            (name, format_size(entry["bytes"]), _age(entry.get("age"))) for name, entry in exposure.items()
         ]
         out.append(format_table(("class", "bytes", "age"), rows))
+    if flush is not None:
         out.append(f"last generation: {flush['generation']}; flushing is {flush['phase']}")
         out += [f"flushing waits: {what}" for what in flush["waiting"]]
         if flush["last_error"]:
@@ -73,6 +74,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     if cache["oldest_uncovered_seconds"] is not None:
         age = _age(cache["oldest_uncovered_seconds"])
         out.append(f"oldest write of an atomic-sync file without a sync: {age}")
+    requests = found.get("requests")
+    if requests is not None:
+        out.append(_requests(requests))
     for sentence in found.get("sentences", ()):
         out.append(sentence)
     for warning in found.get("warnings", ()):
@@ -92,6 +96,18 @@ def lines(found: dict[str, Any]) -> list[str]:
             "'qsfs unblock' ends it"
         )
     return out
+
+
+def _requests(requests: dict[str, Any]) -> str:
+    """One line: how many, of which kinds most, how many wait and failed."""
+    kinds = sorted(requests["by_kind"].items(), key=lambda item: -item[1])
+    most = ", ".join(f"{name} {count:,}" for name, count in kinds[:4])
+    line = f"requests: {sum(requests['by_kind'].values()):,}" + (f" ({most})" if most else "")
+    if requests["waiting"]:
+        line += f", {requests['waiting']} waiting"
+    if requests["unexpected_errors"]:
+        line += f", {requests['unexpected_errors']} failed unexpectedly (see the log)"
+    return line
 
 
 def _age(seconds: float | None) -> str:

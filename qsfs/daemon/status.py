@@ -48,8 +48,10 @@ def status_of(service: Service) -> dict[str, Any]:
         counts = service.operations.counts
         found["requests"] = {
             "by_kind": dict(counts.requests),
+            "waits_by_kind": dict(counts.waits),
             "waiting": counts.waiting,
             "unexpected_errors": counts.unexpected,
+            "unexpected_errors_by_kind": dict(counts.failures),
         }
         policies = service.namespace.policies.status()
         found["policies"] = {

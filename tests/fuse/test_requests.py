@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 
 import pytest
@@ -21,34 +20,9 @@ def counted(mount, action):
     return {name: n for name, n in requests.items() if name not in ("forget", "release", "releasedir")}
 
 
-def test_names_and_attributes_are_asked_once(mount, root):
-    (root / "d").mkdir()
-    (root / "d" / "f").write_bytes(b"x")
-    hand_over(root)
-    os.stat(root / "d" / "f")
-    assert counted(mount, lambda: [os.stat(root / "d" / "f") for _ in range(100)]) == {}
-
-
 def test_a_name_that_does_not_exist_is_asked_once(mount, root):
     os.stat(root)
     assert counted(mount, lambda: [os.path.exists(root / "nothing") for _ in range(100)]) == {"lookup": 1}
-
-
-def test_a_listing_brings_all_attributes(mount, root):
-    for number in range(100):
-        (root / str(number)).touch()
-    hand_over(root)
-    drop_names()
-
-    def list_all():
-        for entry in os.scandir(root):
-            entry.stat()
-
-    requests = counted(mount, list_all)
-    assert requests.pop("readdir") < 20
-    assert requests.pop("opendir") == 1
-    assert requests.get("lookup", 0) == 0
-    assert requests.get("getattr", 0) <= 1
 
 
 def drop_names():
@@ -108,38 +82,6 @@ def test_fsync_is_always_asked(mount, root):
         assert counted(mount, lambda: os.fsync(directory)) == {"fsyncdir": 1}
     os.close(directory)
     assert mount.command("take_syncs")[-1] == "namespace"
-
-
-def test_a_map_is_read_by_the_page_and_written_by_the_page(mount, root):
-    (root / "f").write_bytes(bytes(64 * PAGE))
-    hand_over(root)
-    handle = os.open(root / "f", os.O_RDWR)
-    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    with mmap.mmap(handle, 64 * PAGE) as shared:
-        shared.madvise(mmap.MADV_RANDOM)
-        def dirty():
-            for page in range(0, 64, 2):
-                shared[page * PAGE] = 1
-            shared.flush()
-
-        requests = counted(mount, dirty)
-        assert (requests["read"], requests["write"], requests["fsync"]) == (32, 32, 1)
-    os.close(handle)
-
-
-def test_reads_and_writes_are_large(mount, root):
-    size = 8 << 20
-
-    def write():
-        with open(root / "f", "wb") as file:
-            file.write(os.urandom(size))
-            os.fsync(file.fileno())
-
-    assert counted(mount, write)["write"] <= 2 * (size >> 20)
-    with open(root / "f", "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        reads = counted(mount, file.read)["read"]
-        assert reads <= 4 * (size >> 20), "readahead was not raised"
 
 
 def test_forgets_leave_nothing_known(mount, root):

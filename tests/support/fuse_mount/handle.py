@@ -17,12 +17,13 @@ from tests.support import scratch
 
 @dataclass(frozen=True)
 class Settings:
-    """How to mount.  `policies` holds the arguments of `PolicyRule`s."""
+    """How to mount.  `policies` holds the arguments of `PolicyRule`s; `without` names a saving to go without."""
 
     mountpoint: str = ""
     xattr: bool = False
     short_loop: bool = True
     break_tuning: bool = False
+    without: str = ""
     policies: tuple[dict[str, Any], ...] = ()
     total_bytes: int = 1 << 40
     free_bytes: int = 1 << 39

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyfuse3
 import trio
 
 from qsfs.clock import SystemClock
@@ -23,6 +24,8 @@ from qsfs.filesystem.policies import Policies
 from qsfs.filesystem.posix import Credentials, PosixError
 from qsfs.filesystem.space import SpaceReport
 from qsfs.fuse import session, tuning
+from qsfs.fuse.boundary import RequestCounts
+from qsfs.fuse.handles import make_handle
 from qsfs.fuse.operations import Operations
 from qsfs.fuse.session import serve
 from qsfs.fuse.state import MountState
@@ -31,6 +34,17 @@ from tests.support.memory_store import MemoryContents, MemoryStore
 
 class _Panic(BaseException):
     """As what is raised by extension modules that do not know Python's rules."""
+
+
+class _Answered:
+    """A handler that answers where the real one says once that it need not be asked."""
+
+    def __init__(self, counts: RequestCounts, name: str) -> None:
+        self.counts = counts.requests
+        self.name = name
+
+    async def __call__(self, fh: int) -> None:
+        self.counts[self.name] = self.counts.get(self.name, 0) + 1
 
 
 class Daemon:
@@ -259,10 +273,43 @@ class Daemon:
                 answer(await result if inspect.iscoroutine(result) else result)
         cancel()
 
+    async def closed(self, left: int = 0) -> bool:
+        """Waits until the kernel has released all handles but `left`."""
+        counts = self.operations.counts.requests
+        with trio.move_on_after(15):
+            while sum(counts.get(name, 0) for name in ("open", "create", "opendir")) - left > sum(
+                counts.get(name, 0) for name in ("release", "releasedir")
+            ):
+                await trio.sleep(0.002)
+            return True
+        return False
+
+    def _go_without(self, saving: str) -> None:
+        operations: Any = self.operations
+        filler = operations._attributes
+        if saving == "timeouts":
+            filler._reply.entry_timeout = filler._reply.attr_timeout = 0
+        elif saving == "negative entries":
+            filler._absent.entry_timeout = 0
+        elif saving == "keep_cache":
+            operations._file_info = lambda number, flags: pyfuse3.FileInfo(
+                fh=make_handle(number, False), keep_cache=False
+            )
+        elif saving == "ENOSYS to flush":
+            operations.flush = _Answered(operations.counts, "flush")
+        elif saving == "writeback cache":
+            operations.enable_writeback_cache = False
+        elif saving == "kernel settings":
+            tuning.tune = lambda *args, **kwargs: {}
+        else:
+            raise ValueError(saving)
+
     def _fail_to_tune(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("planned")
 
     async def run(self) -> None:
+        if self.settings["without"]:
+            self._go_without(self.settings["without"])
         if self.settings["break_tuning"]:
             tuning.tune = self._fail_to_tune  # type: ignore[assignment]
         async with trio.open_nursery() as nursery:
