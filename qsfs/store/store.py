@@ -21,7 +21,7 @@ from qsfs.errors import CacheError, FormatMismatch
 from qsfs.store import replay
 from qsfs.store.blocks import Blocks
 from qsfs.store.changes import Change
-from qsfs.store.environment import Environment
+from qsfs.store.environment import Environment, StoreFull
 from qsfs.store.extents import Extents
 from qsfs.store.group import JOURNAL_START_KEY, Group, commit
 from qsfs.store.inodes import Inodes
@@ -100,7 +100,14 @@ class Store:
         number = self.clock.random_bytes(16)
         self._local[JOURNAL_KEY] = number
         group = self.seal(switch=False)
-        self.commit(group)
+        try:
+            self.commit(group)
+        except StoreFull:
+            # The pages that the last commits before the crash freed may not be reused yet.
+            self.layers.renew_view()
+            self.environment.release_freed()
+            self.layers.renew_view()
+            self.commit(group)
         self.committed(group)
         self.journal = Journal(self.directory, self.limits.journal_bytes, number)
 

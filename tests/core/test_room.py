@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -18,6 +19,7 @@ from qsfs.daemon.committer import Committer
 from qsfs.daemon.keeper import Keeper
 from qsfs.errors import CacheError
 from qsfs.filesystem.needs import NeedPages, NeedRoom
+from qsfs.store.environment import Environment, StoreFull
 from qsfs.store.limits import Limits
 from qsfs.store.packs import add_pack
 from qsfs.store.schema import BLOCK_PAGES, PAGE, ExtentRow, PackRow, PackState, Table, split_u64_pair
@@ -352,3 +354,29 @@ async def test_what_an_unexpected_error_kept_from_the_journal_is_not_acknowledge
             for file in files:
                 nursery.start_soon(sync, file)
         assert results == ["failed", "failed"]
+
+
+async def test_a_mount_that_finds_no_free_page_at_once_replays_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LMDB reuses what it freed only two commits later; also the commit of a replay waits for that."""
+    machine = Machine(tmp_path)
+    file = machine.create("a")
+    machine.write(file, 0, page("a") * 8)
+    machine.fsync(file)
+    right, full = Environment.write, []
+
+    @contextmanager
+    def write(environment: Environment) -> Iterator[Any]:
+        with right(environment) as transaction:
+            yield transaction
+            if not full:
+                full.append(True)
+                raise StoreFull("no free page")
+
+    monkeypatch.setattr(Environment, "write", write)
+    machine.crash()
+    assert full and machine.read(file) == page("a") * 8
+    machine.crash()
+    assert machine.read(file) == page("a") * 8
+    machine.close()
