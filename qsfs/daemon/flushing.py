@@ -15,7 +15,9 @@ from qsfs.daemon.connect import Opened
 from qsfs.daemon.owning import local_state, own_when_possible
 from qsfs.daemon.status import backends_of
 from qsfs.errors import DeadlineExceeded, Fenced, QsfsBug, QsfsError, SplitHeads, StaleCache
+from qsfs.remote.base import BASE_KEY, local_head
 from qsfs.remote.context import FlushContext
+from qsfs.remote.exposure import Exposure
 from qsfs.remote.flush import Flusher
 from qsfs.remote.ledger import Ledger
 from qsfs.remote.members import Members
@@ -59,6 +61,7 @@ class Flushing:
         self.waiting = ""
         self.failure = ""
         self._cause: QsfsError | None = None
+        self._base_ns: int | None = None
         self._config = config
         self._store = store
         self._committer = committer
@@ -70,12 +73,18 @@ class Flushing:
         self._ledger = Ledger(clock, second_look_seconds)
         self._spool = Spool(store.directory / "spool", store.limits.spool_bytes)
         self._ready = trio.Event()
+        self._exposure = Exposure(
+            store, self._ledger, clock, lambda: 0 if self.flusher is None else self.flusher.uploaded_ahead
+        )
 
     async def start(self, nursery: trio.Nursery, *, offline: bool) -> None:
         """Owns, and starts flushing in `nursery`; `offline` leaves both to when backends answer.
 
         Raises what says that this mount must not own.
         """
+        await self._exposure.begin()
+        base = local_head(self._store, BASE_KEY, self._opened.keys)
+        self._base_ns = None if base is None else base.head.time_ns
         if not offline:
             await self._own(nursery)
             return
@@ -130,7 +139,13 @@ class Flushing:
             clock=self._clock,
         )
         flusher = Flusher(
-            context, self._config, owned.publisher, owned.first, self._reader, on_fenced=self._fence
+            context,
+            self._config,
+            owned.publisher,
+            owned.first,
+            self._reader,
+            on_fenced=self._fence,
+            exposure=self._exposure,
         )
         if self.fenced is not None:
             return
@@ -210,4 +225,6 @@ class Flushing:
                 assessment = assess(generations.fleets[-1], self._opened.superblock.code)
                 found["sentences"] = list(assessment.sentences())
                 found["warnings"] = list(assessment.warnings())
+        else:
+            found["exposure"] = self._exposure.report(self._base_ns)
         return found

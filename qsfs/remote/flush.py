@@ -22,6 +22,7 @@ from qsfs.remote.collect import AbandonedCollector
 from qsfs.remote.complete import Completer
 from qsfs.remote.context import FlushContext
 from qsfs.remote.cut import NoCut
+from qsfs.remote.exposure import Exposure
 from qsfs.remote.generation import Generations, HeadPublisher
 from qsfs.remote.ledger import read_rows
 from qsfs.remote.metadata import early_delta, full_snapshot
@@ -74,6 +75,7 @@ class Flusher:
         reader: ShardReader,
         *,
         on_fenced: Callable[[QsfsError], None] = lambda _: None,
+        exposure: Exposure | None = None,
     ) -> None:
         """`first` is the head with which this mount became the owner.
 
@@ -99,7 +101,9 @@ class Flusher:
         self._news = trio.Event()
         self._stopping = False
         self._fenced: QsfsError | None = None
-        self._published_bytes = 0
+        self.exposure = exposure or Exposure(
+            context.store, context.ledger, context.clock, lambda: self.uploaded_ahead
+        )
         self._abandoned = frozenset(pack.pack_id for pack in context.spool.abandoned)
         self._alarmed = False
         self._scope = trio.CancelScope()
@@ -143,6 +147,7 @@ class Flusher:
             )
             context.ledger.take(read)
             position = read.resume
+        await self.exposure.begin()
         self.generations = Generations(context, self._publisher, base, self._first)
         published = self._publisher.published
         sealed = context.spool.heads.get(published) if published is not None else None
@@ -196,7 +201,7 @@ class Flusher:
             marks = context.store.layers.view.count(Table.CHANGED)
             if marks > EARLY_DELTA_MARKS and generations.pre_delta is None:
                 await self._early_delta()
-            recorded = self._precopier.bytes_recorded
+            uploaded = self.exposure.uploaded
             abandoned = frozenset(pack.pack_id for pack in context.spool.abandoned)
             order = generations.next_order(min(self._pace.most_bytes, context.spool.room() * 3 // 4))
             serial = self._started = self._started + 1
@@ -209,7 +214,7 @@ class Flusher:
                 self._pace.sealed(cut.bytes, context.clock.monotonic() - begin)
                 self.phase = "publishing"
                 await generations.publish(cut, ready)
-                self._published_bytes = recorded
+                self.exposure.published(uploaded)
                 self._abandoned = abandoned
                 break
             if cut is NoCut.UNCHANGED:
@@ -316,6 +321,7 @@ class Flusher:
 
     async def _upkeep_once(self) -> None:
         short = self.short_of_room
+        self.exposure.look()
         if short and self._dirty_estimate >= self._worth_freeing:
             self._precopier.press("the cache is short of room", orphans_too=True)
         elif self.phase != "uploading ahead":
@@ -395,6 +401,11 @@ class Flusher:
         self._scope.cancel()
         return done
 
+    @property
+    def uploaded_ahead(self) -> int:
+        """Bytes that turned clean ahead of cuts since this mount began."""
+        return self._precopier.bytes_recorded
+
     def fence(self, error: QsfsError) -> None:
         """Ends flushing at once and for good: this mount does not own the file system any more."""
         if self._fenced is None:
@@ -414,13 +425,8 @@ class Flusher:
     def status(self) -> dict[str, Any]:
         """What flushing does, waits for, and has not made safe yet.  Bytes; ages in seconds."""
         context, generations = self.context, self.generations
-        now_ns = context.clock.time_ns()
         ledger = context.ledger
-        open_bytes = context.store.layers.open.bytes
-        unwritten = self._dirty_estimate + self._precopier.bytes_recorded - self._published_bytes
         base = generations.base.head if generations is not None else None
-        age = (now_ns - base.time_ns) / 1e9 if base is not None and unwritten + open_bytes else 0.0
-        oldest = min((written for _, written in ledger.incomplete.values()), default=now_ns)
         waiting = list(dict.fromkeys(context.uploader.waiting.values()))
         if generations is not None and generations.waiting:
             waiting.append(generations.waiting)
@@ -428,14 +434,7 @@ class Flusher:
             "phase": self.phase,
             "generation": base.generation if base is not None else None,
             "published_ns": base.time_ns if base is not None else None,
-            "exposure": {
-                "local": {"bytes": open_bytes},
-                "written": {"bytes": unwritten, "age": age},
-                "full": {
-                    "bytes": unwritten + ledger.incomplete_bytes,
-                    "age": max(age, (now_ns - oldest) / 1e9),
-                },
-            },
+            "exposure": self.exposure.report(base.time_ns if base is not None else None),
             "waiting": waiting,
             "pressure": self._precopier.pressed,
             "packs_not_full": len(ledger.incomplete),

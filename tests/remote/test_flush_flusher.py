@@ -19,6 +19,7 @@ from qsfs.format.shard import open_shard, parse_shard_key, shard_key
 from qsfs.remote import flush
 from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, local_head
 from qsfs.remote.control import Records
+from qsfs.remote.exposure import ROW_BYTES
 from qsfs.remote.flush import Flusher
 from qsfs.remote.mount_check import LocalState, accept_for_mount
 from qsfs.remote.ownership import own
@@ -171,7 +172,44 @@ async def test_quiet_pages_leave_before_any_cut(machine: FlushMachine, clock):
 
         await until(nothing_dirty)
         assert flusher.status()["generation"] == 1
-        assert flusher.status()["exposure"]["written"]["bytes"] == 64 * PAGE
+        exposure = flusher.status()["exposure"]["written"]
+        assert exposure["bytes"] - exposure["rows"] * ROW_BYTES == 64 * PAGE
+        await flusher.sync()
+        assert flusher.status()["exposure"]["written"]["bytes"] == 0
+
+
+async def test_what_an_earlier_mount_uploaded_ahead_is_exposed_until_a_head_names_it(
+    machine: FlushMachine, clock
+):
+    """Nothing is dirty then, and all of it would be lost with the machine."""
+    async with flushing(machine, cut_seconds=86400, quiet_seconds=5) as flusher:
+        machine.write(machine.create("a"), 0, page("x") * 64)
+        await machine.committer.commit()
+        await until(lambda: flusher.uploaded_ahead)
+        await machine.committer.commit()
+        assert machine.store.layers.view.count(Table.DIRTY) == 0
+    async with flushing(machine, cut_seconds=86400) as flusher:
+        exposure = flusher.status()["exposure"]["written"]
+        assert exposure["bytes"] >= 64 * PAGE + ROW_BYTES
+        await flusher.sync()
+        assert flusher.status()["exposure"]["written"] == {"bytes": 0, "age": 0.0, "rows": 0}
+    async with flushing(machine, cut_seconds=86400) as flusher:
+        assert flusher.status()["exposure"]["written"]["bytes"] == 0
+
+
+async def test_names_alone_are_exposed_too(machine: FlushMachine, clock):
+    """Also those in the open group; their age counts from when there was nothing, not from the last cut."""
+    async with flushing(machine, cut_seconds=86400) as flusher:
+        await flusher.sync()
+        await trio.sleep(5000)
+        assert flusher.status()["exposure"]["written"]["bytes"] == 0
+        machine.create("a")
+        assert flusher.status()["exposure"]["written"]["bytes"] > 0
+        await machine.committer.commit()
+        await trio.sleep(100)
+        exposure = flusher.status()["exposure"]["written"]
+        assert exposure["bytes"] > 0 and exposure["rows"] > 0
+        assert 100 <= exposure["age"] < 110
         await flusher.sync()
         assert flusher.status()["exposure"]["written"]["bytes"] == 0
 
