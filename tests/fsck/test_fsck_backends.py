@@ -10,10 +10,11 @@ from qsfs.format.head import head_key
 from qsfs.format.identity import identity_key
 from qsfs.format.shard import encode_shards
 from qsfs.format.superblock import SUPERBLOCK_KEY
+from qsfs.fsck.check import Backends, fsck
 from qsfs.fsck.report import Severity
 from qsfs.store.schema import ExtentRow, PackRow, PackState, Table, u64, u64_pair
-from tests.fsck.conftest import Checked, kinds
-from tests.remote.small_fs import noise
+from tests.fsck.conftest import TIMING, Checked, kinds
+from tests.remote.small_fs import LIMITS, SECRET, noise
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +138,19 @@ async def test_backends_that_do_not_answer_prove_nothing(checked: Checked):
     assert report.count() == 0
     assert report.exit_code == 8
     assert any("host2:9900" in reason for reason in report.failures)
+    assert [store.keys() for store in checked.fs.world.data] == before
+
+
+async def test_backends_that_the_configuration_leaves_out_prove_nothing(checked: Checked):
+    """Their shards may well be there: no pack is called lost, and nothing is stored elsewhere."""
+    before = [store.keys() for store in checked.fs.world.data]
+    backends = Backends(checked.fs.candidates()[3:], SECRET, TIMING)
+    for deep in (False, True):
+        report = await fsck(
+            checked.directory, LIMITS, clock=checked.fs.clock, backends=backends, deep=deep, repair=True
+        )
+        assert report.count() == 0 and report.exit_code == 8
+        assert any("entry 1 of the fleet" in reason for reason in report.failures)
     assert [store.keys() for store in checked.fs.world.data] == before
 
 
