@@ -38,6 +38,7 @@ from qsfs.store.schema import (
     Table,
     split_u64_pair,
     u64,
+    u64_pair,
 )
 from qsfs.store.store import FSID_KEY, NEXT_INODE, NEXT_PACK, Store
 from tests.remote.harness import make_head, plant
@@ -251,6 +252,41 @@ async def test_a_name_that_is_taken_or_too_long_is_put_beside_too(fs, scratch):
     fs.publish(generation=3)
     report = await fs.restore(scratch / "new")
     assert {aside.name for aside in report.tally.aside} == {"u.restored-3-2", "x" * 244 + ".restored-3"}
+
+
+async def test_entries_with_cookies_that_are_taken_or_to_come_are_all_listed(fs, scratch):
+    """What a damaged generation holds: each name gets a place in its directory, and keeps it."""
+    for name in ("a", "b", "c", "d"):
+        fs.write(name, name.encode())
+    fs.commit()
+    with fs.store.change() as change:
+        for name, cookie in ((b"a", 5), (b"b", 5), (b"c", 5), (b"d", 90)):
+            entry = Entry.decode(fs.store.get(Table.ENTRIES, u64(ROOT_INODE) + name))
+            row = dataclasses.replace(entry, cookie=cookie)
+            change.put(Table.ENTRIES, u64(ROOT_INODE) + name, row.encode())
+        change.patch(ROOT_INODE, next_cookie=4)
+    fs.commit()
+    fs.publish()
+    await fs.restore(scratch / "new")
+    new = fs.restored(scratch / "new")
+    cookies = dict(new.store.scan(Table.COOKIES, b"", None))
+    assert sorted(cookies.values()) == [b"a", b"b", b"c", b"d"]
+    assert int.from_bytes(max(cookies)[8:], "big") < new.inode(ROOT_INODE).next_cookie
+    for key, name in cookies.items():
+        entry = Entry.decode(new.store.get(Table.ENTRIES, u64(ROOT_INODE) + name))
+        assert key == u64_pair(ROOT_INODE, entry.cookie)
+    new.close()
+
+
+async def test_a_metadata_pack_of_fewer_chunks_than_its_head_says_is_refused(fs, scratch):
+    await a_small_tree(fs)
+    fs.publish()
+    pack = fs.head.snapshot[0]
+    more = dataclasses.replace(pack, chunks=pack.chunks + 1)
+    plant(fs.world, dataclasses.replace(fs.head, snapshot=(more,), generation=2, predecessor=fs.sealed.ref))
+    with pytest.raises(Corrupt, match="chunks, its head says"):
+        await fs.restore(scratch / "new")
+    assert not (scratch / "new" / "data.mdb").exists()
 
 
 async def test_pending_truncations_are_kept(fs, scratch):
