@@ -20,7 +20,8 @@ class AttributeChange:
     """What a setattr sets; None stays as it is.  Times are nanoseconds since 1970.
 
     With nothing set but perhaps `ctime_ns` it takes the set-id bits away: that is how the kernel
-    announces a write or chown by someone who may not keep them.
+    announces a write by someone who may not keep them.  `keeps_set_ids` says that the caller may
+    (CAP_FSETID), which counts for a truncation; a chown takes them from anybody.
     """
 
     mode: int | None = None
@@ -30,6 +31,7 @@ class AttributeChange:
     atime_ns: int | None = None
     mtime_ns: int | None = None
     ctime_ns: int | None = None
+    keeps_set_ids: bool = False
 
 
 def size_of(tree: Tree, inode: Inode) -> int:
@@ -53,7 +55,8 @@ def set_attributes(tree: Tree, number: int, wanted: AttributeChange) -> Inode:
             check_id(identity)
     if wanted.size is not None:
         _check_size(inode, wanted.size)
-        tree.contents.truncate(inode, wanted.size)
+        if wanted.size != tree.contents.stat(inode).size:
+            tree.contents.truncate(inode, wanted.size)
     times_given = wanted.atime_ns is not None or wanted.mtime_ns is not None
     if regular and (times_given or wanted.ctime_ns is not None):
         tree.contents.set_times(
@@ -62,7 +65,7 @@ def set_attributes(tree: Tree, number: int, wanted: AttributeChange) -> Inode:
             None if wanted.mtime_ns is None else clamp_time(wanted.mtime_ns),
             tree.store.clock.time_ns() if wanted.ctime_ns is None else clamp_time(wanted.ctime_ns),
         )
-    mode = _mode(inode, wanted, times_given)
+    mode = _mode(inode, wanted)
     fields: dict[str, int] = {}
     if mode != inode.mode or wanted.mode is not None:
         fields["mode"] = mode
@@ -95,13 +98,16 @@ def drop_set_ids(tree: Tree, inode: Inode) -> bool:
     return True
 
 
-def _mode(inode: Inode, wanted: AttributeChange, times_given: bool) -> int:
+def _mode(inode: Inode, wanted: AttributeChange) -> int:
     if wanted.mode is not None:
         return stat.S_IFMT(inode.mode) | stat.S_IMODE(wanted.mode)
-    kept = times_given and wanted.uid is None and wanted.gid is None and wanted.size is None
-    if stat.S_ISDIR(inode.mode) or kept:
+    if stat.S_ISDIR(inode.mode):
         return inode.mode
-    return without_set_ids(inode.mode)
+    kept = False
+    if wanted.uid is None and wanted.gid is None:
+        times_given = wanted.atime_ns is not None or wanted.mtime_ns is not None
+        kept = times_given if wanted.size is None else wanted.keeps_set_ids
+    return inode.mode if kept else without_set_ids(inode.mode)
 
 
 def _check_size(inode: Inode, size: int) -> None:

@@ -360,6 +360,10 @@ class Contents:
         """Whether any handle of the file is open."""
         return number in self._opened
 
+    def is_shrinking(self, number: int) -> bool:
+        """Whether a truncation is still being worked off, so that `allocated` goes down by itself."""
+        return number in self._store.blocks.pending
+
     def forget(self, number: int) -> None:
         """Drops what is uncovered of a file that goes away."""
         u = self._uncovered.pop(number, None)

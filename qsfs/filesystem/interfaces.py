@@ -114,6 +114,9 @@ class Contents(Protocol):
     def is_open(self, number: int) -> bool:
         """Whether a handle is open."""
 
+    def is_shrinking(self, number: int) -> bool:
+        """Whether a truncation is still being worked off, so that `allocated` goes down by itself."""
+
     def forget(self, number: int) -> None:
         """Drops what is uncovered of a file that was removed."""
 

@@ -2,7 +2,7 @@
 
 Every operation is synchronous, checks everything first and then makes one change, so it happens
 wholly or not at all.  It raises `PosixError` with the code that the application gets, or a `Need`
-before it has changed anything.  Permissions, the umask and the sticky bit are the kernel's.
+before it has changed anything.  Permissions and the sticky bit are the kernel's.
 
 Times: an operation sets mtime and ctime as POSIX says.  Reading sets no atime (`noatime`).
 """
@@ -220,9 +220,12 @@ class Namespace:
         """The names of all extended attributes."""
         return xattrs.list_xattrs(self.tree, number)
 
-    def set_xattr(self, number: int, name: bytes, value: bytes) -> None:
-        """Sets an extended attribute: E2BIG, ERANGE, EOPNOTSUPP, ENOSPC above the list's size."""
-        xattrs.set_xattr(self.tree, number, name, value)
+    def set_xattr(self, number: int, name: bytes, value: bytes, *, keeps_set_gid: bool = True) -> None:
+        """Sets an extended attribute: E2BIG, ERANGE, EOPNOTSUPP, ENOSPC above the list's size.
+
+        An access ACL takes the setgid bit away unless the caller `keeps_set_gid`: is in the group or root.
+        """
+        xattrs.set_xattr(self.tree, number, name, value, keeps_set_gid)
 
     def remove_xattr(self, number: int, name: bytes) -> None:
         """Removes an extended attribute; ENODATA."""
@@ -256,7 +259,7 @@ class Namespace:
         if directory.mode & stat.S_ISGID:
             gid = directory.gid
             mode |= stat.S_ISGID if is_directory else 0
-        mode, acls = xattrs.inherited(self.tree, directory, mode)
+        mode, acls = xattrs.inherited(self.tree, directory, mode, caller.umask)
         flags = self.policies.for_new(parent, name) if stat.S_ISREG(mode) else 0
         number = self._store.allocate_inode()
         now = self._store.clock.time_ns()

@@ -34,7 +34,7 @@ class PosixError(OSError):
 
 
 class Caller(Protocol):
-    """Who asks: the ids that a new inode gets."""
+    """Who asks: the ids that a new inode gets, and the mode bits that it must not."""
 
     @property
     def uid(self) -> int:
@@ -44,6 +44,10 @@ class Caller(Protocol):
     def gid(self) -> int:
         """The group."""
 
+    @property
+    def umask(self) -> int:
+        """The mode bits that a new inode does not get, unless a default ACL says otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
@@ -51,6 +55,7 @@ class Credentials:
 
     uid: int = 0
     gid: int = 0
+    umask: int = 0
 
 
 def check_name(name: bytes) -> None:

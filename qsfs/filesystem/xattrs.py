@@ -35,7 +35,7 @@ def list_xattrs(tree: Tree, number: int) -> list[bytes]:
     return [key[len(prefix) :] for key, _ in tree.store.scan(Table.XATTRS, prefix, u64(number + 1))]
 
 
-def set_xattr(tree: Tree, number: int, name: bytes, value: bytes) -> None:
+def set_xattr(tree: Tree, number: int, name: bytes, value: bytes, keeps_set_gid: bool = True) -> None:
     """Sets an attribute.  An access ACL sets the mode with it, and is not stored if the mode says it all."""
     inode = tree.inode(number)
     _check_name(name)
@@ -47,6 +47,8 @@ def set_xattr(tree: Tree, number: int, name: bytes, value: bytes) -> None:
         entries = acl.decode(value)
         if name == acl.ACCESS:
             mode = acl.mode_of(entries, mode)
+            if not keeps_set_gid:
+                mode &= ~stat.S_ISGID
             stored = None if acl.is_minimal(entries) else value
         elif not stat.S_ISDIR(inode.mode):
             raise PosixError(errno.EACCES)
@@ -85,13 +87,13 @@ def change_mode_acl(tree: Tree, change: Change, inode: Inode, mode: int) -> None
         change.put(Table.XATTRS, key, acl.encode(acl.with_mode(acl.decode(value), mode)))
 
 
-def inherited(tree: Tree, directory: Inode, mode: int) -> tuple[int, dict[bytes, bytes]]:
-    """The mode and ACL attributes of a new inode in a directory."""
+def inherited(tree: Tree, directory: Inode, mode: int, umask: int) -> tuple[int, dict[bytes, bytes]]:
+    """The mode and ACL attributes of a new inode in a directory, whose default ACL replaces the umask."""
     if stat.S_ISLNK(mode):
         return mode, {}
     value = tree.store.get(Table.XATTRS, u64(directory.number) + acl.DEFAULT)
     if value is None:
-        return mode, {}
+        return mode & ~umask, {}
     entries, mode = acl.inherit(acl.decode(value), mode)
     attributes = {} if acl.is_minimal(entries) else {acl.ACCESS: acl.encode(entries)}
     if stat.S_ISDIR(mode):

@@ -1,7 +1,7 @@
 """Fills pyfuse3's attribute objects.
 
-pyfuse3 copies an object into its reply before anything else runs, so one object serves every
-request of a mount: building one costs more than filling it.
+pyfuse3 copies an object into its reply before anything else runs, so one object serves all
+requests of a kind: building one costs more than filling it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class AttributeFiller:
         self._contents = namespace.tree.contents
         self._reply = pyfuse3.EntryAttributes()
         self._reply.entry_timeout = self._reply.attr_timeout = TIMEOUT_SECONDS
+        # For attributes that change by themselves, which the kernel must ask for again.
+        self._changing = pyfuse3.EntryAttributes()
+        self._changing.entry_timeout = TIMEOUT_SECONDS
+        self._changing.attr_timeout = 0.0
         self._absent = pyfuse3.EntryAttributes()
         self._absent.st_ino = 0
         self._absent.entry_timeout = TIMEOUT_SECONDS
@@ -36,6 +40,8 @@ class AttributeFiller:
         """The inode's attributes; valid until the next call."""
         reply = self._reply
         mode = inode.mode
+        if stat.S_ISREG(mode) and self._contents.is_shrinking(inode.number):
+            reply = self._changing
         reply.st_ino = inode.number
         reply.st_mode = mode
         reply.st_nlink = inode.nlink
@@ -45,7 +51,7 @@ class AttributeFiller:
         if stat.S_ISREG(mode):
             data = self._contents.stat(inode)
             reply.st_size = data.size
-            reply.st_blocks = data.allocated * _SECTORS
+            reply.st_blocks = min(data.allocated, -(-data.size // PAGE)) * _SECTORS
             reply.st_atime_ns = data.atime_ns
             reply.st_mtime_ns = data.mtime_ns
             reply.st_ctime_ns = data.ctime_ns

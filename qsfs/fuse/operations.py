@@ -190,6 +190,7 @@ class Operations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
             ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
+            keeps_set_ids=ctx.uid == 0,
         )
         changed = self._namespace.set_attributes(inode, wanted)
         if fh is not None and is_durable(fh) and wanted.size is not None:
@@ -224,9 +225,10 @@ class Operations(pyfuse3.Operations):
 
     @request
     async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[XAttrNameT]:
-        """The names of all extended attributes."""
+        """The names of all extended attributes; those of root (`trusted.`) for root only."""
         self._check_xattr()
-        return self._namespace.list_xattrs(inode)
+        names = self._namespace.list_xattrs(inode)
+        return names if ctx.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
 
     @request
     async def setxattr(
@@ -235,7 +237,7 @@ class Operations(pyfuse3.Operations):
         """Sets an extended attribute."""
         self._check_xattr()
         self._check_room()
-        self._namespace.set_xattr(inode, name, value)
+        self._namespace.set_xattr(inode, name, value, keeps_set_gid=self._keeps_set_gid(inode, ctx))
 
     @request
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: pyfuse3.RequestContext) -> None:
@@ -271,7 +273,7 @@ class Operations(pyfuse3.Operations):
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
             self._state.check_change()
         if flags & os.O_TRUNC:
-            self._namespace.set_attributes(inode, AttributeChange(size=0))
+            self._namespace.set_attributes(inode, AttributeChange(size=0, keeps_set_ids=ctx.uid == 0))
         answer = self._file_info(inode, opened.flags)
         self._contents.opened(opened)
         return answer
@@ -286,14 +288,16 @@ class Operations(pyfuse3.Operations):
         """Writes; never refused for lack of room.
 
         The times of a cached file are the kernel's: it sends them (SETATTR) after the pages, and has
-        shown them to applications already.
+        shown them to applications already.  It also says (SETATTR) who may not keep set-id bits; of a
+        write that it does not cache nobody knows who made it.
         """
         self._state.check_write()
         inode = self._namespace.inode(inode_of(fh))
-        written = self._contents.write(inode, off, buf, times=is_durable(fh))
-        if inode.mode & SET_IDS and self._namespace.written(inode):
-            self.attributes_changed(inode.number)
-        if is_durable(fh):
+        durable = is_durable(fh)
+        written = self._contents.write(inode, off, buf, times=durable)
+        if durable:
+            if inode.mode & SET_IDS and self._namespace.written(inode):
+                self.attributes_changed(inode.number)
             await self._durability.sync(inode.number, True)
         failpoints.hit("fuse.write")
         return written
@@ -373,6 +377,16 @@ class Operations(pyfuse3.Operations):
         return pyfuse3.FileInfo(
             fh=make_handle(number, durable), direct_io=durable, keep_cache=not durable
         )
+
+    def _keeps_set_gid(self, number: InodeT, ctx: pyfuse3.RequestContext) -> bool:
+        """Whether an ACL leaves the setgid bit; the flag by which the kernel says so is not passed on."""
+        inode = self._namespace.inode(number)
+        if ctx.uid == 0 or not inode.mode & stat.S_ISGID or inode.gid == ctx.gid:
+            return True
+        try:
+            return inode.gid in pyfuse3.get_sup_groups(ctx.pid)
+        except OSError:
+            return False
 
     def _check_room(self) -> None:
         self._state.check_change()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import trio
 
 from qsfs.config import MountConfig
 from qsfs.errors import MountError
-from qsfs.fuse import loop, tuning
+from qsfs.fuse import attach, loop, tuning
 from qsfs.fuse.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -20,9 +21,11 @@ log = logging.getLogger(__name__)
 def mount_options(config: MountConfig, *, read_only: bool = False) -> set[str]:
     """Options for libfuse.
 
-    `noatime` tells the truth: no read sets a time.
+    `noatime` tells the truth: no read sets a time.  Set-id programs and devices work as on any disk
+    that root mounts.
     """
     options = {"fsname=qsfs", "subtype=qsfs", "noatime"}
+    options |= {"suid", "dev"} if os.geteuid() == 0 else {"nosuid", "nodev"}
     if config.default_permissions:
         options.add("default_permissions")
     if config.allow_other:
@@ -45,9 +48,13 @@ async def serve(
     A cancelled session unmounts; one that ends with another exception leaves the mount dead but
     visible, so that nobody writes into the empty directory below.  Raises `MountError`.
     """
+    options = mount_options(config, read_only=read_only)
+    attachment = attach.Attachment(mountpoint, options) if config.xattr and os.geteuid() == 0 else None
     try:
-        pyfuse3.init(operations, str(mountpoint), mount_options(config, read_only=read_only))
+        pyfuse3.init(operations, attachment.name if attachment else str(mountpoint), options)
     except RuntimeError as error:
+        if attachment is not None:
+            attachment.detach()
         raise MountError(
             f"{mountpoint}: cannot be mounted ({error}); check that it is an empty directory, that /dev/fuse "
             "exists and that you may mount"
@@ -64,6 +71,8 @@ async def serve(
         unmount = _is_cancellation(error)
         raise
     finally:
+        if unmount and attachment is not None:
+            attachment.detach()
         pyfuse3.close(unmount=unmount)
 
 

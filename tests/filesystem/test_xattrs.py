@@ -10,6 +10,7 @@ import pytest
 
 from qsfs.filesystem import acl
 from qsfs.filesystem.attributes import AttributeChange
+from qsfs.filesystem.posix import Credentials
 from qsfs.store.schema import ROOT_INODE, Table
 from tests.filesystem.conftest import ROOT, USER
 
@@ -116,6 +117,25 @@ def test_a_default_acl_that_is_only_a_mode_narrows_the_mode(world):
     inode = world.names.create(directory, b"f", 0o777, USER)
     assert stat.S_IMODE(inode.mode) == 0o640
     assert world.names.list_xattrs(inode.number) == []
+
+
+def test_a_default_acl_takes_the_place_of_the_umask(world):
+    directory = world.directory(b"d")
+    careful = Credentials(0, 0, umask=0o077)
+    assert stat.S_IMODE(world.names.create(directory, b"f", 0o666, careful).mode) == 0o600
+    assert stat.S_IMODE(world.names.mkdir(directory, b"e", 0o1777, careful).mode) == 0o1700
+    assert stat.S_IMODE(world.names.symlink(directory, b"s", b"t", careful).mode) == 0o777
+    world.names.set_xattr(directory, acl.DEFAULT, with_user(5, mask=6, other=5))
+    assert stat.S_IMODE(world.names.create(directory, b"g", 0o666, careful).mode) == 0o664
+
+
+def test_an_acl_by_a_stranger_to_the_group_takes_the_setgid_bit(world):
+    number = world.file(b"f", mode=0o2755)
+    world.names.set_xattr(number, b"user.a", b"1", keeps_set_gid=False)
+    world.names.set_xattr(number, acl.ACCESS, with_user(5, mask=7, other=5))
+    assert stat.S_IMODE(world.inode(number).mode) == 0o2775
+    world.names.set_xattr(number, acl.ACCESS, with_user(5, mask=7, other=5), keeps_set_gid=False)
+    assert stat.S_IMODE(world.inode(number).mode) == 0o775
 
 
 def test_a_default_acl_is_for_directories(world, fails):

@@ -195,8 +195,20 @@ def write_byte(path):
     os.close(handle)
 
 
-def test_a_write_takes_the_set_id_bits(root, privileged):
+def test_root_keeps_the_set_id_bits_through_writes_and_truncations(root, privileged):
     write_byte(privileged)
+    os.truncate(privileged, 50)
+    os.close(os.open(privileged, os.O_WRONLY | os.O_TRUNC))
+    hand_over(root)
+    assert set_ids(root) == 0o6000
+
+
+def test_a_write_that_is_not_cached_takes_the_set_id_bits(make_mount):
+    """Nobody knows who made it."""
+    root = make_mount(policies=({"match": "f", "write_through": True},)).path
+    (root / "f").write_bytes(b"x")
+    (root / "f").chmod(0o6777)
+    write_byte(root / "f")
     assert wait_until(lambda: set_ids(root) == 0)
 
 
@@ -205,10 +217,18 @@ def test_a_write_by_another_takes_the_set_id_bits_at_once(root, privileged):
     assert set_ids(root) == 0
 
 
-def test_truncate_and_chown_take_the_set_id_bits(root, privileged):
+def test_truncations_by_others_take_the_set_id_bits(root, privileged):
     for action in (
-        lambda: os.truncate(privileged, 50),
-        lambda: os.close(os.open(privileged, os.O_WRONLY | os.O_TRUNC)),
+        lambda: os.truncate("f", 50),
+        lambda: os.close(os.open("f", os.O_WRONLY | os.O_TRUNC)),
+    ):
+        os.chmod(privileged, 0o6777)
+        assert as_nobody(root, action) == 0
+        assert set_ids(root) == 0
+
+
+def test_chown_takes_the_set_id_bits(root, privileged):
+    for action in (
         lambda: os.chown(privileged, 5, -1),
         lambda: os.chown(privileged, -1, 6),
         lambda: os.chown(privileged, -1, -1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from pathlib import Path
 
 import pyfuse3
@@ -144,10 +145,11 @@ def test_the_first_reason_to_stop_writing_stays(expect_log):
 
 def test_options_follow_the_configuration():
     usual = {"fsname=qsfs", "subtype=qsfs", "noatime", "default_permissions", "allow_other"}
+    usual |= {"suid", "dev"} if os.geteuid() == 0 else {"nosuid", "nodev"}
     assert session.mount_options(MountConfig()) == usual
     assert session.mount_options(MountConfig(), read_only=True) == usual | {"ro"}
     private = session.mount_options(MountConfig(allow_other=False, default_permissions=False))
-    assert private == {"fsname=qsfs", "subtype=qsfs", "noatime"}
+    assert private == usual - {"default_permissions", "allow_other"}
 
 
 async def test_a_mount_that_cannot_be_says_what_to_look_at(tmp_path):

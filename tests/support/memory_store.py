@@ -197,6 +197,9 @@ class MemoryContents:
     def is_open(self, number: int) -> bool:
         return number in self.open_count
 
+    def is_shrinking(self, number: int) -> bool:
+        return False
+
     def has_uncovered(self, number: int) -> bool:
         return number in self.uncovered
 
