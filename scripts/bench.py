@@ -17,6 +17,7 @@ from pathlib import Path
 
 from measures import MEASURES, MIB, Measure
 from remote import measure_remote, remote_table
+from watch import Watch, daemon_of
 
 from qsfs.cli.output import format_table
 from qsfs.values import format_size, parse_size
@@ -133,10 +134,15 @@ def floor(disk: Path) -> Iterator[Path]:
 def measure(
     chosen: list[Measure], targets: dict[str, Path], size: int, rounds: int, *, quiet: bool
 ) -> list[dict[str, object]]:
-    """Every measure, `rounds` times on each target in turn; a target that fails a measure gets none."""
+    """Every measure, `rounds` times on each target in turn; a target that fails a measure gets none.
+
+    `cpu` is what the daemon behind a target took: microseconds for each unit of what was done.
+    """
     results = []
+    daemons = {name: daemon_of(directory) for name, directory in targets.items()}
     for item in chosen:
         runs: dict[str, list[float]] = {name: [] for name in targets}
+        costs: dict[str, list[float]] = {name: [] for name in targets}
         failed: dict[str, str] = {}
         for turn in range(rounds):
             order = list(targets.items())
@@ -144,8 +150,12 @@ def measure(
                 if not quiet and sys.stderr.isatty():
                     sys.stderr.write(f"\r\033[K{item.name} round {turn + 1}/{rounds} {name}")
                 with workspace(directory) as place:
+                    watch = Watch(daemons[name])
                     try:
-                        runs[name].append(item.run(place, size))
+                        done = item.run(place, size, watch)
+                        runs[name].append(done / watch.seconds)
+                        if watch.cpu_seconds is not None:
+                            costs[name].append(watch.cpu_seconds / done * 1e6)
                     except OSError as error:
                         failed[name] = str(error)
         if not quiet and sys.stderr.isatty():
@@ -153,19 +163,28 @@ def measure(
         medians = {
             name: None if name in failed else statistics.median(values) for name, values in runs.items()
         }
-        mine = medians["DIR"]
-        ratios = {
-            name: mine / other if mine is not None and other else None
-            for name, other in medians.items()
-            if name != "DIR"
+        cpu = {
+            name: None if name in failed or not values else statistics.median(values)
+            for name, values in costs.items()
         }
         results.append(
             {
                 "name": item.name, "unit": item.unit, "what": item.what,
-                "median": medians, "ratio": ratios, "runs": runs, "errors": failed,
+                "median": medians, "ratio": ratios(medians), "runs": runs, "errors": failed,
+                "cpu": cpu, "cpu_ratio": ratios(cpu),
             }
         )  # fmt: skip
     return results
+
+
+def ratios(figures: dict[str, float | None]) -> dict[str, float | None]:
+    """The figure of DIR as a multiple of each other's."""
+    mine = figures["DIR"]
+    return {
+        name: mine / other if mine is not None and other else None
+        for name, other in figures.items()
+        if name != "DIR"
+    }
 
 
 def table(arguments: argparse.Namespace, rounds: int, results: list[dict]) -> str:
@@ -173,7 +192,10 @@ def table(arguments: argparse.Namespace, rounds: int, results: list[dict]) -> st
     names = list(results[0]["median"]) if results else []
     headers = ["measure", "unit"]
     for name in names:
-        headers += [name.lower() if name == FLOOR else name] + ([] if name == "DIR" else ["ratio"])
+        headers += [name] + ([] if name == "DIR" else ["ratio"])
+    served = [name for name in names if any(result["cpu"][name] is not None for result in results)]
+    for name in served:
+        headers += [f"CPU {name}"] + ([] if name == "DIR" else ["ratio"])
     rows = []
     for result in results:
         row: list[object] = [result["what"], result["unit"]]
@@ -182,11 +204,19 @@ def table(arguments: argparse.Namespace, rounds: int, results: list[dict]) -> st
             if name != "DIR":
                 ratio = result["ratio"][name]
                 row.append(None if ratio is None else f"{ratio:.2f}")
+        for name in served:
+            row.append(number(result["cpu"][name]))
+            if name != "DIR":
+                ratio = result["cpu_ratio"][name]
+                row.append(None if ratio is None else f"{ratio:.2f}")
         rows.append(row)
     lines = [f"DIR      {Path(arguments.directory).absolute()}"]
     if arguments.against:
         lines.append(f"AGAINST  {Path(arguments.against).absolute()}")
-    lines += [f"{rounds} rounds, files of {format_size(arguments.size)}; a ratio above 1: DIR is faster", ""]
+    lines += [f"{rounds} rounds, files of {format_size(arguments.size)}; a ratio above 1: DIR is faster"]
+    if served:
+        lines += ["CPU: microseconds of the daemon's processor time for one (file, page, MiB, transaction)"]
+    lines += [""]
     lines.append(format_table(headers, rows))
     for result in results:
         lines += [f"{result['name']} on {name}: {error}" for name, error in result["errors"].items()]

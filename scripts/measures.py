@@ -1,36 +1,41 @@
-"""What `scripts/bench` measures: each takes an empty directory and returns a rate.
+"""What `scripts/bench` measures: each takes an empty directory, does something under a watch, and returns how much.
 
-More is better in every one of them.  Data are random, so that no layer can shrink them.
+A rate comes of it, of which more is better.  Data are random, so that no layer can shrink them.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import mmap
 import os
 import random
 import sqlite3
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
+from watch import Watch
 
 PAGE = 4096
 MIB = 1 << 20
+IN_FLIGHT = 16
 # SQLite transactions, commits and durable writes are stopped after so many seconds.
 LONGEST = 5.0
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure: its name, its unit, and how it is obtained from a directory and a size in bytes."""
+    """A figure: its name, its unit (of what `run` returns, a second), and how to get it from a directory.
+
+    `run` is given the size of large files in bytes, too, and what times it.
+    """
 
     name: str
     unit: str
     what: str
-    run: Callable[[Path, int], float]
+    run: Callable[[Path, int, Watch], float]
 
 
 def drop_caches(*files: Path) -> None:
@@ -45,67 +50,73 @@ def drop_caches(*files: Path) -> None:
             Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def sequential_write(directory: Path, size: int) -> float:
-    started = time.perf_counter()
-    _fill(directory / "sequential", size)
-    return size / MIB / (time.perf_counter() - started)
+def sequential_write(directory: Path, size: int, watch: Watch) -> float:
+    with watch:
+        _fill(directory / "sequential", size)
+    return size / MIB
 
 
-def sequential_read_cold(directory: Path, size: int) -> float:
+def sequential_read_cold(directory: Path, size: int, watch: Watch) -> float:
     file = _fill(directory / "sequential", size)
     drop_caches(file)
-    return _read_through(file, size)
+    with watch:
+        _read_through(file)
+    return size / MIB
 
 
-def sequential_read_warm(directory: Path, size: int) -> float:
+def sequential_read_warm(directory: Path, size: int, watch: Watch) -> float:
     file = _fill(directory / "sequential", size)
-    _read_through(file, size)
-    return _read_through(file, size)
+    _read_through(file)
+    with watch:
+        _read_through(file)
+    return size / MIB
 
 
-def random_read_cold(directory: Path, size: int) -> float:
+def random_read_cold(directory: Path, size: int, watch: Watch) -> float:
     file = _fill(directory / "random", size)
     drop_caches(file)
     offsets = _offsets(size, 4000)
     with contextlib.closing(_Descriptor(file, os.O_RDONLY)) as opened:
         os.posix_fadvise(opened.number, 0, 0, os.POSIX_FADV_RANDOM)
-        started = time.perf_counter()
-        for offset in offsets:
-            os.pread(opened.number, PAGE, offset)
-        return len(offsets) / (time.perf_counter() - started)
+        with watch:
+            for offset in offsets:
+                os.pread(opened.number, PAGE, offset)
+    return len(offsets)
 
 
-def random_read_direct(directory: Path, size: int) -> float:
+def random_read_direct(directory: Path, size: int, watch: Watch) -> float:
     """O_DIRECT goes past the kernel's cache; the second round is answered from the daemon's memory."""
     file = _fill(directory / "random", size)
     offsets = _offsets(size, 4000)
-    with (
-        contextlib.closing(_Descriptor(file, os.O_RDONLY | os.O_DIRECT)) as opened,
-        contextlib.closing(mmap.mmap(-1, PAGE)) as buffer,
-    ):
-        elapsed = 0.0
-        for _ in range(2):
-            started = time.perf_counter()
-            for offset in offsets:
-                os.preadv(opened.number, [buffer], offset)
-            elapsed = time.perf_counter() - started
-        return len(offsets) / elapsed
+    _read_directly(file, offsets)
+    with watch:
+        _read_directly(file, offsets)
+    return len(offsets)
 
 
-def random_write_buffered(directory: Path, size: int) -> float:
+def random_read_in_flight(directory: Path, size: int, watch: Watch) -> float:
+    """The same with 16 threads, so that the daemon always has the next request before it."""
+    file = _fill(directory / "random", size)
+    offsets = _offsets(size, 16_000)
+    _read_directly(file, offsets[:4000])
+    with watch, concurrent.futures.ThreadPoolExecutor(IN_FLIGHT) as threads:
+        list(threads.map(lambda part: _read_directly(file, offsets[part::IN_FLIGHT]), range(IN_FLIGHT)))
+    return len(offsets)
+
+
+def random_write_buffered(directory: Path, size: int, watch: Watch) -> float:
     file = _fill(directory / "random", size)
     offsets = _offsets(size, 20_000)
     page = os.urandom(PAGE)
     with contextlib.closing(_Descriptor(file, os.O_RDWR)) as opened:
-        started = time.perf_counter()
-        for offset in offsets:
-            os.pwrite(opened.number, page, offset)
-        elapsed = time.perf_counter() - started
+        with watch:
+            for offset in offsets:
+                os.pwrite(opened.number, page, offset)
         os.fsync(opened.number)
-    return len(offsets) / elapsed
+    return len(offsets)
 
 
-def random_write_durable(directory: Path, size: int) -> float:
+def random_write_durable(directory: Path, size: int, watch: Watch) -> float:
     file = _fill(directory / "random", size)
     offsets = _offsets(size, 2000)
     page = os.urandom(PAGE)
@@ -115,30 +126,43 @@ def random_write_durable(directory: Path, size: int) -> float:
             os.pwrite(opened.number, page, offsets[index])
             os.fsync(opened.number)
 
-        return _rate(step, len(offsets))
+        return _repeat(step, len(offsets), watch)
 
 
-def files_create(directory: Path, size: int) -> float:
-    return _files(directory)[0]
+def files_create(directory: Path, size: int, watch: Watch) -> float:
+    with watch:
+        return len(_make_files(directory))
 
 
-def files_stat(directory: Path, size: int) -> float:
-    return _files(directory)[1]
+def files_stat(directory: Path, size: int, watch: Watch) -> float:
+    names = _make_files(directory)
+    drop_caches()
+    with watch:
+        for name in names:
+            name.stat()
+    return len(names)
 
 
-def files_unlink(directory: Path, size: int) -> float:
-    return _files(directory)[2]
+def files_unlink(directory: Path, size: int, watch: Watch) -> float:
+    names = _make_files(directory)
+    drop_caches()
+    for name in names:
+        name.stat()
+    with watch:
+        for name in names:
+            name.unlink()
+    return len(names)
 
 
-def sqlite_wal(directory: Path, size: int) -> float:
-    return _sqlite(directory, "wal", 2000)
+def sqlite_wal(directory: Path, size: int, watch: Watch) -> float:
+    return _sqlite(directory, "wal", 2000, watch)
 
 
-def sqlite_rollback(directory: Path, size: int) -> float:
-    return _sqlite(directory, "delete", 500)
+def sqlite_rollback(directory: Path, size: int, watch: Watch) -> float:
+    return _sqlite(directory, "delete", 500, watch)
 
 
-def lmdb_commits(directory: Path, size: int) -> float:
+def lmdb_commits(directory: Path, size: int, watch: Watch) -> float:
     """20 values of 1 KiB a commit, opened as a Casper node opens its store."""
     environment = lmdb.open(
         str(directory / "store.lmdb"), subdir=False, map_size=1 << 40, writemap=True, readahead=False
@@ -151,28 +175,28 @@ def lmdb_commits(directory: Path, size: int) -> float:
                 transaction.put(random.randbytes(32), value + part.to_bytes(4, "big"))
 
     try:
-        return _rate(step, 1000)
+        return _repeat(step, 1000, watch)
     finally:
         environment.close()
 
 
-def mmap_touch(directory: Path, size: int) -> float:
+def mmap_touch(directory: Path, size: int, watch: Watch) -> float:
     """First touches of pages scattered over a large hole: each is one read request."""
     with _scattered(directory) as (mapping, offsets):
-        started = time.perf_counter()
-        for offset in offsets:
-            mapping[offset] = 1
-        return len(offsets) / (time.perf_counter() - started)
+        with watch:
+            for offset in offsets:
+                mapping[offset] = 1
+        return len(offsets)
 
 
-def mmap_msync(directory: Path, size: int) -> float:
+def mmap_msync(directory: Path, size: int, watch: Watch) -> float:
     """msync of scattered dirty pages: each is one write request."""
     with _scattered(directory) as (mapping, offsets):
         for offset in offsets:
             mapping[offset] = 1
-        started = time.perf_counter()
-        mapping.flush()
-        return len(offsets) / (time.perf_counter() - started)
+        with watch:
+            mapping.flush()
+        return len(offsets)
 
 
 MEASURES = (
@@ -181,9 +205,10 @@ MEASURES = (
     Measure("seq_read_warm", "MB/s", "sequential read, warm", sequential_read_warm),
     Measure("rand_read_cold", "/s", "4 KiB random read, caches dropped", random_read_cold),
     Measure("rand_read_direct", "/s", "4 KiB random read, O_DIRECT, daemon's cache", random_read_direct),
+    Measure("rand_read_16", "/s", "the same, 16 in flight", random_read_in_flight),
     Measure("rand_write", "/s", "4 KiB random write, buffered", random_write_buffered),
     Measure("rand_write_fsync", "/s", "4 KiB random write + fsync each", random_write_durable),
-    Measure("create", "/s", "create + write 100 B + close, 2,000 files", files_create),
+    Measure("create", "/s", "create + write 1 KiB + close, 2,000 files", files_create),
     Measure("stat", "/s", "stat of 2,000 files, caches dropped", files_stat),
     Measure("unlink", "/s", "unlink of 2,000 files", files_unlink),
     Measure("sqlite_wal", "tx/s", "SQLite, WAL, synchronous=FULL", sqlite_wal),
@@ -202,14 +227,14 @@ class _Descriptor:
         os.close(self.number)
 
 
-def _rate(step: Callable[[int], None], count: int) -> float:
-    """Steps a second over `count` of them, or as many as there is time for."""
-    started = time.perf_counter()
-    for index in range(count):
-        step(index)
-        if time.perf_counter() - started > LONGEST:
-            return (index + 1) / (time.perf_counter() - started)
-    return count / (time.perf_counter() - started)
+def _repeat(step: Callable[[int], None], count: int, watch: Watch) -> float:
+    """Makes `count` steps, or as many as there is time for; returns how many."""
+    with watch:
+        for index in range(count):
+            step(index)
+            if watch.running_seconds > LONGEST:
+                return index + 1
+    return count
 
 
 def _fill(file: Path, size: int) -> Path:
@@ -226,13 +251,20 @@ def _fill(file: Path, size: int) -> Path:
     return file
 
 
-def _read_through(file: Path, size: int) -> float:
+def _read_through(file: Path) -> None:
     buffer = bytearray(MIB)
-    started = time.perf_counter()
     with file.open("rb", buffering=0) as stream:
         while stream.readinto(buffer):
             pass
-    return size / MIB / (time.perf_counter() - started)
+
+
+def _read_directly(file: Path, offsets: list[int]) -> None:
+    with (
+        contextlib.closing(_Descriptor(file, os.O_RDONLY | os.O_DIRECT)) as opened,
+        contextlib.closing(mmap.mmap(-1, PAGE)) as buffer,
+    ):
+        for offset in offsets:
+            os.preadv(opened.number, [buffer], offset)
 
 
 def _offsets(size: int, count: int) -> list[int]:
@@ -241,33 +273,23 @@ def _offsets(size: int, count: int) -> list[int]:
     return [generator.randrange(size // PAGE) * PAGE for _ in range(count)]
 
 
-def _files(directory: Path, count: int = 2000) -> tuple[float, float, float]:
+def _make_files(directory: Path, count: int = 2000) -> list[Path]:
     names = [directory / f"file-{index}" for index in range(count)]
-    content = os.urandom(100)
-    started = time.perf_counter()
+    content = os.urandom(1024)
     for name in names:
         with name.open("wb", buffering=0) as stream:
             stream.write(content)
-    created = time.perf_counter()
-    drop_caches()
-    dropped = time.perf_counter()
-    for name in names:
-        name.stat()
-    looked = time.perf_counter()
-    for name in names:
-        name.unlink()
-    removed = time.perf_counter()
-    return count / (created - started), count / (looked - dropped), count / (removed - looked)
+    return names
 
 
-def _sqlite(directory: Path, journal: str, count: int) -> float:
+def _sqlite(directory: Path, journal: str, count: int, watch: Watch) -> float:
     connection = sqlite3.connect(directory / "bench.sqlite", isolation_level=None)
     try:
         connection.execute(f"PRAGMA journal_mode={journal}")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, content BLOB)")
         content = os.urandom(100)
-        return _rate(lambda index: _insert(connection, content), count)
+        return _repeat(lambda index: _insert(connection, content), count, watch)
     finally:
         connection.close()
 

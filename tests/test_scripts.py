@@ -45,7 +45,7 @@ def script(name: str, *words: object) -> subprocess.CompletedProcess:
 class TestBench:
     @pytest.mark.mount
     def test_it_compares_with_the_floor_and_leaves_nothing_behind(self, scratch):
-        names = ["seq_write", "seq_read_cold", "rand_read_direct", "mmap_msync"]
+        names = ["seq_write", "seq_read_cold", "rand_read_direct", "rand_read_16", "create", "mmap_msync"]
         options = ("--floor", "--json", "--rounds", 2, "--size", "2MiB", "--only", ",".join(names))
         done = script("bench", scratch, *options)
         assert done.returncode == 0, done.stderr
@@ -57,6 +57,8 @@ class TestBench:
             assert result["ratio"]["floor"] == pytest.approx(
                 result["median"]["DIR"] / result["median"]["floor"]
             )
+            assert result["cpu"]["DIR"] is None, "the disk has no daemon"
+            assert result["cpu"]["floor"] > 0
         assert list(scratch.iterdir()) == []
 
     def test_the_table_names_what_was_measured(self, tmp_path):
@@ -74,7 +76,7 @@ class TestBench:
         """A figure that could not be taken must never look like a slow one."""
         bench = load("bench")
 
-        def broken(directory: Path, size: int) -> float:
+        def broken(directory: Path, size: int, watch: object) -> float:
             raise OSError("no such thing here")
 
         item = bench.Measure("broken", "/s", "what cannot be", broken)
