@@ -6,12 +6,14 @@ import dataclasses
 
 import pytest
 
+from qsfs.errors import BackendUnavailable
 from qsfs.format.head import head_key
 from qsfs.format.identity import identity_key
 from qsfs.format.shard import encode_shards
 from qsfs.format.superblock import SUPERBLOCK_KEY
 from qsfs.fsck.check import Backends, fsck
-from qsfs.fsck.report import Severity
+from qsfs.fsck.report import Report, Severity
+from qsfs.remote.members import Candidate
 from qsfs.store.schema import ExtentRow, PackRow, PackState, Table, u64, u64_pair
 from tests.fsck.conftest import TIMING, Checked, kinds
 from tests.remote.small_fs import LIMITS, SECRET, noise
@@ -30,6 +32,12 @@ def place(checked: Checked, name: str, shard: int):
 
     key = shard_key(fs.keys.fsid, row.owner_epoch, row.pack_id, shard)
     return row.placement[shard], key, row.pack_id.hex()
+
+
+async def check(checked: Checked, candidates: list[Candidate], **options: bool) -> Report:
+    """A check by way of these connections."""
+    backends = Backends(candidates, SECRET, TIMING)
+    return await fsck(checked.directory, LIMITS, clock=checked.fs.clock, backends=backends, **options)
 
 
 async def test_sound_backends_are_clean(checked: Checked):
@@ -132,23 +140,71 @@ async def test_more_than_m_are_lost_and_the_files_are_named(checked: Checked):
     assert [store.keys() for store in checked.fs.world.data] == before, "nothing is deleted, nothing stored"
 
 
-async def test_backends_that_do_not_answer_prove_nothing(checked: Checked):
+@pytest.mark.parametrize("deep", [False, True])
+async def test_backends_that_do_not_answer_prove_nothing(checked: Checked, deep: bool):
     before = [store.keys() for store in checked.fs.world.data]
-    report = await checked.fsck(remote=True, deep=True, repair=True, down=(2, 5))
+    report = await checked.fsck(remote=True, deep=deep, repair=True, down=(2, 5))
     assert report.count() == 0
     assert report.exit_code == 8
     assert any("host2:9900" in reason for reason in report.failures)
     assert [store.keys() for store in checked.fs.world.data] == before
 
 
+@pytest.mark.parametrize("deep", [False, True])
+async def test_backends_that_fail_once_they_said_who_they_are_prove_nothing(checked: Checked, deep: bool):
+    before = [store.keys() for store in checked.fs.world.data]
+    shards = {place(checked, name, shard)[1] for name in ("big", "small", "cold") for shard in range(6)}
+
+    def fail(_: str, key: bytes) -> None:
+        if key in shards:
+            raise BackendUnavailable("backend host: connection reset")
+
+    candidates = checked.fs.candidates()
+    for number in (1, 2, 3, 4):
+        checked.fs.connections[number].gate = fail
+    report = await check(checked, candidates, deep=deep, repair=True)
+    assert report.count() == 0 and report.exit_code == 8
+    assert [store.keys() for store in checked.fs.world.data] == before
+
+
+@pytest.mark.parametrize("deep", [False, True])
+async def test_an_address_that_has_not_shown_its_identity_lacks_nothing(checked: Checked, deep: bool):
+    """Something else may listen where a backend was: that it has no shard does not say that it is lost."""
+    kept = {number: checked.fs.world.data[number - 1].keys() for number in range(4, 9)}
+    candidates = checked.fs.candidates()
+
+    def unknown(call: str, key: bytes) -> None:
+        if call == "get" and key == identity_key(checked.fs.keys.fsid):
+            raise BackendUnavailable("backend host: connection reset")
+
+    for number in (1, 2, 3):
+        store = checked.fs.world.data[number - 1]
+        for key in list(store.keys()):
+            store.lose(key)
+        checked.fs.connections[number].gate = unknown
+    report = await check(checked, candidates, deep=deep, repair=True)
+    assert report.count() == 0 and report.exit_code == 8
+    assert {number: checked.fs.world.data[number - 1].keys() for number in kept} == kept
+
+
+async def test_a_pack_is_not_called_lost_while_a_backend_is_silent(checked: Checked):
+    """What is missing where it was placed may lie where nobody answers."""
+    for shard in (0, 1, 2):
+        backend, key, pack = place(checked, "cold", shard)
+        checked.fs.world.data[backend - 1].lose(key)
+    holders = {place(checked, "cold", shard)[0] for shard in range(6)}
+    (spare, *_) = set(range(1, 9)) - holders
+    report = await checked.fsck(remote=True, down=(spare,))
+    assert "pack-lost" not in kinds(report)
+    assert any(f"pack {pack}: only 3 of its shards were found, 4 are needed" in why for why in report.failures)
+    assert "pack-lost" in kinds(await checked.fsck(remote=True))
+
+
 async def test_backends_that_the_configuration_leaves_out_prove_nothing(checked: Checked):
     """Their shards may well be there: no pack is called lost, and nothing is stored elsewhere."""
     before = [store.keys() for store in checked.fs.world.data]
-    backends = Backends(checked.fs.candidates()[3:], SECRET, TIMING)
     for deep in (False, True):
-        report = await fsck(
-            checked.directory, LIMITS, clock=checked.fs.clock, backends=backends, deep=deep, repair=True
-        )
+        report = await check(checked, checked.fs.candidates()[3:], deep=deep, repair=True)
         assert report.count() == 0 and report.exit_code == 8
         assert any("entry 1 of the fleet" in reason for reason in report.failures)
     assert [store.keys() for store in checked.fs.world.data] == before
