@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,7 +55,6 @@ class Game:
         self._fs = fs
         self._seed = seed
         self._count = count
-        self._leaving = True
 
     def play(self) -> Seen:
         """Plays to the end; leaves the file system mounted."""
@@ -127,14 +127,13 @@ class Game:
 
     def _evict(self) -> None:
         self._publish()
-        if self._leaving:
-            eventually(lambda: status(self._fs)["cache"]["blocks"] == 0, "everything has left the cache")
+        if leaves(self._fs):
+            empty(self._fs)
 
     def _remount(self) -> None:
         self._count_up()
         self._fs.umount()
-        self._leaving = not self._leaving
-        self._fs.set(LEAVING if self._leaving else STAYING)
+        self._fs.set(STAYING if leaves(self._fs) else LEAVING)
         self._fs.mount()
 
     def _kill(self) -> None:
@@ -152,6 +151,20 @@ class Game:
         assert found["requests"]["unexpected_errors"] == 0
         self.seen.fetched_bytes += found["fetched_bytes"]
         self.seen.evicted_bytes += found["cache"]["evicted_bytes"]
+
+
+def leaves(fs: FileSystem) -> bool:
+    """Whether the cache keeps nothing that may leave it."""
+    return bool(tomllib.loads(fs.config.read_text())["cache"]["high_watermark"] < 0.5)
+
+
+def empty(fs: FileSystem) -> None:
+    """Waits until nothing is local any more; only for caches that keep nothing."""
+    try:
+        eventually(lambda: status(fs)["cache"]["blocks"] == 0, "everything has left the cache")
+    except AssertionError as error:
+        found = status(fs)
+        raise AssertionError(f"{error}: {found['cache']}, {found.get('flush')}, {found['backends']}") from None
 
 
 def _ends(process: subprocess.Popen[str], seconds: float = 5) -> bool:
