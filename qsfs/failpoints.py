@@ -2,8 +2,8 @@
 
 Production code calls `hit("flush.cut.sealed")`; nothing is armed there, so it costs one check of
 an empty dictionary.  A test arms a point with an action, which may raise, kill the process or
-block.  `QSFS_FAILPOINTS="[FIRST[@COUNT]>]name=kill[@COUNT],..."` arms points in a daemon that a test
-starts: `kill` sends SIGKILL to the process at the COUNT-th hit (default the first), where FIRST is given
+block.  `QSFS_FAILPOINTS="[FIRST[@COUNT]>]name=kill[@COUNT],..."` arms points in a command or daemon that a
+test starts: `kill` sends SIGKILL to the process at the COUNT-th hit (default the first), where FIRST is given
 only counting from its own COUNT-th hit on.
 """
 

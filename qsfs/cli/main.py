@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import qsfs
+from qsfs import failpoints
 from qsfs.errors import QsfsError
 
 # One module of `qsfs.cli` a command, in the order of the help.  A module offers
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.debug:
         _log_everything()
     try:
+        failpoints.arm_from_environment(os.environ.get("QSFS_FAILPOINTS", ""))
         code: int = modules[arguments.command].run(arguments)
         sys.stdout.flush()
         return code

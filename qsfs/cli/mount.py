@@ -44,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(config: Config, args: argparse.Namespace) -> int:
-    from qsfs import failpoints
     from qsfs.clock import SystemClock
     from qsfs.daemon import log, service
 
@@ -54,7 +53,6 @@ def _serve(config: Config, args: argparse.Namespace) -> int:
         if args.report_fd is not None and log_file is None:
             log_file = config.cache.directory / "daemon.log" if config.cache.directory.is_dir() else None
         log.set_up(config.log, log_file)
-        failpoints.arm_from_environment(os.environ.get("QSFS_FAILPOINTS", ""))
         service.run(
             config,
             SystemClock(),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import FileSystem
+from tests.support.daemon import FileSystem, FileSystemError
+from tests.system.fleet import status
 from tests.system.load import EAGER, Rounds, check_clean
 
 pytestmark = pytest.mark.mount
@@ -77,7 +78,10 @@ def die_at(fs: FileSystem, story: Rounds, number: int, point: str) -> None:
     if mounted.returncode == 0:
         fs.adopt(mounted.json()["process"])
         with story.ballast, story.load(number):
-            fs.wait_dead()
+            try:
+                fs.wait_dead()
+            except FileSystemError as error:
+                raise AssertionError(f"{point} was not met; {status(fs)}") from error
     else:
         assert "ended with -9 before it was mounted" in mounted.stdout, mounted
 
