@@ -33,6 +33,12 @@ class AttributeChange:
     ctime_ns: int | None = None
     keeps_set_ids: bool = False
 
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing is set at all: a chown(-1, -1) of what is no regular file, which counts as a change."""
+        given = (self.mode, self.uid, self.gid, self.size, self.atime_ns, self.mtime_ns, self.ctime_ns)
+        return given == (None,) * len(given)
+
 
 def size_of(tree: Tree, inode: Inode) -> int:
     """The size that stat shows of anything but a regular file."""
@@ -77,7 +83,7 @@ def set_attributes(tree: Tree, number: int, wanted: AttributeChange) -> Inode:
         fields["atime_ns"] = clamp_time(wanted.atime_ns)
     if not regular and wanted.mtime_ns is not None:
         fields["mtime_ns"] = clamp_time(wanted.mtime_ns)
-    if fields or (not regular and wanted.ctime_ns is not None):
+    if fields or (not regular and (wanted.ctime_ns is not None or wanted.nothing)):
         fields["ctime_ns"] = (
             tree.store.clock.time_ns() if wanted.ctime_ns is None else clamp_time(wanted.ctime_ns)
         )

@@ -41,6 +41,14 @@ def test_chown_sets_ids_and_ctime(world, number):
     assert change(world, number, gid=8).uid == 2**32 - 2
 
 
+@pytest.mark.parametrize("number", ["directory", "fifo"], indirect=True)
+def test_a_chown_that_changes_no_id_sets_ctime(world, number):
+    """chown(-1, -1): the kernel sends no field; of a regular file it sends the ctime."""
+    before, now = world.times(number), world.tick()
+    change(world, number, keeps_set_ids=True)
+    assert world.times(number) == (*before[:2], now)
+
+
 def test_ids_that_mean_no_change_are_refused(world, number, fails):
     for field in ("uid", "gid"):
         fails(errno.EINVAL, lambda field=field: change(world, number, **{field: 2**32 - 1}))
