@@ -259,6 +259,25 @@ async def test_a_shard_goes_elsewhere_where_its_backend_takes_nothing(checked: C
     assert (await checked.fsck(remote=True, deep=True)).exit_code == 0
 
 
+async def test_a_rebuilt_shard_counts_once_it_was_read_back(checked: Checked):
+    """A backend that acknowledges and does not keep: the shard goes to another one, and the row says so."""
+    backend, key, _ = place(checked, "big", 2)
+    store = checked.fs.world.data[backend - 1]
+    store.lose(key)
+    candidates = checked.fs.candidates()
+
+    def forget(call: str, asked: bytes) -> None:
+        if call == "get" and asked == key and key in store.keys():  # noqa: SIM118
+            store.lose(key)
+
+    checked.fs.connections[backend].gate = forget
+    await check(checked, candidates, repair=True)
+    now, _, _ = place(checked, "big", 2)
+    assert now != backend
+    assert checked.fs.world.data[now - 1].peek(key) is not None
+    assert (await checked.fsck(remote=True, deep=True)).exit_code == 0
+
+
 async def test_shards_that_authenticate_but_do_not_belong(checked: Checked):
     """A shard with the right keys and the wrong bytes is told from the others by encoding again."""
     fs = checked.fs
