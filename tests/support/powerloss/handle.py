@@ -18,7 +18,7 @@ from typing import Any, Self
 from tests.support import scratch
 from tests.support.powerloss.cut import CutReport
 
-PATIENCE = 60.0
+PATIENCE = 240.0
 
 
 _UNASKED = re.compile(r"fuse_reply_\S* failed with No such file or directory")
