@@ -4,7 +4,8 @@ As installed, pyfuse3 goes through trio's event loop twice for each request: for
 wait for the descriptor.  It takes `trio` from its own module, so what is put there instead decides
 how it waits.  `ShortLoop` first polls the descriptor, and spins for some microseconds if requests
 came in quick succession lately, since a synchronous caller's next request follows the last answer
-closely.
+closely.  A spin that found nothing is paid for by several short waits before the next, so where the
+processors are busy with other things it soon ends.
 
 What it keeps: nothing runs between the poll that found a request and the read of it, which would
 block the thread otherwise; after a wake-up it polls again; one task at a time waits for the
@@ -33,7 +34,11 @@ SPIN_SECONDS = 30e-6
 TURN_SECONDS = 500e-6
 """How long requests may be answered without other tasks getting a turn."""
 
-_EAGER_SECONDS = 100e-6
+_SHORT_SECONDS = 100e-6
+"""A wait that would have been short enough to spin through, had the event loop not been asked."""
+
+_MOST_CREDIT = 8
+_FAILURE_COSTS = 4
 _VERSION = "3.5."
 _in_use: list[ShortLoop] = []
 
@@ -127,7 +132,7 @@ class _LowLevel:
 
     def __init__(self, spin_seconds: float) -> None:
         self._spin_seconds = spin_seconds
-        self._eager = False
+        self._credit = 0
         self._polls: dict[int, select.poll] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -146,12 +151,17 @@ class _LowLevel:
         if poll.poll(0):
             return
         began = perf_counter()
-        if self._eager:
+        spins = self._credit > 0
+        if spins:
             while perf_counter() - began < self._spin_seconds:
                 if poll.poll(0):
+                    self._credit = min(self._credit + 1, _MOST_CREDIT)
                     return
         while True:
             await trio.lowlevel.wait_readable(descriptor)
             if poll.poll(0):
                 break
-        self._eager = perf_counter() - began < _EAGER_SECONDS
+        if spins:
+            self._credit -= _FAILURE_COSTS
+        elif perf_counter() - began < _SHORT_SECONDS:
+            self._credit += 1

@@ -67,6 +67,45 @@ async def test_a_request_that_is_not_there_is_waited_for(pair):
     assert done == [b"x"]
 
 
+class Descriptor:
+    """Polled like one where the next request is there only at the poll after so many."""
+
+    def __init__(self):
+        self.misses = 0
+
+    def poll(self, _):
+        self.misses -= 1
+        return [] if self.misses >= 0 else [(0, 1)]
+
+
+async def test_spins_are_made_only_while_they_pay(monkeypatch):
+    """Each tick of the clock is a look at it: a spin has time for two polls, a short wait for nine."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(loop, "perf_counter", lambda: next(ticks) * 10e-6)
+    asked = []
+
+    async def wait_readable(descriptor):
+        asked.append(descriptor)
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_readable)
+    lowlevel = loop.ShortLoop().lowlevel
+    lowlevel._polls[0] = descriptor = Descriptor()
+
+    async def asks_event_loop(misses):
+        descriptor.misses = misses
+        asked.clear()
+        await lowlevel.wait_readable(0)
+        return bool(asked)
+
+    assert not await asks_event_loop(0)
+    assert await asks_event_loop(1), "nothing says that a request comes soon"
+    assert not await asks_event_loop(2), "the last one came soon"
+    assert await asks_event_loop(9), "it did not come soon"
+    for _ in range(3):
+        assert await asks_event_loop(1), "a spin that was in vain must be earned again"
+    assert not await asks_event_loop(2)
+
+
 async def test_closing_ends_the_wait(pair):
     one, _ = pair
     short = loop.ShortLoop()
