@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -14,7 +14,7 @@ from qsfs.format.fleet import Fleet
 from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, local_head, record_published
 from qsfs.remote.members import Members
 from qsfs.remote.mount_check import LocalState, accept_for_mount
-from qsfs.remote.ownership import Ownership, own
+from qsfs.remote.ownership import Ownership, OwnUnfinished, own
 from qsfs.remote.spool import Spool
 from qsfs.store.store import Store
 
@@ -60,22 +60,28 @@ async def own_when_possible(
     Raises what says that this mount must not own: `StaleCache`, `SplitHeads`, `Fenced`, `NotFound`.
     The caller commits: that this mount has published its first head is noted in the open group.
     """
+
+    async def begin(seconds: float) -> Ownership:
+        return await own(
+            members,
+            records=opened.records,
+            code=opened.superblock.code,
+            clock=clock,
+            nursery=nursery,
+            host=host_name(),
+            accept=accept_for_mount(lambda: local_state(store, spool, opened), takeover=takeover),
+            store_before_send=spool.store_head,
+            fleets=local_fleets(store, opened),
+            deadline_seconds=seconds,
+            on_fenced=on_fenced,
+        )
+
+    attempt: Callable[[float], Awaitable[Ownership]] = begin
     while True:
         try:
-            owned = await own(
-                members,
-                records=opened.records,
-                code=opened.superblock.code,
-                clock=clock,
-                nursery=nursery,
-                host=host_name(),
-                accept=accept_for_mount(lambda: local_state(store, spool, opened), takeover=takeover),
-                store_before_send=spool.store_head,
-                fleets=local_fleets(store, opened),
-                deadline_seconds=_OWN_SECONDS,
-                on_fenced=on_fenced,
-            )
+            owned = await attempt(_OWN_SECONDS)
         except QuorumUnavailable as error:
+            attempt = error.again if isinstance(error, OwnUnfinished) else begin
             waiting(f"a quorum of backends: {error}")
             await trio.sleep(_AGAIN_SECONDS)
         else:

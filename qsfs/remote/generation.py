@@ -16,7 +16,7 @@ from typing import Protocol
 import trio
 
 from qsfs import failpoints
-from qsfs.errors import BackendError, CacheError, QsfsBug, QsfsError
+from qsfs.errors import BackendError, CacheError, Corrupt, FormatMismatch, QsfsBug, QsfsError
 from qsfs.format.extent import PackRef
 from qsfs.format.fleet import Fleet
 from qsfs.format.head import Head, HeadRef, KeptGeneration, MetadataPack, Owner, SealedHead
@@ -146,7 +146,7 @@ class Generations:
                 head = self._head(written)
                 sealed = await self._send(head)
             except QsfsError:
-                await self._abandon_unsent(cut)
+                await self._give_up(cut)
                 raise
             failpoints.hit("flush.head.sent")
             return await self._record(written, head, sealed)
@@ -154,12 +154,13 @@ class Generations:
             self.cut = None
             self.waiting = ""
 
-    async def _abandon_unsent(self, cut: SealedCut) -> None:
+    async def _give_up(self, cut: SealedCut) -> None:
+        """Frees the spool of a cut.  A head that was stored may have been sent: it stays, and so do its shards."""
         spool, owner = self._context.spool, self.publisher.owner
-        if any(ref.owner == owner and ref.generation == cut.generation for ref in spool.heads):
-            return
+        stored = any(ref.owner == owner and ref.generation == cut.generation for ref in spool.heads)
+        free = spool.drop_packs if stored else spool.abandon
         try:
-            await self._context.in_thread(lambda: spool.abandon(cut.generation))
+            await self._context.in_thread(lambda: free(cut.generation))
         except CacheError as error:
             _log.warning("generation %d was given up: %s", cut.generation, error)
 
@@ -253,7 +254,8 @@ class Generations:
         while True:
             try:
                 result = await self.publisher.publish(head, deadline_seconds=PUBLISH_SECONDS)
-            except BackendError as error:
+            except (BackendError, Corrupt, FormatMismatch) as error:
+                # Not another head: this one may have been sent.
                 self.waiting = str(error)
             else:
                 if isinstance(result, Published):

@@ -7,7 +7,7 @@ head is published, a paused older owner's head could still become the newest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 import trio
@@ -50,6 +50,18 @@ class Ownership:
         return self.publisher.owner
 
 
+class OwnUnfinished(QuorumUnavailable):
+    """The first head was sent, and too few backends count so far.
+
+    `again`, given seconds, goes on with the same owner and head: to begin anew would leave another head
+    that may be found, each time.
+    """
+
+    def __init__(self, message: str, again: Callable[[float], Awaitable[Ownership]]) -> None:
+        super().__init__(message)
+        self.again = again
+
+
 def choose_owner(highest: Owner | None, clock: Clock) -> Owner:
     """An owner above all seen, with a mount id that nobody else has: each mount owns anew."""
     return Owner(1 if highest is None else highest.epoch + 1, clock.random_bytes(ID_SIZE))
@@ -82,9 +94,10 @@ async def own(
     shown to others.  `nursery` is where late backends, and later heads, go on.
 
     Raises `QuorumUnavailable` (too few backends answered before the deadline: nobody is worse off, try
-    again), `NotFound` (a quorum answered and none has a head), `Fenced` (another mount, or a copy of
-    this one, is taking over at this moment) and what `accept` and `store_before_send` raise.  Where
-    another mount has only announced itself, it is given a moment to publish, and then outbid.
+    again, by its own `again` if it is `OwnUnfinished`), `NotFound` (a quorum answered and none has a head),
+    `Fenced` (another mount, or a copy of this one, is taking over at this moment) and what `accept` and
+    `store_before_send` raise.  Where another mount has only announced itself, it is given a moment to
+    publish, and then outbid.
     """
     attempt = _Attempt(
         members,
@@ -127,11 +140,19 @@ async def own(
         timing=attempt.timing,
         on_fenced=on_fenced,
     )
-    first = first_head(announced.head, announced.ref, owner)
-    result = await publisher.publish(first, deadline_seconds=max(0.0, attempt.deadline - trio.current_time()))
+    seconds = max(0.0, attempt.deadline - trio.current_time())
+    return await _publish_first(publisher, announced, seconds)
+
+
+async def _publish_first(publisher: Publisher, found: _Newest, seconds: float) -> Ownership:
+    first = first_head(found.head, found.ref, publisher.owner)
+    result = await publisher.publish(first, deadline_seconds=seconds)
     if isinstance(result, NotYet):
-        raise QuorumUnavailable(f"this mount's first head was sent, but: {'; '.join(result.reasons)}")
-    return Ownership(publisher, announced.head, announced.ref, first, result.ref)
+        raise OwnUnfinished(
+            f"this mount's first head was sent, but: {'; '.join(result.reasons)}",
+            lambda more: _publish_first(publisher, found, more),
+        )
+    return Ownership(publisher, found.head, found.ref, first, result.ref)
 
 
 class _LargerRecord(Fenced):

@@ -13,8 +13,8 @@ from trio.testing import MockClock
 from qsfs import failpoints
 from qsfs.clock import FixedClock
 from qsfs.config import FlushConfig
-from qsfs.errors import Fenced
-from qsfs.format.head import Owner
+from qsfs.errors import Fenced, FormatMismatch
+from qsfs.format.head import Head, Owner
 from qsfs.format.shard import open_shard, parse_shard_key, shard_key
 from qsfs.remote import flush
 from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, local_head
@@ -23,6 +23,7 @@ from qsfs.remote.exposure import ROW_BYTES
 from qsfs.remote.flush import Flusher
 from qsfs.remote.mount_check import LocalState, accept_for_mount
 from qsfs.remote.ownership import own
+from qsfs.remote.publish import NotYet, Published
 from qsfs.remote.stored import StoredPack
 from qsfs.store.schema import PAGE, PackRow, PackState, Table
 from tests.remote.flush_machine import Crash, FlushMachine, crash, read_body, restore
@@ -271,6 +272,65 @@ async def test_a_fence_ends_flushing_and_is_told(machine: FlushMachine, expect_l
             await flusher.sync()
         await until(lambda: flusher.status()["phase"] == "fenced")
         assert len(machine.fenced) == 1  # type: ignore[attr-defined]
+
+
+def spooled(machine: FlushMachine, suffix: str) -> list[str]:
+    return sorted(path.name for path in machine.spool.directory.iterdir() if path.suffix == suffix)
+
+
+async def test_a_head_that_cannot_be_published_for_good_leaves_itself_in_the_spool_and_no_packs(
+    world: World, machine: FlushMachine, expect_log, clock
+):
+    """The head may have been sent: the next mount must know it as its own.  Its packs are all written."""
+    expect_log("another mount owns")
+    async with flushing(machine) as flusher:
+        before = spooled(machine, ".head")
+        publish = machine.publisher.publish
+        machine.publisher.reach = 1
+
+        async def fenced(head: Head, *, deadline_seconds: float) -> NotYet:
+            result = await publish(head, deadline_seconds=deadline_seconds)
+            assert isinstance(result, NotYet) and spooled(machine, ".pack")
+            raise Fenced("another mount owns the file system")
+
+        machine.publisher.publish = fenced  # type: ignore[assignment,method-assign]
+        machine.write(machine.create("a"), 0, page("x") * 40)
+        with pytest.raises(Fenced):
+            await flusher.sync()
+        await until(lambda: flusher.status()["phase"] == "fenced")
+        assert spooled(machine, ".pack") == [] and len(spooled(machine, ".head")) == len(before) + 1
+        assert machine.spool.abandoned == [], "a head that may have been sent names them"
+    assert restore(world).files == {"a": page("x") * 40}, "it is the newest, wherever it was sent"
+
+
+async def test_one_head_is_sent_again_and_again_not_one_for_each_failure(
+    world: World, machine: FlushMachine, clock
+):
+    """Also where what lies there is of a newer version: each head that is sent has to be kept."""
+    async with flushing(machine) as flusher, trio.open_nursery() as nursery:
+        before = spooled(machine, ".head")
+        publish = machine.publisher.publish
+        machine.publisher.reach = 1
+        attempts = 0
+
+        async def failing(head: Head, *, deadline_seconds: float) -> Published | NotYet:
+            nonlocal attempts
+            attempts += 1
+            result = await publish(head, deadline_seconds=deadline_seconds)
+            if isinstance(result, NotYet):
+                raise FormatMismatch("a head of a newer version")
+            return result
+
+        machine.publisher.publish = failing  # type: ignore[method-assign]
+        machine.write(machine.create("a"), 0, page("x"))
+        nursery.start_soon(flusher.sync)
+        await until(lambda: attempts > 5)
+        assert flusher.status()["waiting"] == ["a head of a newer version"]
+        assert len(spooled(machine, ".head")) == len(before) + 1
+        machine.publisher.reach = 6
+        await flusher.sync()
+        assert spooled(machine, ".head") == spooled(machine, ".pack") == []
+    assert restore(world).files == {"a": page("x")}
 
 
 async def test_a_fence_that_is_seen_between_two_cuts_ends_uploads_at_once(

@@ -12,6 +12,7 @@ from qsfs.format.head import Head, Owner, parse_head_key
 from qsfs.format.owner import OwnerRecord, owner_key, parse_owner_key, seal_owner_record
 from qsfs.remote.mount_check import LocalState, accept_for_mount
 from qsfs.remote.newest import Judgement
+from qsfs.remote.ownership import OwnUnfinished
 from qsfs.remote.publish import Published
 from tests.remote.harness import FSID, Machine, World, keys_of, make_head, make_world, plant
 
@@ -105,6 +106,40 @@ async def test_below_a_quorum_an_old_head_is_not_taken_for_the_newest(autojump_c
         await machine.own(nursery, accept=accept, deadline=3.0)
     machine.cut_off(1)
     assert (await machine.own(nursery, accept=accept)).found_ref == base
+
+
+async def test_an_own_that_cannot_publish_goes_on_with_the_head_that_it_sent(autojump_clock, nursery):
+    """Each new attempt would store, and send, another head that may be found by others."""
+    world = await make_world(4)
+    plant(world, make_head(world, OLD, 7))
+    machine = Machine(world)
+    failpoints.arm("own.announced", lambda: machine.cut_off(1, 2, 3))
+    with pytest.raises(OwnUnfinished) as caught:
+        await machine.own(nursery, deadline=5.0)
+    for _ in range(3):
+        again = caught.value.again
+        with pytest.raises(OwnUnfinished) as caught:
+            await again(5.0)
+    assert len(machine.spool) == 1
+    machine.cut_off()
+    owned = await caught.value.again(5.0)
+    assert [sealed.ref for sealed in machine.spool] == [owned.first_ref]
+    assert owned.publisher.published == owned.first_ref and owned.found.generation == 7
+
+
+async def test_an_own_that_goes_on_is_refused_once_another_mount_owns(autojump_clock, nursery):
+    world = await make_world(4)
+    plant(world, make_head(world, OLD, 7))
+    machine = Machine(world)
+    failpoints.arm("own.announced", lambda: machine.cut_off(1, 2, 3))
+    with pytest.raises(OwnUnfinished) as caught:
+        await machine.own(nursery, deadline=5.0)
+    failpoints.disarm_all()
+    machine.cut_off(4)
+    await Machine(world, "b", seed=5).own(nursery)
+    machine.cut_off()
+    with pytest.raises(Fenced, match="another mount"):
+        await caught.value.again(5.0)
 
 
 async def test_a_refused_head_leaves_no_owner_record(autojump_clock, nursery):
