@@ -217,16 +217,20 @@ async def test_all_backends_down(checked: Checked):
 
 async def test_a_shard_that_moved_is_found_and_its_place_recorded(checked: Checked):
     backend, key, _ = place(checked, "big", 3)
+    """A place that is new to the pack has not been looked at a second time: nothing is evicted for it yet."""
     stores = checked.fs.world.data
-    row = PackRow.decode(checked.get(Table.PACKS, u64(checked.packs["big"][0])))
+    number = checked.packs["big"][0]
+    row = PackRow.decode(checked.get(Table.PACKS, u64(number)))
+    looked = dataclasses.replace(row, state=int(PackState.FULL | PackState.LOOKED))
+    checked.put(Table.PACKS, u64(number), looked.encode())
     spare = next(number for number in range(1, 9) if number not in row.placement)
     stores[spare - 1].put(key, stores[backend - 1].peek(key))
     stores[backend - 1].lose(key)
     report = await checked.fsck(remote=True, repair=True)
     assert [(f.kind, f.severity) for f in report.findings] == [("shard-elsewhere", Severity.WARNING)]
     assert report.exit_code == 0
-    row = PackRow.decode(checked.get(Table.PACKS, u64(checked.packs["big"][0])))
-    assert row.placement[3] == spare
+    row = PackRow.decode(checked.get(Table.PACKS, u64(number)))
+    assert row.placement[3] == spare and row.state == PackState.FULL
     assert checked.get(Table.CHANGED, bytes((Table.PACKS,)) + u64(checked.packs["big"][0])) is not None
     assert (await checked.fsck(remote=True)).findings == []
 
@@ -245,6 +249,24 @@ async def test_a_pack_that_was_only_written_becomes_full(checked: Checked):
     assert -1 not in row.placement and row.state == PackState.FULL
     assert len(set(row.placement)) == 6
     assert (await checked.fsck(remote=True, deep=True)).findings == []
+
+
+async def test_a_pack_that_was_mended_in_part_is_not_called_full(checked: Checked):
+    number = checked.packs["big"][0]
+    row = PackRow.decode(checked.get(Table.PACKS, u64(number)))
+    for shard in (4, 5):
+        backend, key, _ = place(checked, "big", shard)
+        checked.fs.world.data[backend - 1].lose(key)
+    placement = (*row.placement[:4], -1, -1)
+    checked.put(Table.PACKS, u64(number), dataclasses.replace(row, placement=placement, state=0).encode())
+    for store in checked.fs.world.data:
+        store.read_only = True
+    spare = next(number for number in range(1, 9) if number not in placement)
+    checked.fs.world.data[spare - 1].read_only = False
+    report = await checked.fsck(remote=True, repair=True)
+    assert report.exit_code == 8
+    row = PackRow.decode(checked.get(Table.PACKS, u64(number)))
+    assert sorted(row.placement[4:]) == [-1, spare] and row.state == 0
 
 
 async def test_a_shard_goes_elsewhere_where_its_backend_takes_nothing(checked: Checked):
