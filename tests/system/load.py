@@ -24,6 +24,7 @@ EAGER: dict[str, Any] = {
     "cache.second_look_seconds": 0,
     "flush.quiet_seconds": 0.2,
     "flush.cut_seconds": 1,
+    "flush.snapshot_ratio": 0.2,
 }
 
 Programs = Mapping[str, tuple[str, dict[str, Any]]]
@@ -35,6 +36,9 @@ PROGRAMS: Programs = {
     "sqlite": ("sqlite", {"journal": "wal"}),
     "casper": ("casper", {"validators": 6, "units": "durable", "default_names": True}),
 }
+
+# One sync of it is larger than group, journal append and uncovered memory of `EAGER` together.
+LARGE: Programs = {"large": ("lmdb", {"mode": "manual", "large": 600})}
 
 
 class Load:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.daemon import FileSystem, FileSystemError
 from tests.system.fleet import status
-from tests.system.load import EAGER, Rounds, check_clean
+from tests.system.load import EAGER, LARGE, PROGRAMS, Programs, Rounds, check_clean
 
 pytestmark = pytest.mark.mount
 
@@ -31,7 +31,7 @@ FLUSH = (
     "flush.cut.sealed=kill@2",
     "flush.cut.pack=kill",
     "flush.packs.uploaded=kill",
-    "flush.metadata.uploaded=kill@2",
+    "flush.metadata.uploaded=kill",
     "spool.head.before=kill",
     "spool.head.stored=kill",
     "publish.sealed=kill",
@@ -50,7 +50,18 @@ FLUSH = (
 )
 
 
-def survive(scratch: Path, points: Iterable[str]) -> None:
+# Under `load.LARGE`: in the middle of what one sync covers, of its spilling, of its commit and of its moving.
+COVERS = (
+    "fuse.fsync@4>fuse.write=kill",
+    "fuse.fsync@6>fuse.write=kill@700",
+    "fuse.fsync@5>commit.before=kill",
+    "fuse.fsync@5>commit.applied=kill",
+    "fuse.fsync@5>commit.done=kill",
+    "fuse.fsync@5>commit.done=kill@3",
+)
+
+
+def survive(scratch: Path, points: Iterable[str], programs: Programs = PROGRAMS) -> None:
     """Lets the daemon die at each point in turn, then has everything of it restored elsewhere."""
     with FileSystem(scratch, count=6, settings=EAGER) as fs:
         fs.format()
@@ -58,7 +69,7 @@ def survive(scratch: Path, points: Iterable[str]) -> None:
         story = Rounds(fs)
         fs.kill()
         for number, point in enumerate(points):
-            die_at(fs, story, number, point)
+            die_at(fs, story, number, point, programs)
             if point.startswith("journal"):
                 continue
             fs.mount()
@@ -72,12 +83,12 @@ def survive(scratch: Path, points: Iterable[str]) -> None:
         restored_elsewhere(scratch, fs, story)
 
 
-def die_at(fs: FileSystem, story: Rounds, number: int, point: str) -> None:
+def die_at(fs: FileSystem, story: Rounds, number: int, point: str, programs: Programs) -> None:
     """Mounts with a failpoint armed; that the daemon ends there is all that is asked for."""
     mounted = fs.run("--json", "mount", code=None, QSFS_FAILPOINTS=point)
     if mounted.returncode == 0:
         fs.adopt(mounted.json()["process"])
-        with story.ballast, story.load(number):
+        with story.ballast, story.load(number, programs):
             try:
                 fs.wait_dead()
             except FileSystemError as error:
@@ -100,6 +111,17 @@ def restored_elsewhere(scratch: Path, fs: FileSystem, story: Rounds) -> None:
 
 def test_what_was_synced_survives_a_death_at_each_step_of_the_store(scratch: Path) -> None:
     survive(scratch, LOCAL)
+
+
+def test_a_sync_larger_than_all_bounds_survives_a_death_right_after_it(scratch: Path) -> None:
+    """Also with the first WRITE of what the next sync will cover."""
+    survive(scratch, COVERS[::3], LARGE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_sync_larger_than_all_bounds_survives_a_death_at_each_of_its_steps(scratch: Path) -> None:
+    survive(scratch, COVERS, LARGE)
 
 
 def test_what_was_synced_survives_a_death_while_a_generation_is_made(scratch: Path) -> None:
