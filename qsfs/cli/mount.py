@@ -49,10 +49,10 @@ def _serve(config: Config, args: argparse.Namespace) -> int:
 
     report = _Report(args.report_fd)
     try:
-        log_file = config.log.file
-        if args.report_fd is not None and log_file is None:
-            log_file = config.cache.directory / "daemon.log" if config.cache.directory.is_dir() else None
-        log.set_up(config.log, log_file)
+        log_file, most_bytes = config.log.file, 0
+        if args.report_fd is not None and log_file is None and config.cache.directory.is_dir():
+            log_file, most_bytes = config.cache.directory / "daemon.log", log.OWN_LOG_BYTES
+        log.set_up(config.log, log_file, most_bytes=most_bytes)
         service.run(
             config,
             SystemClock(),

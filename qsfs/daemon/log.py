@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from qsfs.config import LogConfig
@@ -26,9 +27,14 @@ class _JournalFormatter(logging.Formatter):
         return "\n".join(prefix + line for line in super().format(record).splitlines())
 
 
-def set_up(config: LogConfig, file: Path | None) -> None:
+OWN_LOG_BYTES = 512 << 10
+"""Largest size of `daemon.log` in the cache directory; the one before it is kept as `daemon.log.1`."""
+
+
+def set_up(config: LogConfig, file: Path | None, *, most_bytes: int = 0) -> None:
     """Sends records of the configured level to `file`, or to standard error if it is None.
 
+    A file that reaches `most_bytes`, unless that is 0, is begun anew, and the one before it is kept.
     Raises `ConfigError` if the file cannot be opened.
     """
     handler: logging.Handler
@@ -36,7 +42,7 @@ def set_up(config: LogConfig, file: Path | None) -> None:
         handler = logging.StreamHandler(sys.stderr)
     else:
         try:
-            handler = logging.FileHandler(file)
+            handler = RotatingFileHandler(file, maxBytes=most_bytes, backupCount=1)
         except OSError as error:
             raise ConfigError(f"{file}: the log cannot be written: {error.strerror}") from error
     if file is None and "JOURNAL_STREAM" in os.environ:
