@@ -24,7 +24,7 @@ EAGER: dict[str, Any] = {
     "cache.second_look_seconds": 0,
     "flush.quiet_seconds": 0.2,
     "flush.cut_seconds": 1,
-    "flush.snapshot_ratio": 0.2,
+    "flush.snapshot_ratio": 0.02,
 }
 
 Programs = Mapping[str, tuple[str, dict[str, Any]]]
