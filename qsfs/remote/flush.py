@@ -15,7 +15,7 @@ import trio
 
 from qsfs.config import FlushConfig
 from qsfs.errors import CacheError, DeadlineExceeded, Fenced, QsfsBug, QsfsError
-from qsfs.format.head import Head, HeadRef
+from qsfs.format.head import Head, HeadRef, open_head
 from qsfs.remote.base import BASE_KEY, local_head, record_published
 from qsfs.remote.chain import FreshSnapshot
 from qsfs.remote.collect import AbandonedCollector
@@ -339,8 +339,12 @@ class Flusher:
             self._abandoned = frozenset()
 
     def _named_packs(self) -> frozenset[bytes]:
-        generations = self._generations
-        return frozenset(pack.ref.pack_id for pack in generations.chain.all_packs())
+        """Metadata packs that the base or a head that may have been sent lists."""
+        named = {pack.ref.pack_id for pack in self._generations.chain.all_packs()}
+        for sealed in self.context.spool.heads.values():
+            head = open_head(sealed.key, sealed.value, self.context.sealer.keys)
+            named.update(pack.ref.pack_id for packs in (head.snapshot, *head.deltas) for pack in packs)
+        return frozenset(named)
 
     @property
     def short_of_room(self) -> bool:

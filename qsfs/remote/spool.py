@@ -164,8 +164,9 @@ class Spool:
     def write_head(self, sealed: SealedHead) -> None:
         """As `store_head`, blocking."""
         failpoints.hit("spool.head.before")
-        self._write(_head_name(sealed.ref), _HEAD, [sealed.key], sealed.value, flush_name=True)
+        # Before it is written: where that fails half-way the file may be found by the next mount.
         self.heads[sealed.ref] = sealed
+        self._write(_head_name(sealed.ref), _HEAD, [sealed.key], sealed.value, flush_name=True)
         failpoints.hit("spool.head.stored")
 
     @_locked
