@@ -32,9 +32,12 @@ def times(path: Path) -> tuple[int, int, int]:
 
 
 def tick() -> int:
-    """Waits for the coarse clock that local file systems use to move on; what it says then."""
-    start = time.clock_gettime_ns(COARSE)
-    while (now := time.clock_gettime_ns(COARSE)) == start:
+    """Waits for the coarse clock that local file systems use to pass this moment; what it says then.
+
+    Past the exact time, because the kernel never stamps earlier than its last exact stamp of any file.
+    """
+    start = time.time_ns()
+    while (now := time.clock_gettime_ns(COARSE)) <= start:
         pass
     return now
 
