@@ -54,7 +54,7 @@ SEEDS = st.integers(0, 255)
 # What happens to the machine, and after which step: what the kernel knows is forgotten; what the cache holds is
 # published, or leaves it too; the daemon begins anew, in order, after `kill -9`, or where there is only the key.
 CHEAP = ["forget pages", "forget names"]
-DEAR = ["publish", "evict", "remount", "kill", "restore"]
+DEAR = ["publish", "split", "evict", "remount", "kill", "restore"]
 EVENTS = st.dictionaries(
     st.integers(2, 50),
     st.one_of(st.sampled_from(CHEAP), st.sampled_from(CHEAP), st.sampled_from(DEAR)),
@@ -326,6 +326,13 @@ class Machine(RuleBasedStateMachine):
         if not event:
             return
         note(f"now: {event}")
+        if event == "split":
+            # What is fetched afterwards are parts of what was uploaded at first.
+            self._sync_everything()
+            self.field.publish(evict=True)
+            self._both("root", "rewrite_middles")
+            self._compare(None)
+            event = "evict"
         before = self._seen[1]
         if event in ("publish", "evict", "kill", "restore"):
             self._sync_everything()
