@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 _STEP_ROWS = 128
 _STEP_BLOCKS = 128
 _WORK_STEPS = 128
+_PARTS = 8
 _TICK_SECONDS = 1.0
 _SHORT_AFTER_SECONDS = 60.0
 _REST = 4.0
@@ -74,9 +75,11 @@ class Keeper:
 
     async def _work(self) -> None:
         store = self._store
-        while not store.move_covered(_WORK_STEPS):
+        # What is moved is not refused for lack of room, so a step must not overfill a group by much.
+        steps = max(1, min(_WORK_STEPS, store.limits.group_bytes // (_PARTS * BLOCK_SIZE)))
+        while not store.move_covered(steps):
             await self._pause()
-        while not store.work_off_truncations(_WORK_STEPS):
+        while not store.work_off_truncations(steps):
             await self._pause()
 
     async def _pause(self) -> None:

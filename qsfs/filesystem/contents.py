@@ -13,7 +13,7 @@ from typing import cast
 
 from qsfs.filesystem.needs import NeedPages, NeedRoom
 from qsfs.filesystem.transient import TransientPages
-from qsfs.filesystem.uncovered import Uncovered
+from qsfs.filesystem.uncovered import Held, Uncovered
 from qsfs.store.group import ZERO_PAGE
 from qsfs.store.reading import LocalDamage
 from qsfs.store.replay import log_of
@@ -42,7 +42,8 @@ class Contents:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._uncovered: dict[int, Uncovered] = {}
-        self._uncovered_bytes = 0
+        self._held = Held()
+        store.promised_bytes = lambda: self._held.promised_bytes
         self._opened: dict[int, int] = {}
         self.transient = TransientPages()
 
@@ -202,7 +203,7 @@ class Contents:
         if store.group_is_full():
             return True
         self._spill_if_full()
-        if self._uncovered_bytes > 2 * store.limits.uncovered_bytes:
+        if self._held.memory_bytes > 2 * store.limits.uncovered_bytes:
             return True
         return store.expected_bytes() >= store.limits.full_bytes
 
@@ -248,7 +249,7 @@ class Contents:
         """
         u = self._uncovered.get(inode.number)
         if u is None and inode.flags & _ATOMIC_SYNC:
-            u = Uncovered.of(inode, self._store.clock.monotonic())
+            u = Uncovered.of(inode, self._store.clock.monotonic(), self._held)
         return u
 
     def _wrote_uncovered(self, inode: Inode, u: Uncovered) -> None:
@@ -262,11 +263,10 @@ class Contents:
         for i in range(len(data) // PAGE):
             page = first + i
             if page not in u.pages:
-                self._uncovered_bytes += PAGE
                 held = blocks.reader.is_resident(inode.number, page) or self._store.spill.has(inode.number, page)
                 if not held and extents.at(inode.number, page) is None:
                     u.fresh += 1
-            u.pages[page] = bytes(data[i * PAGE : (i + 1) * PAGE])
+            u.put(page, bytes(data[i * PAGE : (i + 1) * PAGE]))
 
     def _truncate_uncovered(self, inode: Inode, u: Uncovered, size: int, first: int | None) -> None:
         u.size = size
@@ -275,8 +275,7 @@ class Contents:
         u.cut = first if u.cut is None else min(u.cut, first)
         gone = [page for page in u.pages if page >= first]
         for page in gone:
-            del u.pages[page]
-        self._uncovered_bytes -= len(gone) * PAGE
+            u.take(page)
         u.fresh = max(0, u.fresh - len(gone))
         if inode.number not in self._store.spill.covered:
             self._store.spill.cut(inode.number, first)
@@ -284,16 +283,16 @@ class Contents:
     def _spill_if_full(self) -> None:
         """Moves the uncovered pages of the largest files to the spill until memory is within its bound."""
         store = self._store
-        while self._uncovered_bytes > store.limits.uncovered_bytes and not store.group_is_full():
+        held, most = self._held, store.limits.uncovered_bytes
+        while held.memory_bytes > most and not store.group_is_full():
             free = [n for n in self._uncovered if n not in store.spill.covered]
             number = max(free, key=lambda n: self._uncovered[n].memory_bytes, default=None)
             u = self._uncovered.get(number) if number is not None else None
             if number is None or u is None or not u.pages:
                 return
             for page in sorted(u.pages):
-                store.spill.put(number, page, u.pages.pop(page))
-                self._uncovered_bytes -= PAGE
-                if store.group_is_full() or self._uncovered_bytes <= store.limits.uncovered_bytes // 2:
+                store.spill.put(number, page, u.take(page))
+                if store.group_is_full() or held.memory_bytes <= most // 2:
                     break
 
     def cover(self, inode: Inode) -> None:
@@ -319,7 +318,7 @@ class Contents:
         store.touch_data(inode)
         # Last: had anything above failed, all of it would still be uncovered, and be covered again.
         del self._uncovered[inode.number]
-        self._uncovered_bytes -= u.memory_bytes
+        u.forget()
 
     def has_uncovered(self, number: int) -> bool:
         """Whether anything of the file is uncovered."""
@@ -368,5 +367,5 @@ class Contents:
         """Drops what is uncovered of a file that goes away."""
         u = self._uncovered.pop(number, None)
         if u is not None:
-            self._uncovered_bytes -= u.memory_bytes
+            u.forget()
         self.transient.drop(number)

@@ -55,6 +55,10 @@ def _nothing() -> None:
     pass
 
 
+def _no_bytes() -> int:
+    return 0
+
+
 class CommitNeeded(Exception):
     """An fsync that the journal cannot serve: the groups must be committed."""
 
@@ -63,6 +67,7 @@ class Store:
     """The local store of one file system.
 
     `on_stream` is called when `streams` begins to hold while nothing commits; it must not change the store.
+    `promised_bytes` tells what writes that are in no group yet will take.
     """
 
     def __init__(self, directory: Path, limits: Limits, clock: Clock) -> None:
@@ -85,6 +90,7 @@ class Store:
         }
         self._counters_changed: set[bytes] = set()
         self.on_stream: Callable[[], None] = _nothing
+        self.promised_bytes: Callable[[], int] = _no_bytes
         self.write_number = self.layers.committed_write_number
         self.used_bytes = self.environment.used_bytes()
         self._replay()
@@ -301,9 +307,10 @@ class Store:
         return self.layers.open.streamed_bytes >= self.limits.stream_bytes
 
     def expected_bytes(self) -> int:
-        """LMDB bytes in use once the groups are committed, as an upper bound."""
+        """LMDB bytes in use once all that was accepted is committed, as an upper bound."""
         committing = self.layers.committing
-        return self.used_bytes + _weight(self.layers.open) + (_weight(committing) if committing else 0)
+        groups = _weight(self.layers.open) + (_weight(committing) if committing else 0)
+        return self.used_bytes + groups + self.promised_bytes()
 
     # journal
 

@@ -20,6 +20,7 @@ from qsfs.daemon.keeper import Keeper
 from qsfs.errors import CacheError
 from qsfs.filesystem.needs import NeedPages, NeedRoom
 from qsfs.store.environment import Environment, StoreFull
+from qsfs.store.group import Group
 from qsfs.store.limits import Limits
 from qsfs.store.packs import add_pack
 from qsfs.store.schema import BLOCK_PAGES, PAGE, ExtentRow, PackRow, PackState, Table, split_u64_pair
@@ -265,6 +266,45 @@ async def test_uncovered_data_do_not_join_while_waiting_makes_room(
         assert live.keeper.joined == 0
         assert live.machine.contents.has_uncovered(atomic)
         assert live.machine.store.spill.any(atomic)
+
+
+def test_room_is_kept_for_what_uncovered_writes_will_take(tmp_path: Path) -> None:
+    """Scattered pages wait in memory, each for a block of its own: a sync of all of them fits in what is left."""
+    machine = Machine(tmp_path, replace(SMALLEST, uncovered_bytes=64 << 20))
+    atomic = machine.create("atomic", atomic=True)
+    with pytest.raises(NeedRoom):
+        for block in itertools.count():
+            machine.write(atomic, block * BLOCK_PAGES, page("u"))
+    machine.contents.cover(machine.inode(atomic))
+    assert machine.store.expected_bytes() < SMALLEST.full_bytes + SMALLEST.group_bytes
+    machine.commit()
+    assert machine.store.used_bytes < SMALLEST.full_bytes + SMALLEST.group_bytes
+    machine.close()
+
+
+async def test_background_work_overfills_no_group(
+    tmp_path: Path, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was spilled and is covered moves to its file in groups that are not larger than others."""
+    async with running(tmp_path, backends=False) as live:
+        atomic = live.machine.create("atomic", atomic=True)
+        for first in range(0, SMALLEST.full_bytes // PAGE // 2, 32):
+            await live.write(atomic, first, page("u") * 32)
+        await live.committer.commit()
+        weights, commit = [], live.store.commit
+
+        def weigh(group: Group) -> None:
+            weights.append(group.bytes)
+            commit(group)
+
+        monkeypatch.setattr(live.store, "commit", weigh)
+        live.machine.contents.cover(live.machine.inode(atomic))
+        while live.store.spill.any(atomic):
+            await live.committer.commit()
+            await trio.sleep(1)
+        assert len(weights) > 3
+        assert max(weights[1:]) <= SMALLEST.group_bytes * 5 // 4
+        assert live.machine.page(atomic, 100) == page("u")
 
 
 async def test_a_failed_disk_ends_every_wait_with_its_error(
