@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if name in metafunc.fixturenames:
             marker = metafunc.definition.get_closest_marker(f"{name}s")
             values = marker.args if marker else all_values
-            metafunc.parametrize(name, values, indirect=True, scope="session" if name == "kind" else "function")
+            metafunc.parametrize(name, values, indirect=True, scope="package" if name == "kind" else "function")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,13 +80,13 @@ def actor(request: pytest.FixtureRequest) -> users.User:
     return ACTORS[request.param]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def mounted() -> dict[str, FileSystem]:
     """The qsfs among the kinds that were made by now."""
     return {}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def root_of(mounted: dict[str, FileSystem]) -> Iterator[Callable[[str], Path]]:
     """The root of a file system of a kind, made when it is first asked for."""
     made: dict[str, Path] = {}
@@ -101,7 +101,7 @@ def root_of(mounted: dict[str, FileSystem]) -> Iterator[Callable[[str], Path]]:
         yield root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def kind(request: pytest.FixtureRequest) -> str:
     """Which kind of file system."""
     return str(request.param)
@@ -125,7 +125,9 @@ def _make(kind: str, top: Path, stack: ExitStack, mounted: dict[str, FileSystem]
         stack.callback(places.detach, directory)
     elif kind.startswith("qsfs"):
         servers = stack.enter_context(Servers(directory / "zdb", BACKENDS))
-        settings = {"mount.xattr": kind == "qsfs-xattr", "policy": POLICIES}
+        settings: dict[str, object] = {"mount.xattr": kind == "qsfs-xattr", "policy": POLICIES}
+        if kind == "qsfs-large":
+            settings |= {"cache.size": "8GiB", "cache.journal_size": "64MiB", "flush.spool_size": "512MiB"}
         fs = stack.enter_context(FileSystem(directory, shards=SHARDS, servers=servers, settings=settings))
         fs.format()
         for index in range(BACKENDS):

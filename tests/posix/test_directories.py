@@ -11,7 +11,7 @@ import pytest
 from tests.posix.calls import Directory, fails
 from tests.posix.users import ROOT, run
 
-MANY = 3000
+MANY = 600
 
 
 def test_link_counts_count_subdirectories(place: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_listing_shows_each_name_once_whatever_others_do(place: Path) -> None:
 
 
 def test_positions_stay_valid(place: Path) -> None:
-    fill(place, 1000)
+    fill(place, 400)
     directory = Directory(place)
     names, positions = [], []
     while True:
@@ -159,23 +159,23 @@ def test_positions_stay_valid(place: Path) -> None:
         if name is None:
             break
         names.append(name)
-    for index in (0, 1, 2, 3, 500, 998, 1001):
+    for index in (0, 1, 2, 3, 200, 398, 401):
         directory.seek(positions[index])
         assert directory.read() == names[index]
-    directory.seek(positions[1002])
+    directory.seek(positions[402])
     assert directory.read() is None
-    directory.seek(positions[700])
+    directory.seek(positions[300])
     rest = directory.rest()
-    assert rest == [name for name in names[700:] if name not in (b".", b"..")]
+    assert rest == [name for name in names[300:] if name not in (b".", b"..")]
     directory.rewind()
-    assert len(directory.rest()) == 1000
+    assert len(directory.rest()) == 400
     directory.close()
 
 
 def test_positions_survive_what_others_add_and_remove(place: Path) -> None:
-    fill(place, 1000)
+    fill(place, 400)
     directory = Directory(place)
-    for _ in range(500):
+    for _ in range(200):
         directory.read()
     position = directory.tell()
     rest = directory.rest()
@@ -202,7 +202,7 @@ def test_rewinding_shows_what_came_meanwhile(place: Path) -> None:
 
 def test_removing_while_listing_removes_all(place: Path) -> None:
     """As `rm -r` does it."""
-    fill(place, 1000)
+    fill(place, 400)
     with os.scandir(place) as entries:
         for entry in entries:
             os.unlink(entry.path)
@@ -218,7 +218,9 @@ def test_directories_are_synced(place: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.actors("root")
+@pytest.mark.kinds("disk", "tmpfs", "qsfs-large")
 def test_a_million_entries(place: Path) -> None:
     """Listed twice while another process adds and removes: what stays appears exactly once."""
     count = 1_000_000

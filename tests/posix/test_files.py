@@ -157,7 +157,7 @@ def test_appending_goes_to_the_end_wherever_the_position_is(place: Path) -> None
 
 @pytest.mark.parametrize("flags", [0, os.O_DSYNC], ids=["buffered", "synced"])
 def test_many_writers_append_whole_records(place: Path, flags: int) -> None:
-    writers, records, length = 8, 60 if flags else 400, 61
+    writers, records, length = 8, 25 if flags else 150, 61
     children = []
     for writer in range(writers):
         child = os.fork()

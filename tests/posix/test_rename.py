@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -37,40 +38,45 @@ def identity(path: Path) -> tuple[int, int]:
     return found.st_ino, stat.S_IFMT(found.st_mode)
 
 
-@pytest.fixture(params=["same", "across"])
-def two(place: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
-    """Two names, in one directory or in two."""
-    if request.param == "same":
-        return place / "old", place / "new"
-    return place / "from" / "old", place / "to" / "new"
+def pairs(place: Path, old: str | None, news: Sequence[str | None]) -> Iterator[tuple[Path, Path, str | None]]:
+    """Two names, in one directory and in two, with `old` and each of `news` there; and which that is."""
+    for across in (False, True):
+        for number, new in enumerate(news):
+            top = place / f"{across}-{number}"
+            paths = (top / "from" / "old", top / ("to" if across else "from") / "new")
+            for path, what in zip(paths, (old, new), strict=True):
+                path.parent.mkdir(exist_ok=True, parents=True)
+                if what is not None:
+                    make(path, what)
+            yield *paths, new
 
 
-def prepare(two: tuple[Path, Path], old: str | None, new: str | None) -> None:
-    for path, what in zip(two, (old, new), strict=True):
-        path.parent.mkdir(exist_ok=True)
-        if what is not None:
-            make(path, what)
+def check_links(*parents: Path) -> None:
+    """The link counts of directories go with what is in them."""
+    for parent in parents:
+        assert parent.stat().st_nlink == 2 + sum(map(is_directory, parent.iterdir()))
 
 
 @pytest.mark.parametrize("what", KINDS)
-def test_to_a_name_that_is_free(two: tuple[Path, Path], what: str) -> None:
-    old, new = two
-    prepare(two, what, None)
-    before = identity(old)
-    for flags in (0, NOREPLACE):
-        renameat2(old, new, flags)
-        assert identity(new) == before
-        fails(errno.ENOENT, os.lstat, old)
-        os.rename(new, old)
-    fails(errno.ENOENT, renameat2, old, new, EXCHANGE)
-    assert identity(old) == before
+def test_to_a_name_that_is_free(place: Path, what: str) -> None:
+    for old, new, _ in pairs(place, what, [None]):
+        before = identity(old)
+        for flags in (0, NOREPLACE):
+            renameat2(old, new, flags)
+            assert identity(new) == before
+            fails(errno.ENOENT, os.lstat, old)
+            os.rename(new, old)
+        fails(errno.ENOENT, renameat2, old, new, EXCHANGE)
+        assert identity(old) == before
 
 
-@pytest.mark.parametrize("new_kind", KINDS)
 @pytest.mark.parametrize("old_kind", KINDS)
-def test_over_what_is_there(two: tuple[Path, Path], old_kind: str, new_kind: str) -> None:
-    old, new = two
-    prepare(two, old_kind, new_kind)
+def test_over_what_is_there(place: Path, old_kind: str) -> None:
+    for old, new, new_kind in pairs(place, old_kind, KINDS):
+        replace(old, new, old_kind, new_kind)
+
+
+def replace(old: Path, new: Path, old_kind: str, new_kind: str | None) -> None:
     old_before, new_before = identity(old), identity(new)
     fails(errno.EEXIST, renameat2, old, new, NOREPLACE)
     old_is_directory, new_is_directory = old_kind in ("empty", "full"), new_kind in ("empty", "full")
@@ -88,37 +94,32 @@ def test_over_what_is_there(two: tuple[Path, Path], old_kind: str, new_kind: str
     os.rename(old, new)
     assert identity(new) == old_before
     fails(errno.ENOENT, os.lstat, old)
-    assert new.parent.stat().st_nlink == 2 + len([path for path in new.parent.iterdir() if is_directory(path)])
-    assert old.parent.stat().st_nlink == 2 + len([path for path in old.parent.iterdir() if is_directory(path)])
+    check_links(old.parent, new.parent)
 
 
 def is_directory(path: Path) -> bool:
     return stat.S_ISDIR(path.lstat().st_mode)
 
 
-@pytest.mark.parametrize("new_kind", KINDS)
 @pytest.mark.parametrize("old_kind", KINDS)
-def test_exchange(two: tuple[Path, Path], old_kind: str, new_kind: str) -> None:
-    old, new = two
-    prepare(two, old_kind, new_kind)
-    old_before, new_before = identity(old), identity(new)
-    renameat2(old, new, EXCHANGE)
-    assert (identity(old), identity(new)) == (new_before, old_before)
-    for parent in {old.parent, new.parent}:
-        assert parent.stat().st_nlink == 2 + len([path for path in parent.iterdir() if is_directory(path)])
+def test_exchange(place: Path, old_kind: str) -> None:
+    for old, new, _ in pairs(place, old_kind, KINDS):
+        old_before, new_before = identity(old), identity(new)
+        renameat2(old, new, EXCHANGE)
+        assert (identity(old), identity(new)) == (new_before, old_before)
+        check_links(old.parent, new.parent)
 
 
-def test_a_name_over_another_of_the_same_file_changes_nothing(two: tuple[Path, Path]) -> None:
-    old, new = two
-    prepare(two, "file", None)
-    os.link(old, new)
-    for flags in (0, EXCHANGE):
-        renameat2(old, new, flags)
-        assert identity(old) == identity(new)
+def test_a_name_over_another_of_the_same_file_changes_nothing(place: Path) -> None:
+    for old, new, _ in pairs(place, "file", [None]):
+        os.link(old, new)
+        for flags in (0, EXCHANGE):
+            renameat2(old, new, flags)
+            assert identity(old) == identity(new)
+            assert old.stat().st_nlink == 2
+        fails(errno.EEXIST, renameat2, old, new, NOREPLACE)
+        os.rename(old, old)
         assert old.stat().st_nlink == 2
-    fails(errno.EEXIST, renameat2, old, new, NOREPLACE)
-    os.rename(old, old)
-    assert old.stat().st_nlink == 2
 
 
 def test_a_directory_cannot_move_below_itself(place: Path) -> None:
@@ -138,10 +139,10 @@ def test_dot_and_dotdot_cannot_be_renamed(place: Path) -> None:
         fails((errno.EBUSY, errno.EINVAL, errno.ENOTEMPTY), os.rename, place / "d", f"{place}/{name}")
 
 
-def test_unknown_flags_are_refused(two: tuple[Path, Path]) -> None:
-    prepare(two, "file", "file")
-    for flags in (NOREPLACE | EXCHANGE, 8, 1 << 31, WHITEOUT | EXCHANGE):
-        fails(errno.EINVAL, renameat2, *two, flags)
+def test_unknown_flags_are_refused(place: Path) -> None:
+    for old, new, _ in pairs(place, "file", ["file"]):
+        for flags in (NOREPLACE | EXCHANGE, 8, 1 << 31, WHITEOUT | EXCHANGE):
+            fails(errno.EINVAL, renameat2, old, new, flags)
 
 
 def test_dotdot_follows_a_moved_directory(place: Path) -> None:
