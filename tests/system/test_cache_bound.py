@@ -14,7 +14,7 @@ from typing import Self
 import pytest
 
 from tests.support.daemon import FileSystem
-from tests.system.fleet import eventually, status
+from tests.system.fleet import eventually, forget, status
 from tests.system.load import check_clean
 
 pytestmark = pytest.mark.mount
@@ -36,7 +36,8 @@ SMALL = {
 class Watch:
     """Looks from outside, all the time, at the disk use of the cache and the memory of the daemon."""
 
-    def __init__(self, fs: FileSystem) -> None:
+    def __init__(self, fs: FileSystem, cache: int = CACHE) -> None:
+        self.cache = cache
         self.disk = 0
         self.memory = 0
         self._fs = fs
@@ -53,7 +54,7 @@ class Watch:
         self._stop.set()
         self._thread.join()
         if error is None:
-            assert 0 < self.disk <= CACHE, f"the cache took {self.disk} bytes of {CACHE}"
+            assert 0 < self.disk <= self.cache, f"the cache took {self.disk} bytes of {self.cache}"
             assert 0 < self.memory < MEMORY, f"the daemon took {self.memory} bytes of memory"
 
     def _run(self) -> None:
@@ -89,9 +90,13 @@ class Writer:
         return not self._thread.is_alive()
 
     def finish(self) -> None:
-        self._thread.join(PATIENCE)
+        """Waits for the end, for as long as anything is written."""
+        before = -1
+        while not self.done and self.written != before:
+            before = self.written
+            self._thread.join(PATIENCE)
         assert self.error is None, self.error
-        assert self.done, f"after {PATIENCE} s only {self.written} bytes are written"
+        assert self.done, f"after {self.written} bytes nothing was written for {PATIENCE} s"
 
     def verify(self, directory: Path | None = None) -> None:
         for number in range(self._count):
@@ -203,6 +208,41 @@ def test_a_file_of_one_sync_may_be_larger_than_the_cache(scratch: Path) -> None:
                     assert found.read(PIECE) == piece
                 assert not found.read(1)
             fs.umount()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_memory_stays_bounded_with_the_bounds_that_a_user_has(scratch: Path) -> None:
+    """Groups, uncovered data and cuts are as large as they get: a stream, a database of one sync, cold reads."""
+    cache = 1536 << 20
+    settings = {
+        "cache.size": cache,
+        "cache.journal_size": "64MiB",
+        "cache.uncovered_size": "64MiB",
+        "flush.spool_size": "256MiB",
+        "flush.cut_size": "256MiB",
+        "cache.second_look_seconds": 0,
+    }
+    with FileSystem(scratch, shards=(16, 4), count=24, settings=settings) as fs:
+        fs.format()
+        fs.mount()
+        with Watch(fs, cache) as watch:
+            with Writer(fs.mountpoint / "many", 900 << 20, 90 << 20) as writer:
+                writer.finish()
+            with (fs.mountpoint / "one.lmdb").open("wb", buffering=0) as file:
+                for number in range(300):
+                    file.write(random.Random(number).randbytes(PIECE))
+                os.fsync(file.fileno())
+            fs.sync()
+            writer.verify()
+            fs.umount()
+            print(f"RssAnon {watch.memory >> 20} MiB, disk {watch.disk >> 20} of {cache >> 20} MiB")
+        forget(fs)
+        fs.mount()
+        with Watch(fs, cache) as watch:
+            writer.verify()
+            fs.umount()
+            print(f"RssAnon {watch.memory >> 20} MiB, disk {watch.disk >> 20} of {cache >> 20} MiB")
 
 
 # What the daemon says while no backend answers.
