@@ -197,5 +197,9 @@ def _begin(connection: Any) -> None:
 def _reason(failure: Exception) -> str:
     if isinstance(failure, redis.TimeoutError):
         return "no answer in time"
+    # redis-py adds the address, which whoever reports this names already.
+    cause = failure.__context__
+    if isinstance(failure, redis.ConnectionError) and isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
     text = str(failure).strip().rstrip(".")
     return text or type(failure).__name__

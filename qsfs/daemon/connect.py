@@ -22,6 +22,7 @@ from qsfs.format.superblock import Superblock, encode_superblock, open_superbloc
 from qsfs.remote.control import Records
 from qsfs.remote.identity import Stranger, find_members
 from qsfs.remote.members import Candidate, Members
+from qsfs.remote.reasons import summary
 from qsfs.remote.superblocks import find_superblock
 from qsfs.store.schema import BLOCK_SIZE
 from qsfs.store.store import Store
@@ -130,7 +131,7 @@ async def prepare_namespaces(config: Config, clock: Clock) -> dict[str, str]:
         for backend in config.backends:
             nursery.start_soon(prepare, backend)
     if failures:
-        raise type(failures[0])("; ".join(sorted(str(error) for error in failures)))
+        raise type(failures[0])(summary(failures))
     return control
 
 

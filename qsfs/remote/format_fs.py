@@ -32,6 +32,7 @@ from qsfs.remote.ownership import choose_owner
 from qsfs.remote.publish import NotYet, Publisher, StoreBeforeSend
 from qsfs.remote.quorum import FleetAssessment, assess, fleet_quorums
 from qsfs.remote.quorum_write import QuorumWrite
+from qsfs.remote.reasons import listed, summary
 from qsfs.remote.survey import Found, Timing, find_newest
 
 
@@ -132,9 +133,9 @@ async def format_fs(
             "the namespace is "
             "dropped"
         )
-    late = sorted(member.name for member in members if member.number not in found.judgement.counted)
+    late = [member.name for member in members if member.number not in found.judgement.counted]
     if late:
-        warnings.append(f"did not answer when the new file system was read back: {', '.join(late)}")
+        warnings.append(f"did not answer when the new file system was read back: {listed(late)}")
     return FormatReport(
         superblock=superblock,
         keys=keys,
@@ -261,7 +262,7 @@ class _Forming:
         )
         result = await publisher.publish(head, deadline_seconds=max(0.0, deadline - trio.current_time()))
         if isinstance(result, NotYet):
-            raise QuorumUnavailable(f"the first head was not published: {'; '.join(result.reasons)}")
+            raise QuorumUnavailable(f"the first head was not published: {summary(result.reasons)}")
         return head
 
     async def _announce(self, nursery: trio.Nursery, deadline: float) -> None:
@@ -280,7 +281,7 @@ class _Forming:
         )
         write.start(nursery)
         if not await write.settle(deadline):
-            raise QuorumUnavailable(f"the owner record was not stored: {'; '.join(write.reasons())}")
+            raise QuorumUnavailable(f"the owner record was not stored: {summary(write.reasons())}")
 
     def _allows(self, reading: Reading) -> str | None:
         owner = self._context.owner

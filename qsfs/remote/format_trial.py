@@ -26,6 +26,7 @@ from qsfs.format.shard import parse_shard_key
 from qsfs.format.superblock import SUPERBLOCK_KEY, superblock_fsid
 from qsfs.format.units import KEY_PREFIX
 from qsfs.remote.members import Candidate
+from qsfs.remote.reasons import listed, summary
 
 CANARY_PREFIX = KEY_PREFIX + b"canary:"
 """Keys of the values with which a format tries its backends; they are deleted again."""
@@ -52,13 +53,11 @@ class Trial:
             return
         if force is not None and set(self.systems) == {force}:
             return
-        found = [
-            f"file system {fsid.hex()} on {', '.join(sorted(set(on)))}" for fsid, on in sorted(self.systems.items())
-        ]
+        found = [f"file system {fsid.hex()} on {listed(on)}" for fsid, on in sorted(self.systems.items())]
         if self.unreadable:
-            found.append(f"a superblock that cannot be read on {', '.join(sorted(self.unreadable))}")
+            found.append(f"a superblock that cannot be read on {listed(self.unreadable)}")
         advice = (
-            "name its id to format over it, and lose it"
+            "give its id to --force to format over it, and lose it"
             if len(self.systems) == 1 and force is None
             else "use other namespaces, or delete these"
         )
@@ -81,7 +80,7 @@ def check_candidates(candidates: Sequence[Candidate], shards: int) -> None:
     twice = sorted(f"{address}/{namespace}" for (address, namespace), count in spaces.items() if count > 1)
     if twice:
         raise ConfigError(
-            f"used more than once: {', '.join(twice)}; every backend needs namespaces of its own"
+            f"used more than once: {listed(twice)}; every backend needs namespaces of its own"
         )
 
 
@@ -133,7 +132,7 @@ async def try_backends(spaces: Sequence[Backend], clock: Clock, attempt_seconds:
     await everywhere(spaces, remove, attempt_seconds)
     if shared:
         raise ConfigError(
-            f"{', '.join(sorted(set(shared)))}: some of these are one and the same namespace under several "
+            f"{listed(shared)}: some of these are one and the same namespace under several "
             "addresses"
         )
     return trial
@@ -161,7 +160,7 @@ async def everywhere(
             nursery.start_soon(run, space)
     if errors:
         ordered = [error for _, error in sorted(errors.items())]
-        raise type(ordered[0])("; ".join(str(error) for error in ordered))
+        raise type(ordered[0])(summary(ordered))
 
 
 async def _look(space: Backend, trial: Trial) -> None:

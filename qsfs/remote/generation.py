@@ -28,6 +28,7 @@ from qsfs.remote.cut import CutOrder, NoCut, SealedCut, seal_cut, seal_rest
 from qsfs.remote.kept import kept_with
 from qsfs.remote.packing import row_of, state_of
 from qsfs.remote.publish import NotYet, Published
+from qsfs.remote.reasons import summary
 from qsfs.remote.spool import SpoolFull
 from qsfs.remote.upload import Upload
 from qsfs.store.group import Publication
@@ -261,7 +262,7 @@ class Generations:
                 if isinstance(result, Published):
                     self.waiting = ""
                     return self._context.spool.heads[result.ref]
-                self.waiting = "; ".join(result.reasons)
+                self.waiting = summary(result.reasons)
             jitter = int.from_bytes(self._context.clock.random_bytes(2), "big") / 65536
             await trio.sleep(pause * (0.5 + jitter / 2))
             pause = min(_LAST_PAUSE, 2 * pause)

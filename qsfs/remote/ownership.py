@@ -26,6 +26,7 @@ from qsfs.remote.newest import Judgement, judge, largest_owner, uncounted
 from qsfs.remote.publish import NotYet, Publisher, StoreBeforeSend
 from qsfs.remote.quorum import FleetQuorum, describe_shortage, fleet_quorums, reached
 from qsfs.remote.quorum_write import QuorumWrite
+from qsfs.remote.reasons import summary
 from qsfs.remote.survey import Survey, Timing, fetch_head, survey
 
 Accept = Callable[[Head, Judgement], None]
@@ -149,7 +150,7 @@ async def _publish_first(publisher: Publisher, found: _Newest, seconds: float) -
     result = await publisher.publish(first, deadline_seconds=seconds)
     if isinstance(result, NotYet):
         raise OwnUnfinished(
-            f"this mount's first head was sent, but: {'; '.join(result.reasons)}",
+            f"this mount's first head was sent, but: {summary(result.reasons)}",
             lambda more: _publish_first(publisher, found, more),
         )
     return Ownership(publisher, found.head, found.ref, first, result.ref)
@@ -201,7 +202,7 @@ class _Attempt:
         # Below a quorum the newest head found may be an old one: nothing is concluded from it.
         if read.newest is None or not enough:
             why = [describe_shortage(quorums, counted) or "no head was found", read.reasons()]
-            why += sorted({reason for reason in reasons.values() if reason is not None})
+            why.append(summary(reason for reason in reasons.values() if reason is not None))
             raise QuorumUnavailable(f"cannot own now: {'; '.join(filter(None, why))}")
         return await self._judged(readings)
 
@@ -228,7 +229,7 @@ class _Attempt:
             raise
         if not done:
             write.stop()
-            raise QuorumUnavailable(f"cannot own now: {'; '.join(write.reasons())}")
+            raise QuorumUnavailable(f"cannot own now: {summary(write.reasons())}")
         failpoints.hit("own.announced")
         return await self._judged((*found.readings, *write.survey.readings.values()))
 

@@ -30,6 +30,7 @@ from qsfs.remote.members import Candidate, Member, Members
 from qsfs.remote.newest import describe_head
 from qsfs.remote.plain import plain_errors
 from qsfs.remote.reader import PackReader
+from qsfs.remote.reasons import summary
 from qsfs.remote.rebuild import Rebuild, Tally
 from qsfs.remote.stored import StoredPack
 from qsfs.remote.superblocks import find_superblock
@@ -211,13 +212,14 @@ def refuse_used(directory: Path) -> None:
     """Raises `CacheError` if a cache directory holds a file system, or heads that were not recorded."""
     if (directory / DATA).exists():
         raise CacheError(
-            f"{directory}: holds the local state of a file system already; `qsfs mount` uses it, or set it "
-            "aside"
+            f"{directory}: holds the local state of a file system already; 'qsfs mount' uses it, 'qsfs "
+            "restore --set-aside' moves it beside and restores"
         )
     spool = directory / _SPOOL
     if spool.is_dir() and any(spool.iterdir()):
         raise CacheError(
-            f"{directory}: the spool holds what a former mount was sending; set the directory aside first"
+            f"{directory}: the spool holds what a former mount was sending; 'qsfs restore --set-aside' moves "
+            "it beside"
         )
 
 
@@ -275,7 +277,7 @@ async def _sealed(members: Members, found: Found, keys: KeyRing, timing: Timing)
             reasons.append(str(error))
         else:
             return SealedHead(key, value, ref)
-    raise QuorumUnavailable(f"{describe_head(ref)} cannot be read any more: {'; '.join(reasons)}")
+    raise QuorumUnavailable(f"{describe_head(ref)} cannot be read any more: {summary(reasons)}")
 
 
 async def _load(
@@ -371,7 +373,9 @@ def _summary(found: Found, tally: Tally) -> Iterator[str]:
     if tally.emptied:
         yield f"{tally.emptied} files that are never uploaded (local_only) are empty."
     for aside in tally.aside:
+        yield f"{aside.path} was put beside as {aside.name}."
+    if tally.aside:
         yield (
-            f"{aside.path} was put beside as {aside.name}: an old copy may be dangerous to run with (a "
-            "validator may sign twice). Use it only if you know that it is the newest."
+            "An old copy of these may be dangerous to run with (a validator may sign twice): use one only if "
+            "you know that it is the newest."
         )

@@ -20,6 +20,7 @@ from qsfs.errors import (
 from qsfs.format.keys import KeyRing
 from qsfs.format.superblock import SUPERBLOCK_KEY, Superblock, open_superblock
 from qsfs.remote.members import Candidate
+from qsfs.remote.reasons import summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,9 @@ async def find_superblock(
         raise _why_none([error for _, error in problems])
     systems = {superblock.fsid for _, superblock, _ in opened}
     if len(systems) > 1:
-        listed = "; ".join(sorted(f"{candidate.name}: {found.fsid.hex()}" for candidate, found, _ in opened))
+        told = summary(f"backend {candidate.name}: {found.fsid.hex()}" for candidate, found, _ in opened)
         raise FormatMismatch(
-            f"the configured backends belong to several file systems: {listed}; configure those of one"
+            f"the configured backends belong to several file systems: {told}; configure those of one"
         )
     _, superblock, keys = max(opened, key=lambda found: found[1].revision)
     problems += [
@@ -85,7 +86,7 @@ def _why_none(errors: Sequence[QsfsError]) -> QsfsError:
         found = [error for error in errors if isinstance(error, kind)]
         if found:
             return found[0]
-    reasons = "; ".join(sorted({str(error) for error in errors})) or "no backend is configured"
+    reasons = summary(errors) or "no backend is configured"
     if not errors or any(isinstance(error, BackendError) for error in errors):
-        return QuorumUnavailable(f"no superblock found, and not every backend answered: {reasons}")
+        return QuorumUnavailable(f"no superblock found, and not every backend could be read: {reasons}")
     return NotFound(f"there is no file system on these backends: {reasons}; `qsfs format` makes one")

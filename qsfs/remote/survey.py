@@ -28,6 +28,7 @@ from qsfs.remote.identity import require_identity
 from qsfs.remote.members import Member, Members
 from qsfs.remote.newest import Judgement, describe_head, judge, newest_head, uncounted
 from qsfs.remote.quorum import fleet_quorums
+from qsfs.remote.reasons import summary
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ class Survey:
 
     def reasons(self) -> str:
         """Why backends gave no reading, for messages; empty if all gave one."""
-        return "; ".join(str(error) for _, error in sorted(self.errors.items()))
+        return summary(self.errors.values())
 
 
 async def converse(
@@ -172,7 +173,7 @@ async def fetch_head(
             reasons.append(str(error))
     if held is None:
         raise QuorumUnavailable(
-            f"{describe_head(ref)} cannot be read any more: {'; '.join(reasons) or 'no backend has it'}"
+            f"{describe_head(ref)} cannot be read any more: {summary(reasons) or 'no backend has it'}"
         )
     return held
 
@@ -210,8 +211,10 @@ class Found:
                 "published where "
                 "nobody answered, can be ruled out."
             )
-        found += [f"Not counted: {reason}." for _, reason in sorted(verdict.uncounted.items())]
-        found += [f"Not answered: {error}." for _, error in sorted(self.survey.errors.items())]
+        if verdict.uncounted:
+            found.append(f"Not counted: {summary(verdict.uncounted.values())}.")
+        if self.survey.errors:
+            found.append(f"Not answered: {self.survey.reasons()}.")
         found += [
             f"Not configured: {entry.address}/{entry.namespace} (entry {entry.number})."
             for entry in self.missing

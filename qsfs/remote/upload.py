@@ -22,6 +22,7 @@ from qsfs.format.extent import PackRef
 from qsfs.format.shard import shard_key
 from qsfs.remote.members import Member, Members
 from qsfs.remote.placement import FreeSpace, assign, group_count, ranking
+from qsfs.remote.reasons import summary
 
 _log = logging.getLogger(__name__)
 
@@ -284,14 +285,14 @@ class Uploader:
 
     async def _pause(self, upload: Upload, attempt: int) -> None:
         """Waits, with jitter, before the missing shards are tried again."""
-        reasons = sorted(
-            f"backend {member.name}: has no room" if member.full else str(member.error)
+        reasons = summary(
+            f"backend {member.name}: has no room" if member.full else member.error
             for member in self.members
             if member.full or member.error is not None
         )
         self.waiting[upload.ref.pack_id] = (
             f"{upload.stored} of the {self.code.write_quorum} shards that a pack needs are stored; "
-            + ("; ".join(reasons[:3]) or "too few backends take shards")
+            + (reasons or "too few backends take shards")
         )
         longest = min(LAST_PAUSE, FIRST_PAUSE * 2 ** min(attempt - 1, 10))
         jitter = int.from_bytes(self._clock.random_bytes(2), "big") / 65536

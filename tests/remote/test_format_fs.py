@@ -278,7 +278,7 @@ async def test_superblock_absent_unknown_corrupt_and_locked_are_four_results(aut
     with pytest.raises(NotFound, match="qsfs format"):
         await find_superblock(servers.candidates(), SECRET)
     servers.backends[0].down = True
-    with pytest.raises(QuorumUnavailable, match="not every backend answered"):
+    with pytest.raises(QuorumUnavailable, match="not every backend could be read"):
         await find_superblock(servers.candidates(), SECRET)
     servers.backends[0].down = False
     await servers.format()

@@ -248,7 +248,7 @@ def test_a_second_format(shared: FileSystem) -> None:
     shared.cache.mkdir(mode=0o700)
     try:
         said = refused(shared, "AlreadyFormatted", "format")
-        assert "not empty: file system" in said and "name its id" in said
+        assert "not empty: file system" in said and "--force" in said
         assert nothing_in(shared.cache)
     finally:
         shutil.rmtree(shared.cache)
