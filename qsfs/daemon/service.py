@@ -188,6 +188,7 @@ class Service:
             self.store,
             members,
             self.opened.superblock.code,
+            lambda name: self.links.metrics[name].sent_bytes,
             lambda: not self.keeper.futile or self.flushing.makes_room,
         )
         nursery.start_soon(supervised, self.space.run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import trio
 
@@ -12,8 +13,9 @@ from qsfs.errors import BackendError
 from qsfs.filesystem.needs import NeedRoom
 from qsfs.filesystem.space import SpaceReport
 from qsfs.format.erasure import CodeParams
-from qsfs.remote.members import Member, Members
-from qsfs.store.schema import PAGE, Table
+from qsfs.remote.members import ACTIVE, Member, Members
+from qsfs.remote.placement import largest_share
+from qsfs.store.schema import BLOCK_SIZE, PAGE, Table
 from qsfs.store.store import NEXT_INODE, Store
 
 _log = logging.getLogger(__name__)
@@ -23,21 +25,36 @@ _ASK_SECONDS = 10.0
 _FILES = 1 << 40
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a backend said of itself, and the bytes that had been sent there by then."""
+
+    info: BackendInfo
+    sent_bytes: int
+
+
 class DaemonSpace:
-    """Asks the backends for their room once a minute; reports from what they said last.
+    """Asks the backends for their room once a minute; reports from what they said last, and what was sent since.
 
     Nothing new is made in the room that is kept for what the kernel may still hand over of data that it
     told applications are written.  `may_come` says whether waiting for more room has a point.
     """
 
     def __init__(
-        self, store: Store, members: Members, code: CodeParams, may_come: Callable[[], bool]
+        self,
+        store: Store,
+        members: Members,
+        code: CodeParams,
+        sent_bytes: Callable[[str], int],
+        may_come: Callable[[], bool],
     ) -> None:
+        """`sent_bytes` says how much went to the backend of a name since the daemon began."""
         self._store = store
         self._members = members
         self._code = code
+        self._sent_bytes = sent_bytes
         self._may_come = may_come
-        self._infos: dict[int, BackendInfo] = {}
+        self._answers: dict[int, _Answer] = {}
 
     async def run(self) -> None:
         """Refreshes until cancelled."""
@@ -48,24 +65,34 @@ class DaemonSpace:
             await trio.sleep(_REFRESH_SECONDS)
 
     async def _ask(self, member: Member) -> None:
+        # Before the question: what arrives while it is under way counts twice rather than not at all.
+        sent = self._sent_bytes(member.name)
         try:
             with trio.move_on_after(_ASK_SECONDS):
-                self._infos[member.number] = await member.data.info()
+                self._answers[member.number] = _Answer(await member.data.info(), sent)
         except BackendError as error:
             _log.debug("backend %s: its room is not known: %s", member.name, error)
 
-    def info(self, number: int) -> BackendInfo | None:
-        """What a backend last said of itself."""
-        return self._infos.get(number)
-
     def report(self) -> SpaceReport:
-        """Total and free bytes of application data; local data that are not uploaded count as used."""
-        share = self._code.k / self._code.n
-        free = sum(info.free_bytes for info in self._infos.values())
-        used = sum(info.data_bytes for info in self._infos.values())
-        free_bytes = int(free * share)
-        total = int((free + used) * share)
-        if not self._infos:
+        """Total and free bytes of application data; local data that are not uploaded count as used.
+
+        Free is what still finds a place: packs take a shard's room on n backends each.
+        """
+        k, n = self._code.k, self._code.n
+        free, used = [], 0
+        for member in self._members:
+            answer = self._answers.get(member.number)
+            if answer is None:
+                continue
+            sent = self._sent_bytes(member.name) - answer.sent_bytes
+            used += answer.info.data_bytes + sent
+            takes = member.entry.state == ACTIVE and not answer.info.locked
+            free.append(max(0, answer.info.free_bytes - sent) if takes else 0)
+        if free:
+            left = largest_share(free, min(n, len(free))) * k
+            total = left + used * k // n
+            free_bytes = max(0, left - self._waiting_bytes())
+        else:
             limits = self._store.limits
             total = limits.full_bytes
             free_bytes = max(0, limits.full_bytes - self._store.used_bytes)
@@ -77,6 +104,12 @@ class DaemonSpace:
             files=files,
             free_files=max(0, _FILES - last),
         )
+
+    def _waiting_bytes(self) -> int:
+        """Bytes that are local and not uploaded, as an upper bound."""
+        layers = self._store.layers
+        groups = sum(group.bytes for group in (layers.open, layers.committing) if group is not None)
+        return layers.view.count(Table.DIRTY) * BLOCK_SIZE + groups
 
     def has_room(self) -> bool:
         """Whether new files may be made.  Raises `NeedRoom` while room may come."""

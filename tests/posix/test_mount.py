@@ -6,11 +6,12 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.posix.calls import EXCHANGE, fails, renameat2
+from tests.posix.calls import EXCHANGE, fails, renameat2, syncfs
 from tests.posix.conftest import BACKEND_BYTES, BACKENDS, SHARDS
 from tests.support.daemon import FileSystem
 
@@ -50,6 +51,19 @@ def test_the_size_is_what_the_backends_can_hold(top: Path) -> None:
     assert 0 < found.f_bavail == found.f_bfree <= found.f_blocks
     assert found.f_namemax == 255
     assert 0 < found.f_ffree < found.f_files
+
+
+def test_what_is_written_is_missed_at_once(fs: FileSystem, top: Path) -> None:
+    """Also before it is uploaded, and no less after it was."""
+    size = 8 * MIB
+    before = os.statvfs(top)
+    (top / "data").write_bytes(os.urandom(size))
+    for sync in (partial(syncfs, top), fs.sync):
+        sync()
+        now = os.statvfs(top)
+        assert now.f_bavail * PAGE <= before.f_bavail * PAGE - size
+        assert now.f_blocks >= before.f_blocks - 100
+        assert now.f_files - now.f_ffree == before.f_files - before.f_ffree + 1
 
 
 def test_du_shows_what_a_file_holds(top: Path) -> None:
