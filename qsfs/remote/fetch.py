@@ -8,7 +8,7 @@ a truncation, write or newer extent that came meanwhile wins.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Protocol
 
@@ -16,7 +16,7 @@ import trio
 
 from qsfs import failpoints
 from qsfs.errors import Corrupt, QsfsBug, QsfsError, Unavailable
-from qsfs.format.units import PAGE
+from qsfs.format.units import MAX_EXTENT, PAGE
 from qsfs.remote.readahead import ReadAhead
 from qsfs.remote.reader import PackReader
 from qsfs.remote.stored import StoredPack, entry_of
@@ -31,7 +31,8 @@ EXTENTS_AT_ONCE = 32
 AHEAD_AT_ONCE = 32
 """Extents that are fetched ahead of all readers at the same time."""
 
-_INSTALL_AT_ONCE = 16
+_PARTS = 8
+"""A step of installing fills at most this part of a group."""
 _GIVEN_UP_SECONDS = 1.0
 """The kernel asks again, page by page, for what it did not get; so long that is the same read."""
 _AGAIN_SECONDS = 0.25
@@ -57,13 +58,17 @@ class Transient(Protocol):
 
 
 class _Job:
-    """One extent on its way; `readers` counts who waits for it."""
+    """One extent on its way; `readers` counts who waits for it.
 
-    __slots__ = ("done", "error", "inode", "needed", "pack", "readers", "row", "scope")
+    It is `held` if it is to stay with the reader of packs, not installed, while no page is needed.
+    """
 
-    def __init__(self, inode: int, row: ExtentRow) -> None:
+    __slots__ = ("done", "error", "held", "inode", "needed", "pack", "readers", "row", "scope")
+
+    def __init__(self, inode: int, row: ExtentRow, *, held: bool) -> None:
         self.inode = inode
         self.row = row
+        self.held = held
         self.needed: set[int] = set()
         self.readers = 0
         self.pack: StoredPack | None = None
@@ -141,30 +146,23 @@ class Fetcher:
         Raises `Unavailable` after the deadline (policy `error`) or when unblocked, `DataLost`, `Corrupt`;
         each was logged with file, page, pack and shards.
         """
+        start, end = self._ahead.next(inode, first, count)
+        if start < end and self._nursery is not None and not self._fails_now():
+            self._nursery.start_soon(self._fetch_ahead, inode, start, end)
         page, stop = first, first + count
         while page < stop:
             wanted, page = self._wanted(inode, page, stop)
             if wanted:
                 await self._fetch_extents(inode, wanted)
-        start, ahead = self._ahead.next(inode, first, count)
-        if ahead and self._nursery is not None:
-            self._nursery.start_soon(self._fetch_ahead, inode, start, start + ahead)
 
     def _wanted(self, inode: int, page: int, stop: int) -> tuple[_Wanted, int]:
         """The extents that hold remote-only pages from `page` on, up to a batch, and where to go on."""
-        blocks = self._store.blocks
         found: _Wanted = {}
         rows = list(islice(self._store.extents.overlapping(inode, page, stop), EXTENTS_AT_ONCE))
         for row in rows:
-            state, number = None, -1
-            for at in range(max(row.first, page), min(row.first + row.pages, stop)):
-                if at // BLOCK_PAGES != number:
-                    number = at // BLOCK_PAGES
-                    state = blocks.state(inode, number)
-                if state is not None and state.resident & 1 << at % BLOCK_PAGES:
-                    continue
-                if blocks.remote_extent(inode, at) is not None:
-                    found.setdefault((inode, row.pack, row.ordinal), (row, set()))[1].add(at)
+            for number, bits in self._store.blocks.remote_blocks(inode, row, page, stop):
+                _, pages = found.setdefault((inode, row.pack, row.ordinal), (row, set()))
+                pages.update(number * BLOCK_PAGES + i for i in range(BLOCK_PAGES) if bits & 1 << i)
         if len(rows) < EXTENTS_AT_ONCE:
             return found, stop
         return found, rows[-1].first + rows[-1].pages
@@ -197,6 +195,11 @@ class Fetcher:
         """Whether a read of one of these extents has just failed."""
         now = trio.current_time()
         return any(now < self._given_up.get(key, 0.0) for key in wanted)
+
+    def _fails_now(self) -> bool:
+        """Whether any read has just failed: then nothing is fetched ahead."""
+        now = trio.current_time()
+        return any(now < until for until in self._given_up.values())
 
     def _give_up(self, wanted: _Wanted) -> None:
         now = trio.current_time()
@@ -265,12 +268,12 @@ class Fetcher:
 
     # jobs
 
-    def _job(self, key: _JobKey, row: ExtentRow, pages: set[int]) -> _Job:
+    def _job(self, key: _JobKey, row: ExtentRow, pages: set[int], *, held: bool = False) -> _Job:
         job = self._jobs.get(key)
         if job is None or job.done.is_set():
             if self._nursery is None:
                 raise Unavailable("pages that are only remote cannot be read: the daemon starts or stops")
-            job = self._jobs[key] = _Job(key[0], row)
+            job = self._jobs[key] = _Job(key[0], row, held=held)
             self._nursery.start_soon(self._run_job, key, job)
         job.readers += 1
         job.needed |= pages
@@ -310,54 +313,63 @@ class Fetcher:
         entry = entry_of(job.inode, job.row)
         if job.row.skip + job.row.pages > entry.pages:
             raise Corrupt(f"its extent row names more than pack {job.pack.name} holds; run 'qsfs fsck'")
+        if job.held:
+            await self.reader.shards(job.pack, entry.shards(job.pack.ref))
+            if not job.needed:
+                return
         data = await self.reader.extent(job.pack, entry)
         failpoints.hit("fetch.arrived")
         await self._install(job, entry.first_page, data)
 
     async def _install(self, job: _Job, first: int, data: bytes) -> None:
         """Installs the pages that readers wait for, then the rest of the extent if that costs nobody."""
-        asked: set[int] = set()
-        await self._install_needed(job, asked, first, data)
-        stop = first + len(data) // PAGE
-        for start in range(first, stop, _INSTALL_AT_ONCE):
-            if not self._cache_has_room() or self._group_is_busy():
+        done: set[int] = set()
+        await self._install_needed(job, done, first, data)
+        rest = set(range(first, first + len(data) // PAGE)) - done
+        for start, stop in _runs(rest, self._most_at_once):
+            if not self._has_room(stop - start) or self._group_is_busy():
                 break
-            for page in range(start, min(start + _INSTALL_AT_ONCE, stop)):
-                if page not in asked:
-                    self._put(job, page, first, data)
+            self._put(job, start, stop, first, data)
             await trio.lowlevel.checkpoint()
-        await self._install_needed(job, asked, first, data)
+        await self._install_needed(job, done, first, data)
 
-    async def _install_needed(self, job: _Job, asked: set[int], first: int, data: bytes) -> None:
-        while fresh := job.needed - asked:
-            for page in sorted(fresh):
-                asked.add(page)
-                await self._install_page(job, page, first, data)
-                if page % _INSTALL_AT_ONCE == 0:
-                    await trio.lowlevel.checkpoint()
+    async def _install_needed(self, job: _Job, done: set[int], first: int, data: bytes) -> None:
+        while fresh := job.needed - done:
+            done |= fresh
+            for start, stop in _runs(fresh, self._most_at_once):
+                await self._install_run(job, start, stop, first, data)
+                await trio.lowlevel.checkpoint()
 
-    async def _install_page(self, job: _Job, page: int, first: int, data: bytes) -> None:
-        while self._cache_has_room():
+    async def _install_run(self, job: _Job, start: int, stop: int, first: int, data: bytes) -> None:
+        while self._has_room(stop - start):
             if not self._store.group_is_full():
-                self._put(job, page, first, data)
+                self._put(job, start, stop, first, data)
                 return
             await self._room.room()
             # The committer may be content with a group that is as full as before.
             await trio.lowlevel.checkpoint()
-        here = self._store.blocks.remote_extent(job.inode, page)
-        if here is not None and (here.pack, here.ordinal) == (job.row.pack, job.row.ordinal):
-            offset = (page - first) * PAGE
-            self._transient.put(job.inode, page, data[offset : offset + PAGE], here)
+        for page in range(start, stop):
+            here = self._store.blocks.remote_extent(job.inode, page)
+            if here is not None and (here.pack, here.ordinal) == (job.row.pack, job.row.ordinal):
+                offset = (page - first) * PAGE
+                self._transient.put(job.inode, page, data[offset : offset + PAGE], here)
 
-    def _put(self, job: _Job, page: int, first: int, data: bytes) -> None:
+    def _put(self, job: _Job, start: int, stop: int, first: int, data: bytes) -> None:
+        """Installs the pages [start, stop) of an extent whose bytes begin with page `first`."""
         inode = self._store.inode(job.inode)
         if inode is not None:
-            offset = (page - first) * PAGE
-            installed = self._store.blocks.install(inode, page, data[offset : offset + PAGE], job.row)
-            self.fetched_pages += installed
+            part = memoryview(data)[(start - first) * PAGE : (stop - first) * PAGE]
+            self.fetched_pages += self._store.blocks.install(inode, start, part, job.row)
 
-    def _cache_has_room(self) -> bool:
-        return self._store.expected_bytes() + BLOCK_SIZE <= self._store.limits.full_bytes
+    @property
+    def _most_at_once(self) -> int:
+        """Pages that are installed in one step: few enough that a group is not overfilled by much."""
+        return max(1, min(MAX_EXTENT // PAGE, self._store.limits.group_bytes // (_PARTS * PAGE)))
+
+    def _has_room(self, pages: int) -> bool:
+        """Whether the cache has room for a run of pages, with the blocks at its ends."""
+        blocks = (pages + BLOCK_PAGES - 2) // BLOCK_PAGES + 1
+        return self._store.expected_bytes() + blocks * BLOCK_SIZE <= self._store.limits.full_bytes
 
     def _group_is_busy(self) -> bool:
         return 2 * self._store.layers.open.bytes >= self._store.limits.group_bytes
@@ -374,7 +386,9 @@ class Fetcher:
             log.exception("inode %d: fetching ahead failed unexpectedly", inode)
 
     async def _fetch_stream(self, inode: int, first: int, stop: int) -> None:
+        """Fetches the extents of [first, stop); the first is not installed, so that reading it shows here."""
         stream = _Stream()
+        held = True
         while first < stop:
             rows = list(islice(self._store.extents.overlapping(inode, first, stop), AHEAD_AT_ONCE))
             for row in rows:
@@ -387,7 +401,8 @@ class Fetcher:
                 if stream.failed or self._nursery is None:
                     self._ahead_slots.release()
                     return
-                self._nursery.start_soon(self._end_ahead, self._job(key, row, set()), stream)
+                self._nursery.start_soon(self._end_ahead, self._job(key, row, set(), held=held), stream)
+                held = False
             if len(rows) < AHEAD_AT_ONCE:
                 return
             first = rows[-1].first + rows[-1].pages
@@ -409,3 +424,16 @@ class Fetcher:
         finally:
             self._ahead_slots.release()
             self._leave(job)
+
+
+def _runs(pages: Iterable[int], most: int) -> Iterator[tuple[int, int]]:
+    """The pages as runs [start, stop) of at most `most`, in order."""
+    start = stop = -1
+    for page in sorted(pages):
+        if page != stop or stop - start >= most:
+            if start >= 0:
+                yield start, stop
+            start = page
+        stop = page + 1
+    if start >= 0:
+        yield start, stop

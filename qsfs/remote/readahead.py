@@ -1,4 +1,10 @@
-"""Who reads a file front to back, and how much further to fetch for it."""
+"""Who reads a file front to back, and what to fetch ahead of it.
+
+What is fetched ahead comes in stretches that double.  The reader's first read in the newest stretch
+begins the next one, so that about a whole stretch is always on its way while another is read.  A
+read that finds its pages in the cache is not seen here: so the first extent of each stretch is
+fetched and not installed.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +20,13 @@ _SLACK_PAGES = 64
 
 @dataclass(slots=True)
 class _Reader:
+    """`start` and `stop` of the last read, the newest stretch ahead of it [`mark`, `ahead`) and its size."""
+
     start: int
-    expected: int
+    stop: int
+    mark: int
     ahead: int
-    window: int
+    stretch: int
 
 
 class ReadAhead:
@@ -27,24 +36,24 @@ class ReadAhead:
         self._readers: OrderedDict[int, _Reader] = OrderedDict()
 
     def next(self, inode: int, first: int, count: int) -> tuple[int, int]:
-        """Takes note of a fetch of `count` pages; returns first page and number of those to fetch ahead.
+        """Takes note of a read of `count` pages that are not here; returns first and last of those to fetch ahead.
 
-        None are while a file is not read on from where the last fetch, or what was fetched ahead
-        of it, ended.  The window doubles with each fetch that is.
+        None are (both are equal) while a file is not read on from where the last read, or what was
+        fetched ahead of it, ended.
         """
         reader = self._readers.pop(inode, None)
         stop = first + count
-        if reader is None or not reader.start < first <= reader.expected + _SLACK_PAGES:
-            reader = _Reader(first, stop, stop, 0)
-        elif stop <= reader.expected:
-            reader.start = first
+        if reader is None or not reader.start <= first <= max(reader.stop, reader.ahead) + _SLACK_PAGES:
+            reader = _Reader(first, stop, stop, stop, 0)
+            begin = stop
         else:
-            reader.window = min(MOST_PAGES, max(FIRST_PAGES, 2 * reader.window))
-            reader.ahead = max(reader.ahead, stop)
-            reader.start, reader.expected = first, stop + reader.window
+            begin = reader.ahead
+            if first > reader.start and stop > reader.mark:
+                begin = max(begin, stop)
+                reader.stretch = min(MOST_PAGES, max(FIRST_PAGES, 2 * reader.stretch))
+                reader.mark, reader.ahead = begin, begin + reader.stretch
+            reader.start, reader.stop = max(first, reader.start), max(stop, reader.stop)
         self._readers[inode] = reader
         if len(self._readers) > _FILES:
             self._readers.popitem(last=False)
-        start = reader.ahead
-        reader.ahead = max(start, reader.expected)
-        return start, reader.ahead - start
+        return begin, reader.ahead

@@ -174,22 +174,54 @@ class Blocks:
         self._layers.open.fill(block)
         self._inodes.touch(inode)
 
-    def install(self, inode: Inode, page: int, data: bytes, source: ExtentRow) -> bool:
-        """Makes a fetched page resident clean, if it is still remote only by the extent it came from."""
-        number, index = divmod(page, BLOCK_PAGES)
-        state = self.state(inode.number, number)
-        if state is not None and state.resident & 1 << index:
-            return False
-        extent = self.remote_extent(inode.number, page)
-        if extent is None or (extent.pack, extent.ordinal) != (source.pack, source.ordinal):
-            return False
-        block = self.writable(inode, number)
-        block.resident |= 1 << index
-        block.writes[index] = source.write_number
-        block.pages[index] = data
-        self._layers.open.fill(block)
-        self.reader.used.add(block_key(inode.number, number))
-        return True
+    def install(self, inode: Inode, first: int, data: bytes | memoryview, source: ExtentRow) -> int:
+        """Makes fetched pages from page `first` on resident clean; returns how many that were.
+
+        Only those become so that are still remote only by the extent that they came from.
+        """
+        stop = first + len(data) // PAGE
+        view = memoryview(data)
+        installed = 0
+        for row in list(self._extents.overlapping(inode.number, first, stop)):
+            if (row.pack, row.ordinal) != (source.pack, source.ordinal):
+                continue
+            for number, bits in self.remote_blocks(inode.number, row, first, stop):
+                block = self.writable(inode, number)
+                block.resident |= bits
+                for i in range(BLOCK_PAGES):
+                    if bits & 1 << i:
+                        offset = (number * BLOCK_PAGES + i - first) * PAGE
+                        block.writes[i] = source.write_number
+                        block.pages[i] = bytes(view[offset : offset + PAGE])
+                self._layers.open.fill(block)
+                self.reader.used.add(block_key(inode.number, number))
+                installed += bits.bit_count()
+        return installed
+
+    def remote_blocks(self, inode: int, row: ExtentRow, first: int, stop: int) -> list[tuple[int, int]]:
+        """Blocks, with the bits of their pages, that `row` holds of [first, stop) and that are remote only.
+
+        `row` is the extent row that lies there now.
+        """
+        first, stop = max(first, row.first), min(stop, row.first + row.pages)
+        pending = self.pending.get(inode)
+        found = []
+        page = first
+        while page < stop:
+            number, index = divmod(page, BLOCK_PAGES)
+            here = min(BLOCK_PAGES - index, stop - page)
+            bits = ((1 << here) - 1) << index
+            state = self.state(inode, number)
+            if state is not None:
+                bits &= ~state.resident
+            if pending is not None:
+                for i in range(index, index + here):
+                    if is_cut(pending, number * BLOCK_PAGES + i, row.write_number):
+                        bits &= ~(1 << i)
+            if bits:
+                found.append((number, bits))
+            page += here
+        return found
 
     def remote_extent(self, inode: int, page: int) -> ExtentRow | None:
         """The extent that holds `page`, unless a pending truncation makes it a hole."""

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from qsfs.errors import BackendUnavailable, Corrupt, DataLost, QsfsError, Unavailable
+from qsfs.remote.readahead import FIRST_PAGES
 from qsfs.store.schema import PAGE, InodeFlag, Table, u64
 from tests.remote.small_fs import SmallFs, noise
 
@@ -343,6 +344,55 @@ async def test_a_sequential_reader_is_read_ahead(fs, autojump_clock):
             await fetcher.fetch(number, page, 16)
         await trio.sleep(5)
         assert fs.read(number, 64, 64) == [data[p * PAGE : (p + 1) * PAGE] for p in range(64, 128)]
+
+
+async def test_the_next_stretch_is_on_its_way_before_the_last_one_is_read(fs, autojump_clock):
+    """A line with a long round trip stays full: a read in the newest stretch begins the one behind it."""
+    pages = 2048
+    number = fs.remote_file("a", noise(pages * PAGE), extent_pages=16)
+    async with fs.fetching() as fetcher:
+        for page in range(0, pages, 16):
+            if None in fs.read(number, page, 16):
+                await fetcher.fetch(number, page, 16)
+            await trio.sleep(5)
+            fs.commit()
+            ahead = min(pages, page + 16 + FIRST_PAGES)
+            if page >= 64 and ahead < pages:
+                here = sum(data is not None for data in fs.read(number, page + 16, ahead - page - 16))
+                assert here >= FIRST_PAGES - 2 * 16, f"after page {page}: {here} pages are here"
+        assert fetcher.fetched_pages == pages
+
+
+async def test_what_is_held_for_a_reader_is_not_asked_for_again(fs, autojump_clock):
+    number = fs.remote_file("a", noise(512 * PAGE), extent_pages=16)
+    async with fs.fetching() as fetcher:
+        for page in (0, 16):
+            await fetcher.fetch(number, page, 16)
+        await trio.sleep(5)
+        assert fs.read(number, 32, 16) == [None] * 16
+        for backend in fs.backends.values():
+            backend.calls.clear()
+            backend.delay = lambda call: 60.0
+        with trio.fail_after(1):
+            await fetcher.fetch(number, 32, 16)
+        assert None not in fs.read(number, 32, 16)
+
+
+async def test_nothing_is_fetched_ahead_while_reads_fail(fs, autojump_clock, expect_log):
+    expect_log(r"not here after", logging.ERROR)
+    number = fs.remote_file("a", noise(512 * PAGE), extent_pages=16)
+    async with fs.fetching(deadline_seconds=2.0) as fetcher:
+        for backend in fs.backends.values():
+            backend.delay = lambda call: 3600.0
+        with pytest.raises(Unavailable):
+            await fetcher.fetch(number, 0, 16)
+        for backend in fs.backends.values():
+            backend.calls.clear()
+        for page in range(16, 64):
+            with pytest.raises(Unavailable):
+                await fetcher.fetch(number, page, 1)
+        asked = {key for backend in fs.backends.values() for call, key in backend.calls if call == "get"}
+        assert len(asked) <= 3 * 6
 
 
 async def test_a_random_reader_is_not(fs, autojump_clock):
