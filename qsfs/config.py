@@ -126,6 +126,7 @@ class MountConfig:
     """`[mount]`: options of the FUSE mount."""
 
     xattr: bool = _key(False, flag)
+    relatime: bool = _key(True, flag)
     allow_other: bool = _key(True, flag)
     default_permissions: bool = _key(True, flag)
     max_tasks: int = _key(5000, number(10, 100_000))

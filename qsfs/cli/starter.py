@@ -49,6 +49,8 @@ deadline_seconds = 30
 [mount]
 # Extended attributes and ACLs slow down every small write: the kernel asks for one each time.
 xattr = false
+# Access times as on a local disk: a first read after each change sets one.
+relatime = true
 # Let other users than the one who mounts in; the kernel checks permissions.  Who is not root needs
 # `user_allow_other` in /etc/fuse.conf for it.
 allow_other = {allow_other}

@@ -221,6 +221,7 @@ class Service:
             self.space,
             self.state,
             xattr=self.config.mount.xattr,
+            relatime=self.config.mount.relatime,
         )
         async with trio.open_nursery() as serving:
             serving.start_soon(self._unmount_when_stopping)

@@ -13,6 +13,7 @@ from qsfs.store.schema import Inode, Table, u64
 
 SET_IDS = stat.S_ISUID | stat.S_ISGID
 _DIRECTORY_SIZE = 4096
+_DAY_NS = 24 * 3600 * 10**9
 
 
 @dataclass(slots=True)
@@ -92,6 +93,24 @@ def set_attributes(tree: Tree, number: int, wanted: AttributeChange) -> Inode:
             if wanted.mode is not None:
                 change_mode_acl(tree, change, inode, mode)
     return inode
+
+
+def access_is_due(tree: Tree, inode: Inode) -> bool:
+    """Whether a read sets the access time (relatime): if it is not newer than both other times, or a day old."""
+    atime = inode.atime_ns
+    if atime <= inode.mtime_ns or atime <= inode.ctime_ns:
+        return True
+    return tree.store.clock.time_ns() - atime >= _DAY_NS
+
+
+def mark_access(tree: Tree, inode: Inode) -> None:
+    """Sets the access time after a read."""
+    now = tree.store.clock.time_ns()
+    if stat.S_ISREG(inode.mode):
+        tree.contents.accessed(inode, now)
+        return
+    with tree.store.change() as change:
+        change.patch(inode.number, atime_ns=now)
 
 
 def drop_set_ids(tree: Tree, inode: Inode) -> bool:

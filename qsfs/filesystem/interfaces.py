@@ -102,6 +102,9 @@ class Contents(Protocol):
     ) -> None:
         """Sets the given times."""
 
+    def accessed(self, inode: Inode, time_ns: int) -> None:
+        """Sets the access time, which belongs to no sync: it never waits to be covered."""
+
     def stat(self, inode: Inode) -> DataAttributes:
         """Size, pages and times, with what is not covered yet."""
 

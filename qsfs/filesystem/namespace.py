@@ -4,7 +4,7 @@ Every operation is synchronous, checks everything first and then makes one chang
 wholly or not at all.  It raises `PosixError` with the code that the application gets, or a `Need`
 before it has changed anything.  Permissions and the sticky bit are the kernel's.
 
-Times: an operation sets mtime and ctime as POSIX says.  Reading sets no atime (`noatime`).
+Times: an operation sets mtime and ctime as POSIX says; of a read only its caller knows (`accessed`).
 """
 
 from __future__ import annotations
@@ -211,6 +211,15 @@ class Namespace:
     def written(self, inode: Inode) -> bool:
         """After a write: takes the set-id bits away; returns whether there were any."""
         return attributes.drop_set_ids(self.tree, inode)
+
+    def access_is_due(self, inode: Inode) -> bool:
+        """Whether a read sets the access time, by relatime's rule."""
+        return attributes.access_is_due(self.tree, inode)
+
+    def accessed(self, inode: Inode) -> None:
+        """After a read: sets the access time if it is due."""
+        if attributes.access_is_due(self.tree, inode):
+            attributes.mark_access(self.tree, inode)
 
     def get_xattr(self, number: int, name: bytes) -> bytes:
         """The value of an extended attribute; ENODATA."""

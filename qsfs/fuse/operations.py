@@ -23,11 +23,14 @@ from qsfs.filesystem.needs import Need
 from qsfs.filesystem.posix import MAX_NAME, PosixError
 from qsfs.fuse.attributes import AttributeFiller
 from qsfs.fuse.boundary import RequestCounts, request, translate
-from qsfs.fuse.handles import inode_of, is_durable, make_handle
+from qsfs.fuse.handles import inode_of, is_durable, make_handle, marks_access
 from qsfs.fuse.interfaces import Durability, Space, State, Waiter
 from qsfs.store.schema import PAGE, Inode, InodeFlag
 
 _WRITE_THROUGH = int(InodeFlag.WRITE_THROUGH)
+_MARKS_NOTHING = os.O_WRONLY | os.O_NOATIME
+_READ_AGAIN_BYTES = 128 << 10
+"""Files that one READ holds."""
 
 AttributesChanged = Callable[[int], None]
 
@@ -51,6 +54,7 @@ class Operations(pyfuse3.Operations):
         state: State,
         *,
         xattr: bool = False,
+        relatime: bool = False,
         attributes_changed: AttributesChanged = lambda number: None,
     ) -> None:
         super().__init__()
@@ -65,6 +69,7 @@ class Operations(pyfuse3.Operations):
         self._space = space
         self._state = state
         self._xattr = xattr
+        self._relatime = relatime
         self._attributes = AttributeFiller(namespace)
         self.initialized = trio.Event()
 
@@ -87,7 +92,9 @@ class Operations(pyfuse3.Operations):
     @request
     async def readlink(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileNameT:
         """A symlink's target."""
-        return self._namespace.readlink(inode)
+        target = self._namespace.readlink(inode)
+        self._was_read(inode)
+        return target
 
     @request
     async def mknod(
@@ -260,13 +267,17 @@ class Operations(pyfuse3.Operations):
         """A new file, opened."""
         self._check_room()
         inode = self._namespace.create(parent_inode, name, mode, ctx)
-        answer = self._file_info(inode.number, inode.flags), self._known(inode)
+        answer = self._file_info(inode.number, inode.flags, False), self._known(inode)
         self._contents.opened(inode)
         return answer
 
     @request
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        """Opens a file; O_APPEND is the kernel's, and what may be read or written too."""
+        """Opens a file; O_APPEND is the kernel's, and what may be read or written too.
+
+        Nobody hears of a read from the kernel's cache.  So where a read will set the access time, the
+        kernel is to ask for a small file again; a large one is not worth that.
+        """
         opened = self._namespace.inode(inode)
         if not stat.S_ISREG(opened.mode):
             raise PosixError(errno.EISDIR if stat.S_ISDIR(opened.mode) else errno.ENXIO)
@@ -274,14 +285,21 @@ class Operations(pyfuse3.Operations):
             self._state.check_change()
         if flags & os.O_TRUNC:
             self._namespace.set_attributes(inode, AttributeChange(size=0, keeps_set_ids=ctx.uid == 0))
-        answer = self._file_info(inode, opened.flags)
+        reads = self._relatime and not flags & _MARKS_NOTHING and self._namespace.access_is_due(opened)
+        answer = self._file_info(inode, opened.flags, reads)
+        if reads and not flags & os.O_RDWR and opened.size <= _READ_AGAIN_BYTES:
+            answer.keep_cache = False
         self._contents.opened(opened)
         return answer
 
     @request
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Reads; also through a write-only handle, which the kernel uses to fill its pages."""
-        return self._contents.read(self._namespace.inode(inode_of(fh)), off, size)
+        inode = self._namespace.inode(inode_of(fh))
+        data = self._contents.read(inode, off, size)
+        if marks_access(fh) and self._state.writable:
+            self._namespace.accessed(inode)
+        return data
 
     @request
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
@@ -340,6 +358,8 @@ class Operations(pyfuse3.Operations):
         gets the error, if it stays, when it asks for the next entry.
         """
         fill, looked_up = self._attributes.fill, self._references.looked_up
+        if not start_id:
+            self._was_read(inode_of(fh))
         answered = False
         try:
             for cookie, name, inode in self._namespace.list_directory(inode_of(fh), start_id):
@@ -372,11 +392,16 @@ class Operations(pyfuse3.Operations):
         self._references.looked_up(inode.number)
         return attributes
 
-    def _file_info(self, number: int, flags: int) -> pyfuse3.FileInfo:
+    def _file_info(self, number: int, flags: int, marks_access: bool) -> pyfuse3.FileInfo:
         durable = bool(flags & _WRITE_THROUGH)
         return pyfuse3.FileInfo(
-            fh=make_handle(number, durable), direct_io=durable, keep_cache=not durable
+            fh=make_handle(number, durable, marks_access), direct_io=durable, keep_cache=not durable
         )
+
+    def _was_read(self, number: int) -> None:
+        """Sets the access time of a directory or symlink where it is due; the kernel asks for it again."""
+        if self._relatime and self._state.writable:
+            self._namespace.accessed(self._namespace.inode(number))
 
     def _keeps_set_gid(self, number: InodeT, ctx: pyfuse3.RequestContext) -> bool:
         """Whether an ACL leaves the setgid bit; the flag by which the kernel says so is not passed on."""

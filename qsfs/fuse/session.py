@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -18,13 +19,27 @@ from qsfs.fuse.operations import Operations
 log = logging.getLogger(__name__)
 
 
+def _is_asked_for(record: logging.LogRecord) -> bool:
+    """Whether a record of pyfuse3 is worth a look.
+
+    It calls it an error if an answer finds no request any more: the kernel gives up what is under way,
+    RELEASE above all, when a mount ends.
+    """
+    return "fuse_reply" not in str(record.msg) or record.args != (os.strerror(errno.ENOENT),)
+
+
+logging.getLogger("pyfuse3").addFilter(_is_asked_for)
+
+
 def mount_options(config: MountConfig, *, read_only: bool = False) -> set[str]:
     """Options for libfuse.
 
-    `noatime` tells the truth: no read sets a time.  Set-id programs and devices work as on any disk
-    that root mounts.
+    The kernel sets no access time of a FUSE file system: `noatime` only tells that we do not either.
+    Set-id programs and devices work as on any disk that root mounts.
     """
-    options = {"fsname=qsfs", "subtype=qsfs", "noatime"}
+    options = {"fsname=qsfs", "subtype=qsfs"}
+    if not config.relatime:
+        options.add("noatime")
     options |= {"suid", "dev"} if os.geteuid() == 0 else {"nosuid", "nodev"}
     if config.default_permissions:
         options.add("default_permissions")

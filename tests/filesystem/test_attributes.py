@@ -7,6 +7,7 @@ import stat
 
 import pytest
 
+from qsfs.config import PolicyRule
 from qsfs.filesystem.attributes import AttributeChange
 from qsfs.store.schema import ROOT_INODE
 from tests.filesystem.conftest import ROOT
@@ -146,3 +147,41 @@ def test_set_id_bits_stay_where_nothing_was_written(world):
 
 def test_nothing_is_changed_of_what_is_gone(world, fails):
     fails(errno.ESTALE, lambda: change(world, 12345, mode=0o600))
+
+
+DAY_SECONDS = 24 * 3600
+
+
+def test_a_read_sets_the_access_time_where_it_is_due(world, number):
+    """relatime: if it is not newer than both other times, or a day old; it sets no other time."""
+    created = world.times(number)
+
+    def read():
+        """Whether it set the access time, which it must set to now."""
+        before, now = world.times(number)[0], world.tick()
+        world.names.accessed(world.inode(number))
+        after = world.times(number)[0]
+        assert after in (before, now)
+        return after != before
+
+    assert read()
+    assert world.times(number)[1:] == created[1:]
+    assert not read()
+    for field in ("mtime_ns", "ctime_ns"):
+        change(world, number, **{field: world.times(number)[0]})
+        assert read()
+        assert not read()
+    world.clock.advance(DAY_SECONDS - 2 - 1)
+    assert not read()
+    assert read()
+
+
+def test_an_access_time_waits_for_no_sync(make_world):
+    """Of a file with atomic sync it makes nothing uncovered."""
+    world = make_world(PolicyRule(match="f", atomic_sync=True))
+    number = world.file(b"f")
+    world.contents.opened(world.inode(number))
+    now = world.tick()
+    world.names.accessed(world.inode(number))
+    assert world.times(number)[0] == now
+    assert not world.contents.has_uncovered(number)

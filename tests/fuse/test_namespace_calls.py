@@ -40,7 +40,7 @@ def test_the_type_of_a_mount_names_qsfs(root):
     assert line.split()[0] == "qsfs"
     assert line.split()[2] == "fuse.qsfs"
     options = set(line.split()[3].split(","))
-    assert {"noatime", "default_permissions", "allow_other"} <= options
+    assert {"relatime", "default_permissions", "allow_other"} <= options
     assert not {"nodev", "nosuid"} & options
 
 

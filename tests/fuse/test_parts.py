@@ -121,11 +121,13 @@ async def test_a_cancellation_passes():
 
 
 @pytest.mark.parametrize("durable", [True, False])
-@pytest.mark.parametrize("inode", [1, 2**40, 2**62])
-def test_a_handle_says_what_it_belongs_to(inode, durable):
-    handle = handles.make_handle(inode, durable)
+@pytest.mark.parametrize("marks", [True, False])
+@pytest.mark.parametrize("inode", [1, 2**40, 2**62 - 1])
+def test_a_handle_says_what_it_belongs_to(inode, durable, marks):
+    handle = handles.make_handle(inode, durable, marks)
     assert handle < 2**64
-    assert (handles.inode_of(handle), handles.is_durable(handle)) == (inode, durable)
+    found = (handles.inode_of(handle), handles.is_durable(handle), handles.marks_access(handle))
+    assert found == (inode, durable, marks)
 
 
 def test_the_first_reason_to_stop_writing_stays(expect_log):
@@ -144,12 +146,22 @@ def test_the_first_reason_to_stop_writing_stays(expect_log):
 
 
 def test_options_follow_the_configuration():
-    usual = {"fsname=qsfs", "subtype=qsfs", "noatime", "default_permissions", "allow_other"}
+    usual = {"fsname=qsfs", "subtype=qsfs", "default_permissions", "allow_other"}
     usual |= {"suid", "dev"} if os.geteuid() == 0 else {"nosuid", "nodev"}
     assert session.mount_options(MountConfig()) == usual
     assert session.mount_options(MountConfig(), read_only=True) == usual | {"ro"}
+    assert session.mount_options(MountConfig(relatime=False)) == usual | {"noatime"}
     private = session.mount_options(MountConfig(allow_other=False, default_permissions=False))
     assert private == usual - {"default_permissions", "allow_other"}
+
+
+def test_an_answer_that_nobody_waits_for_is_no_error(caplog):
+    """The kernel gives requests up when a mount ends; any other answer that fails is told."""
+    log = logging.getLogger("pyfuse3")
+    log.error("fuse_release(): fuse_reply_* failed with %s", os.strerror(errno.ENOENT))
+    log.error("fuse_read(): fuse_reply_* failed with %s", os.strerror(errno.EINVAL))
+    (told,) = caplog.records
+    assert told.getMessage().startswith("fuse_read()")
 
 
 async def test_a_mount_that_cannot_be_says_what_to_look_at(tmp_path):

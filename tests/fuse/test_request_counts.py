@@ -20,6 +20,7 @@ from tests.support.fuse_mount.handle import Settings, mounted
 pytestmark = pytest.mark.mount
 
 MIB = 1 << 20
+COARSE = 5  # CLOCK_REALTIME_COARSE, which marks times
 LATE_SETATTR = {"setattr": (0, 1)}
 """The kernel sends times with the next hand-over, or earlier when a clock tick went by."""
 
@@ -97,6 +98,24 @@ def test_open_read_close(mount, directory, root):
     cold(root)
     os.stat(directory)
     check(asked(mount, lambda: read(file)), {"lookup": 1, "open": 1, "read": 1, "release": 1})
+    check(asked(mount, lambda: read(file)), {"open": 1, "release": 1})
+
+
+def test_what_relatime_costs(make_mount):
+    """A READ of a small file at the first open after a change, once the clock has gone on; then nothing."""
+    mount = make_mount(relatime=True)
+    file = mount.path / "f"
+    create(file)
+    hand_over(mount.path)
+    for _ in range(2):
+        changed = os.stat(file).st_ctime_ns
+        while time.clock_gettime_ns(COARSE) <= changed:
+            pass
+        check(asked(mount, lambda: read(file)), {"open": 1, "read": 1, "release": 1})
+        check(asked(mount, lambda: read(file)), {"open": 1, "release": 1})
+        append(file)
+        hand_over(mount.path)
+    file.write_bytes(b"x" * MIB)
     check(asked(mount, lambda: read(file)), {"open": 1, "release": 1})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -202,21 +203,102 @@ def test_what_fails_marks_nothing(place: Path) -> None:
     assert marks.changed() == ["", "", ""]
 
 
-def test_reading_follows_the_mount(place: Path) -> None:
-    """With relatime a read marks atime if it is not newer than mtime and ctime; with noatime never."""
+def make_readable(path: Path, what: str) -> Callable[[], object]:
+    """Something at `path`, and how it is read."""
+    if what == "directory":
+        path.mkdir()
+        (path / "file").touch()
+        return lambda: os.listdir(path)
+    if what == "symlink":
+        path.symlink_to("target")
+        return path.readlink
+    if what == "program":
+        path.write_bytes(b"#!/bin/true\n")
+        path.chmod(0o755)
+        return lambda: os.waitpid(os.spawnv(os.P_NOWAIT, path, ["program"]), 0)
+    path.write_bytes(b"contents")
+    return path.read_bytes if what == "file" else lambda: map_and_read(path)
+
+
+def map_and_read(path: Path) -> bytes:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        return view[:]
+
+
+@pytest.mark.parametrize("what", ["file", "map", "program", "directory", "symlink"])
+def test_reading_marks_atime_where_it_is_due(place: Path, what: str) -> None:
+    """relatime: if it is not newer than mtime and ctime, and never again before one of them is."""
+    path = place / "x"
+    read = make_readable(path, what)
+    set_old(path)
+    for _ in range(2):
+        before = times(path)
+        tick()
+        read()
+        first = times(path)
+        assert first[0] > before[2]
+        assert first[1:] == before[1:]
+        tick()
+        read()
+        assert times(path) == first
+        os.chown(path, os.geteuid(), os.getegid(), follow_symlinks=False)
+
+
+def test_a_read_of_what_was_just_written_marks_atime(place: Path) -> None:
+    """Also where the kernel has all of it, so that no request tells of the read."""
+    path = place / "file"
+    path.write_bytes(b"contents")
+    for _ in range(2):
+        tick()
+        with path.open("r+b") as file:
+            file.write(b"changed.")
+        tick()
+        path.read_bytes()
+        atime, mtime, _ = times(path)
+        assert atime > mtime
+
+
+def test_reading_a_large_file_that_was_just_written_marks_atime(place: Path) -> None:
+    path = place / "file"
+    path.write_bytes(b"contents" * 100_000)
+    tick()
+    path.read_bytes()
+    atime, mtime, _ = times(path)
+    assert atime > mtime
+
+
+def test_who_asks_for_it_marks_no_atime(place: Path) -> None:
     path = place / "file"
     path.write_bytes(b"contents")
     set_old(path)
-    marks = Marks(path)
-    path.read_bytes()
-    assert marks.changed() == [""]
-    marked = times(path)[0] != NS
-    assert marked != bool(os.statvfs(path).f_flag & os.ST_NOATIME)
-    if marked:
-        first = times(path)[0]
+    file = os.open(path, os.O_RDONLY | os.O_NOATIME)
+    os.read(file, 10)
+    os.close(file)
+    file = os.open(path, os.O_WRONLY)
+    os.close(file)
+    assert times(path)[0] == NS
+
+
+def test_opening_alone_marks_no_atime(place: Path) -> None:
+    path = place / "file"
+    path.write_bytes(b"contents")
+    set_old(path)
+    os.close(os.open(path, os.O_RDONLY))
+    assert times(path)[0] == NS
+
+
+def test_reading_what_changed_since_it_was_opened_marks_atime(place: Path) -> None:
+    path = place / "file"
+    path.write_bytes(b"contents")
+    with path.open("rb", buffering=0) as file:
+        file.read()
         tick()
-        path.read_bytes()
-        assert times(path)[0] == first
+        path.write_bytes(b"changed.")
+        tick()
+        file.seek(0)
+        file.read()
+    atime, mtime, _ = times(path)
+    assert atime > mtime
 
 
 def test_times_can_be_set_apart(place: Path) -> None:

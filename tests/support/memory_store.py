@@ -181,6 +181,9 @@ class MemoryContents:
         inode.mtime_ns = inode.mtime_ns if mtime_ns is None else mtime_ns
         inode.ctime_ns = inode.ctime_ns if ctime_ns is None else ctime_ns
 
+    def accessed(self, inode: Inode, time_ns: int) -> None:
+        inode.atime_ns = time_ns
+
     def stat(self, inode: Inode) -> MemoryAttributes:
         return MemoryAttributes(inode.size, inode.allocated, inode.atime_ns, inode.mtime_ns, inode.ctime_ns)
 

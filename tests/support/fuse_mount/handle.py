@@ -21,6 +21,7 @@ class Settings:
 
     mountpoint: str = ""
     xattr: bool = False
+    relatime: bool = False
     short_loop: bool = True
     break_tuning: bool = False
     without: str = ""

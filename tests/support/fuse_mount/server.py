@@ -63,7 +63,15 @@ class Daemon:
         self.released = trio.Event()
         self.wait_error = 0
         self.needed: NeedPages | None = None
-        self.operations = Operations(self.namespace, self, self, self, self.state, xattr=settings["xattr"])
+        self.operations = Operations(
+            self.namespace,
+            self,
+            self,
+            self,
+            self.state,
+            xattr=settings["xattr"],
+            relatime=settings["relatime"],
+        )
         self._seen: dict[str, int] = {}
         self._counted: dict[tuple[str, str], int] = {}
 
@@ -292,7 +300,7 @@ class Daemon:
         elif saving == "negative entries":
             filler._absent.entry_timeout = 0
         elif saving == "keep_cache":
-            operations._file_info = lambda number, flags: pyfuse3.FileInfo(
+            operations._file_info = lambda number, flags, marks_access: pyfuse3.FileInfo(
                 fh=make_handle(number, False), keep_cache=False
             )
         elif saving == "ENOSYS to flush":
@@ -317,7 +325,11 @@ class Daemon:
             await serve(
                 self.operations,
                 Path(self.settings["mountpoint"]),
-                MountConfig(xattr=self.settings["xattr"], short_loop=self.settings["short_loop"]),
+                MountConfig(
+                    xattr=self.settings["xattr"],
+                    relatime=self.settings["relatime"],
+                    short_loop=self.settings["short_loop"],
+                ),
                 mounted=lambda: answer("mounted"),
             )
             nursery.cancel_scope.cancel()
