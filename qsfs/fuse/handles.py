@@ -1,20 +1,21 @@
 """File handles: numbers that say by themselves which inode they belong to and how it is used.
 
-A handle is the inode number, shifted, and two bits: whether every WRITE is made durable before it is
-answered, and whether a READ sets the access time if it is due.  So there is no table to keep, and no
-handle that means nothing.
+A handle is the inode number, shifted, and bits that say what its requests do.  So there is no table to
+keep, and no handle that means nothing.
 """
 
 from __future__ import annotations
 
-_DURABLE = 1
-_MARKS_ACCESS = 2
-_SHIFT = 2
+_UNCACHED = 1
+_SYNCED = 2
+_MARKS_ACCESS = 4
+_SHIFT = 3
 
 
-def make_handle(inode: int, durable: bool, marks_access: bool = False) -> int:
-    """The handle of an open file, or of a directory."""
-    return inode << _SHIFT | (_DURABLE if durable else 0) | (_MARKS_ACCESS if marks_access else 0)
+def make_handle(inode: int, *, uncached: bool = False, synced: bool = False, marks_access: bool = False) -> int:
+    """The handle of an open file or directory."""
+    bits = (_UNCACHED if uncached else 0) | (_SYNCED if synced else 0) | (_MARKS_ACCESS if marks_access else 0)
+    return inode << _SHIFT | bits
 
 
 def inode_of(handle: int) -> int:
@@ -22,9 +23,14 @@ def inode_of(handle: int) -> int:
     return handle >> _SHIFT
 
 
+def is_uncached(handle: int) -> bool:
+    """Whether the kernel keeps nothing of what is written through the handle."""
+    return bool(handle & _UNCACHED)
+
+
 def is_durable(handle: int) -> bool:
     """Whether a WRITE through the handle must be durable before it is answered."""
-    return bool(handle & _DURABLE)
+    return bool(handle & (_UNCACHED | _SYNCED))
 
 
 def marks_access(handle: int) -> bool:

@@ -23,7 +23,7 @@ from qsfs.filesystem.needs import Need
 from qsfs.filesystem.posix import MAX_NAME, PosixError
 from qsfs.fuse.attributes import AttributeFiller
 from qsfs.fuse.boundary import RequestCounts, request, translate
-from qsfs.fuse.handles import inode_of, is_durable, make_handle, marks_access
+from qsfs.fuse.handles import inode_of, is_durable, is_uncached, make_handle, marks_access
 from qsfs.fuse.interfaces import Durability, Space, State, Waiter
 from qsfs.store.schema import PAGE, Inode, InodeFlag
 
@@ -200,7 +200,7 @@ class Operations(pyfuse3.Operations):
             keeps_set_ids=ctx.uid == 0,
         )
         changed = self._namespace.set_attributes(inode, wanted)
-        if fh is not None and is_durable(fh) and wanted.size is not None:
+        if fh is not None and is_uncached(fh) and wanted.size is not None:
             await self._durability.sync(changed.number, True)
         return self._attributes.fill(changed)
 
@@ -267,7 +267,7 @@ class Operations(pyfuse3.Operations):
         """A new file, opened."""
         self._check_room()
         inode = self._namespace.create(parent_inode, name, mode, ctx)
-        answer = self._file_info(inode.number, inode.flags, False), self._known(inode)
+        answer = self._file_info(inode, flags, False), self._known(inode)
         self._contents.opened(inode)
         return answer
 
@@ -286,7 +286,7 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_TRUNC:
             self._namespace.set_attributes(inode, AttributeChange(size=0, keeps_set_ids=ctx.uid == 0))
         reads = self._relatime and not flags & _MARKS_NOTHING and self._namespace.access_is_due(opened)
-        answer = self._file_info(inode, opened.flags, reads)
+        answer = self._file_info(opened, flags, reads)
         if reads and not flags & os.O_RDWR and opened.size <= _READ_AGAIN_BYTES:
             answer.keep_cache = False
         self._contents.opened(opened)
@@ -311,11 +311,11 @@ class Operations(pyfuse3.Operations):
         """
         self._state.check_write()
         inode = self._namespace.inode(inode_of(fh))
-        durable = is_durable(fh)
-        written = self._contents.write(inode, off, buf, times=durable)
-        if durable:
-            if inode.mode & SET_IDS and self._namespace.written(inode):
-                self.attributes_changed(inode.number)
+        uncached = is_uncached(fh)
+        written = self._contents.write(inode, off, buf, times=uncached)
+        if uncached and inode.mode & SET_IDS and self._namespace.written(inode):
+            self.attributes_changed(inode.number)
+        if is_durable(fh):
             await self._durability.sync(inode.number, True)
         failpoints.hit("fuse.write")
         return written
@@ -348,7 +348,7 @@ class Operations(pyfuse3.Operations):
     async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
         """Opens a directory."""
         self._namespace.tree.directory(inode)
-        return make_handle(inode, durable=False)
+        return make_handle(inode)
 
     @request
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -392,11 +392,15 @@ class Operations(pyfuse3.Operations):
         self._references.looked_up(inode.number)
         return attributes
 
-    def _file_info(self, number: int, flags: int, marks_access: bool) -> pyfuse3.FileInfo:
-        durable = bool(flags & _WRITE_THROUGH)
-        return pyfuse3.FileInfo(
-            fh=make_handle(number, durable, marks_access), direct_io=durable, keep_cache=not durable
-        )
+    def _file_info(self, inode: Inode, flags: int, marks_access: bool) -> pyfuse3.FileInfo:
+        """The answer to an open with `flags`.
+
+        The kernel sends no FSYNC after an asynchronous write with O_DIRECT and O_DSYNC.
+        """
+        uncached = bool(inode.flags & _WRITE_THROUGH)
+        synced = bool(flags & os.O_DIRECT and flags & os.O_DSYNC)
+        handle = make_handle(inode.number, uncached=uncached, synced=synced, marks_access=marks_access)
+        return pyfuse3.FileInfo(fh=handle, direct_io=uncached, keep_cache=not uncached)
 
     def _was_read(self, number: int) -> None:
         """Sets the access time of a directory or symlink where it is due; the kernel asks for it again."""

@@ -120,14 +120,19 @@ async def test_a_cancellation_passes():
     assert handlers.counts.unexpected == 0
 
 
-@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("uncached", [True, False])
+@pytest.mark.parametrize("synced", [True, False])
 @pytest.mark.parametrize("marks", [True, False])
-@pytest.mark.parametrize("inode", [1, 2**40, 2**62 - 1])
-def test_a_handle_says_what_it_belongs_to(inode, durable, marks):
-    handle = handles.make_handle(inode, durable, marks)
+@pytest.mark.parametrize("inode", [1, 2**40, 2**61 - 1])
+def test_a_handle_says_what_it_belongs_to(inode, uncached, synced, marks):
+    handle = handles.make_handle(inode, uncached=uncached, synced=synced, marks_access=marks)
     assert handle < 2**64
-    found = (handles.inode_of(handle), handles.is_durable(handle), handles.marks_access(handle))
-    assert found == (inode, durable, marks)
+    assert (handles.inode_of(handle), handles.is_uncached(handle), handles.marks_access(handle)) == (
+        inode,
+        uncached,
+        marks,
+    )
+    assert handles.is_durable(handle) == (uncached or synced)
 
 
 def test_the_first_reason_to_stop_writing_stays(expect_log):

@@ -300,8 +300,8 @@ class Daemon:
         elif saving == "negative entries":
             filler._absent.entry_timeout = 0
         elif saving == "keep_cache":
-            operations._file_info = lambda number, flags, marks_access: pyfuse3.FileInfo(
-                fh=make_handle(number, False), keep_cache=False
+            operations._file_info = lambda inode, flags, marks_access: pyfuse3.FileInfo(
+                fh=make_handle(inode.number), keep_cache=False
             )
         elif saving == "ENOSYS to flush":
             operations.flush = _Answered(operations.counts, "flush")
