@@ -8,99 +8,18 @@ import mmap
 import os
 import shutil
 import sqlite3
-import subprocess
-import sys
-from collections.abc import Iterator
+import struct
 from pathlib import Path
 
 import lmdb
 import pytest
 
-from tests.support import scratch as places
 from tests.support.daemon import FileSystem
-from tests.system.load import check_clean
+from tests.system.programs import grow_tree, in_python, listing, remount, run, succeed
 
 pytestmark = pytest.mark.mount
 
 TIB = 1 << 40
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[FileSystem]:
-    """One mounted file system for all tests of this module, each of which has a directory of its own."""
-    with places.scratch_directory("programs") as path, FileSystem(path, count=6) as fs:
-        fs.format()
-        fs.mount()
-        yield fs
-        fs.umount()
-        check_clean(fs)
-
-
-@pytest.fixture
-def place(shared: FileSystem, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """An empty directory on the mount."""
-    path = shared.mountpoint / request.node.name
-    path.mkdir()
-    yield path
-    shutil.rmtree(shared.mountpoint / request.node.name)
-
-
-def run(*words: object, cwd: Path | None = None) -> str:
-    """Runs a program that must succeed; what it printed."""
-    done = subprocess.run(list(map(str, words)), cwd=cwd, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
-    return done.stdout
-
-
-def in_python(program: str, *arguments: object) -> subprocess.Popen[str]:
-    """A Python program in a process of its own."""
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def succeed(*processes: subprocess.Popen[str]) -> list[str]:
-    """Waits for the end of all, which must be a good one; what each printed."""
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes)
-    return said
-
-
-def remount(fs: FileSystem) -> None:
-    """Ends the daemon at once, and mounts again."""
-    fs.kill()
-    fs.mount()
-
-
-def grow_tree(top: Path, files: int = 120) -> None:
-    """A tree with links, modes, holes and files of many sizes."""
-    for number in range(files):
-        folder = top / f"d{number % 7}"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"file {number}"
-        path.write_bytes(bytes([number]) * (number * number * 7))
-        path.chmod(0o600 | number % 0o100)
-        os.utime(path, ns=(number * 10**9, number * 10**9 + number))
-    (top / "link").symlink_to("d0/file 0")
-    (top / "d1" / "hard").hardlink_to(top / "d1" / "file 1")
-    with (top / "sparse").open("wb") as file:
-        file.write(b"head")
-        file.seek(3 << 20)
-        file.write(b"tail")
-
-
-def listing(top: Path) -> dict[str, tuple[object, ...]]:
-    """Everything below `top` as a program sees it."""
-    found: dict[str, tuple[object, ...]] = {}
-    for path in sorted(top.rglob("*")):
-        status = path.lstat()
-        name = str(path.relative_to(top))
-        if path.is_symlink():
-            found[name] = (status.st_mode, path.readlink())
-        elif path.is_dir():
-            found[name] = (status.st_mode,)
-        else:
-            found[name] = (status.st_mode, status.st_nlink, status.st_mtime_ns, path.read_bytes())
-    return found
 
 
 def test_git(place: Path) -> None:
@@ -122,12 +41,13 @@ def test_git(place: Path) -> None:
     assert len(heads) == 1
 
 
-def test_two_processes_write_one_sqlite_database(place: Path) -> None:
-    """WAL: an index in shared memory, locks, and both see what the other committed."""
+@pytest.mark.parametrize("journal", ["wal", "delete", "persist"])
+def test_two_processes_write_one_sqlite_database(place: Path, journal: str) -> None:
+    """Locks, with WAL an index in shared memory, and both see what the other committed."""
     program = """
 import sqlite3, sys
 database = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None)
-database.execute("PRAGMA journal_mode = WAL")
+database.execute(f"PRAGMA journal_mode = {sys.argv[3]}")
 for number in range(60):
     database.execute("BEGIN IMMEDIATE")
     (count,) = database.execute("SELECT count(*) FROM rows").fetchone()
@@ -136,9 +56,9 @@ for number in range(60):
 """
     path = place / "database.sqlite"
     with sqlite3.connect(path) as database:
-        database.execute("PRAGMA journal_mode = WAL")
+        assert database.execute(f"PRAGMA journal_mode = {journal}").fetchone() == (journal,)
         database.execute("CREATE TABLE rows (place INTEGER PRIMARY KEY, who TEXT, number INTEGER)")
-    succeed(in_python(program, path, "one"), in_python(program, path, "two"))
+    succeed(*(in_python(program, path, who, journal) for who in ("one", "two")))
     assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert database.execute("SELECT count(*), max(place) FROM rows").fetchone() == (120, 119)
     for who in ("one", "two"):
@@ -204,34 +124,79 @@ def test_cp_keeps_everything_and_makes_holes(place: Path, scratch: Path) -> None
     run("diff", "-r", place / "tree", scratch / "outside")
 
 
-@pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
-def test_rsync(place: Path) -> None:
-    """Also in place, into a file that has other content, and with what is gone at the source deleted."""
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed (package rsync)")
+def test_rsync(place: Path, shared: FileSystem) -> None:
+    """With links, ACLs and attributes; in place, into a file that has other content; what is gone goes."""
+    shared.umount()
+    shared.configure(mount__xattr=True)
+    shared.mount()
     grow_tree(place / "tree")
-    run("rsync", "-aHS", f"{place}/tree/", place / "copy")
-    assert listing(place / "copy") == listing(place / "tree")
+    entries = ((1, 7, 2**32 - 1), (2, 6, 60929), (4, 5, 2**32 - 1), (16, 7, 2**32 - 1), (32, 0, 2**32 - 1))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    for name in ("d1", "d2/file 2"):
+        os.setxattr(place / "tree" / name, "user.comment", b"kept \0 bytes")
+        os.setxattr(place / "tree" / name, "system.posix_acl_access", acl)
+    os.setxattr(place / "tree" / "d1", "system.posix_acl_default", acl)
+    run("rsync", "-aHAXS", f"{place}/tree/", place / "copy")
+    copied = listing(place / "copy", xattrs=True)
+    assert copied == listing(place / "tree", xattrs=True)
+    assert any("system.posix_acl_default" in str(shown) for shown in copied.values())
     with (place / "tree" / "d3" / "file 101").open("r+b") as file:
         file.seek(30_000)
         file.write(b"changed")
     (place / "tree" / "d4" / "file 102").unlink()
-    run("rsync", "-aH", "--inplace", "--no-whole-file", "--delete", "--checksum", f"{place}/tree/", place / "copy")
-    assert listing(place / "copy") == listing(place / "tree")
+    os.removexattr(place / "tree" / "d1", "user.comment")
+    run("rsync", "-aHAX", "--inplace", "--no-whole-file", "--delete", "--checksum", f"{place}/tree/", place / "copy")
+    assert listing(place / "copy", xattrs=True) == listing(place / "tree", xattrs=True)
+    shared.umount()
+    shared.configure(mount__xattr=False)
+    shared.mount()
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is installed")
-def test_a_program_is_compiled_linked_and_run(place: Path) -> None:
-    """A linker writes all over its output, which is then mapped and executed."""
-    for number in range(8):
-        (place / f"part{number}.c").write_text(f"int part{number}(void) {{ return {number}; }}\n")
-        run("cc", "-c", f"part{number}.c", cwd=place)
-    parts = " + ".join(f"part{number}()" for number in range(8))
-    declared = "".join(f"int part{number}(void);\n" for number in range(8))
+MAKEFILE = """
+parts := $(patsubst %.c,%.o,$(wildcard part*.c))
+program: main.o libparts.a libshared.so
+\t$(CC) -g -o $@ main.o -L. -lparts -lshared -Wl,-rpath,$(CURDIR)
+libparts.a: $(parts)
+\trm -f $@; ar rcs $@ $(parts)
+libshared.so: shared.c
+\t$(CC) -shared -fPIC -g -o $@ $<
+%.o: %.c
+\t$(CC) -MMD -g -O1 -c -o $@ $<
+\techo $@ >> built
+-include *.d
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no C compiler is installed (package build-essential)")
+def test_a_project_is_built_changed_and_built_again(place: Path) -> None:
+    """A linker writes all over its output, which is then mapped and executed; `make` judges by times alone."""
+    parts = 80
+    (place / "Makefile").write_text(MAKEFILE)
+    for group in range(8):
+        (place / f"group{group}.h").write_text(f"#include <stdlib.h>\nenum {{ BASE{group} = {group} }};\n")
+    for number in range(parts):
+        group = number % 8
+        (place / f"part{number}.c").write_text(
+            f'#include "group{group}.h"\nint part{number}(void) {{ return {number} + BASE{group}; }}\n'
+        )
+    (place / "shared.c").write_text("int shared(void) { return 1000; }\n")
+    declared = "".join(f"int part{number}(void);\n" for number in range(parts))
+    calls = " + ".join(f"part{number}()" for number in range(parts))
     (place / "main.c").write_text(
-        f'#include <stdio.h>\n{declared}int main(void) {{ return printf("%d\\n", {parts}) < 0; }}\n'
+        f'#include <stdio.h>\n{declared}int shared(void);\n'
+        f'int main(void) {{ return printf("%d\\n", shared() + {calls}) < 0; }}\n'
     )
-    run("ar", "rcs", "libparts.a", *(f"part{number}.o" for number in range(8)), cwd=place)
-    run("cc", "-g", "-o", "program", "main.c", "-L.", "-lparts", cwd=place)
-    assert run(place / "program") == "28\n"
+    run("make", "-j4", "program", cwd=place)
+    total = 1000 + sum(range(parts)) + sum(number % 8 for number in range(parts))
+    assert run(place / "program") == f"{total}\n"
+    assert len((place / "built").read_text().split()) == parts + 1
+    run("make", "-q", "program", cwd=place)
+    (place / "built").unlink()
+    (place / "group3.h").write_text("#include <stdlib.h>\nenum { BASE3 = 103 };\n")
+    run("make", "-j4", "program", cwd=place)
+    assert sorted((place / "built").read_text().split()) == sorted(f"part{n}.o" for n in range(parts) if n % 8 == 3)
+    assert run(place / "program") == f"{total + 100 * parts // 8}\n"
 
 
 def test_a_map_shared_by_two_processes(place: Path) -> None:
