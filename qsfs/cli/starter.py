@@ -32,6 +32,7 @@ size = {size}
 # any `parity_shards` of them may be lost.
 data_shards = {k}
 parity_shards = {m}
+# codec = "isa_l_rs_cauchy"       # costs less CPU than "zfec"; needs: pip install 'qsfs[isa-l]'
 
 [flush]
 # Every `cut_seconds` the backends get an image of the whole file system.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import zfec
 
 from qsfs.errors import FormatMismatch, QsfsBug
+from qsfs.format import isal
 from qsfs.format.units import Buffer
 
-CODEC_NUMBERS = {"zfec": 1}
+CODEC_NUMBERS = {"zfec": 1, isal.NAME: 2}
 """The number in shard headers for each codec's name.  Numbers are never used again: parity bytes differ."""
 CODEC_NAMES = {number: name for name, number in CODEC_NUMBERS.items()}
 
@@ -50,13 +52,53 @@ class CodeParams:
         return self.k + (self.m + 1) // 2
 
 
+class Codec(Protocol):
+    """The arithmetic of one code.  Safe to share between threads; releases the interpreter lock."""
+
+    def encode(self, data: Sequence[Buffer], numbers: Sequence[int]) -> list[bytes]:
+        """The parity shards with these numbers of k data shards of equal size."""
+        ...
+
+    def decode(self, have: Mapping[int, Buffer]) -> list[bytes]:
+        """The k data shards, given k shards of equal size by number, of which some are parity."""
+        ...
+
+
+class ZfecCodec:
+    """See `Codec`."""
+
+    def __init__(self, k: int, n: int) -> None:
+        self._k = k
+        self._encoder = zfec.Encoder(k, n)
+        self._decoder = zfec.Decoder(k, n)
+
+    def encode(self, data: Sequence[Buffer], numbers: Sequence[int]) -> list[bytes]:
+        """See `Codec`."""
+        return list(self._encoder.encode(list(data), list(numbers)))
+
+    def decode(self, have: Mapping[int, Buffer]) -> list[bytes]:
+        """See `Codec`."""
+        # zfec wants each data shard at its own index and fills the gaps with parity shards.
+        slots: list[Buffer | None] = [have.get(number) for number in range(self._k)]
+        order = list(range(self._k))
+        parity = iter(sorted(number for number in have if number >= self._k))
+        for index, shard in enumerate(slots):
+            if shard is None:
+                order[index] = next(parity)
+                slots[index] = have[order[index]]
+        return [bytes(shard) for shard in self._decoder.decode(slots, order)]
+
+
+_CODECS: dict[str, Callable[[int, int], Codec]] = {"zfec": ZfecCodec, isal.NAME: isal.CauchyCodec}
+
+
 class Code:
     """Encodes and decodes with one set of parameters.  Safe to share between threads."""
 
     def __init__(self, params: CodeParams) -> None:
+        """Raises `FormatMismatch` if the codec has no such code, `DependencyMissing` where it is not installed."""
         self.params = params
-        self._encoder = zfec.Encoder(params.k, params.n)
-        self._decoder = zfec.Decoder(params.k, params.n)
+        self._codec = _CODECS[params.codec](params.k, params.n)
 
     def encode(self, data: Sequence[Buffer]) -> list[bytes]:
         """The m parity shards (numbers k to n - 1) of k data shards of equal size."""
@@ -74,15 +116,7 @@ class Code:
         self._require(shards, numbers)
         if numbers[-1] < k:
             return [bytes(shard) for shard in shards]
-        # zfec wants each data shard at its own index and fills the gaps with parity shards.
-        slots: list[Buffer | None] = [have.get(number) for number in range(k)]
-        order = list(range(k))
-        parity = iter(number for number in numbers if number >= k)
-        for index, shard in enumerate(slots):
-            if shard is None:
-                order[index] = next(parity)
-                slots[index] = have[order[index]]
-        return [bytes(shard) for shard in self._decoder.decode(slots, order)]
+        return self._codec.decode(dict(zip(numbers, shards, strict=True)))
 
     def rebuild(self, have: Mapping[int, Buffer], wanted: Iterable[int]) -> dict[int, bytes]:
         """The shards whose numbers are `wanted`, given at least k shards."""
@@ -128,7 +162,7 @@ class Code:
 
     def _encode(self, data: Sequence[Buffer], numbers: Iterable[int]) -> list[bytes]:
         wanted = list(numbers)
-        return list(self._encoder.encode(list(data), wanted)) if wanted else []
+        return self._codec.encode(data, wanted) if wanted else []
 
     def _require(self, shards: Sequence[Buffer], numbers: Sequence[int]) -> None:
         k, n = self.params.k, self.params.n

@@ -7,11 +7,12 @@ vectors of a version that was released never change.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qsfs.clock import FixedClock
-from qsfs.format.erasure import Code
+from qsfs.format.erasure import Code, CodeParams
 from qsfs.format.keys import new_key_file, parse_key_file, wrap_keys
 from qsfs.format.pack import PackKind, PlainExtent, build_pack
 from qsfs.format.rows import encode_rows
@@ -58,8 +59,13 @@ def opened() -> dict[str, Any]:
     return {"compressed_pack": _pack(pack)}
 
 
-def _pack(pack: Any) -> dict[str, Any]:
-    values = encode_shards(pack, Code(CODE), KEYS)
+def isal() -> dict[str, Any]:
+    """The shards of the data pack by the other codec, which pyeclib brings."""
+    return {"data_pack": _pack(samples.data_pack(), replace(CODE, codec="isa_l_rs_cauchy"))}
+
+
+def _pack(pack: Any, code: CodeParams = CODE) -> dict[str, Any]:
+    values = encode_shards(pack, Code(code), KEYS)
     return {
         "pack_id": pack.ref.pack_id.hex(),
         "digest": pack.ref.digest.hex(),
@@ -71,9 +77,10 @@ def _pack(pack: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes both files."""
+    """Writes all files."""
     VECTORS.mkdir(exist_ok=True)
-    for name, vectors in (("format-1.json", exact()), ("format-1-zstd.json", opened())):
+    files = (("format-1.json", exact()), ("format-1-zstd.json", opened()), ("format-1-isa-l.json", isal()))
+    for name, vectors in files:
         text = json.dumps(vectors, indent=1, ensure_ascii=False, sort_keys=True)
         (VECTORS / name).write_text(text + "\n", encoding="utf-8")
 

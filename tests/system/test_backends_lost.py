@@ -65,6 +65,20 @@ def test_any_4_of_24_backends_may_be_gone_while_writing_reading_and_restoring(sc
         any_four_of_24(fs, CHOICES, 6 * MIB)
 
 
+def test_a_file_system_of_the_faster_codec_comes_back_from_any_k(scratch: Path, fleet: Servers) -> None:
+    settings = QUICK | {"code.codec": "isa_l_rs_cauchy"}
+    with FileSystem(scratch, shards=(16, 4), servers=fleet, namespace="isal24", settings=settings) as fs:
+        fs.format()
+        fs.mount()
+        store(fs, "file", 6 * MIB)
+        assert fs.sync()["class"] == "full"
+        with dead(fs.servers, CHOICES["some"]):
+            cold(fs)
+            check(fs, "file")
+        eventually(lambda: up(fs, 24), "all backends are up again")
+        fs.umount()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_any_4_of_24_backends_may_be_gone_often(scratch: Path, fleet: Servers) -> None:
