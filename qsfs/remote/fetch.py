@@ -409,11 +409,8 @@ class Fetcher:
 
     def _worth_fetching(self, inode: int, row: ExtentRow) -> bool:
         """Whether the first or the last page of an extent is only remote: it was not fetched lately."""
-        for page in (row.first, row.first + row.pages - 1):
-            state = self._store.blocks.state(inode, page // BLOCK_PAGES)
-            if state is None or not state.resident & 1 << page % BLOCK_PAGES:
-                return self._store.blocks.remote_extent(inode, page) is not None
-        return False
+        ends = (row.first, row.first + row.pages - 1)
+        return any(self._store.blocks.remote_blocks(inode, row, page, page + 1) for page in ends)
 
     async def _end_ahead(self, job: _Job, stream: _Stream) -> None:
         """Gives up after a deadline: nobody waits for it."""

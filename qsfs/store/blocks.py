@@ -7,7 +7,7 @@ also the daemon's own work (clean marks, installs, evictions, truncations worked
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -31,6 +31,7 @@ from qsfs.store.schema import (
     encode_truncations,
     is_cut,
     split_u64,
+    split_u64_pair,
     u64,
     u64_pair,
     unpack_block,
@@ -181,12 +182,14 @@ class Blocks:
         """
         stop = first + len(data) // PAGE
         view = memoryview(data)
+        absent = self._absent(inode.number, first, stop)
         installed = 0
         for row in list(self._extents.overlapping(inode.number, first, stop)):
             if (row.pack, row.ordinal) != (source.pack, source.ordinal):
                 continue
-            for number, bits in self.remote_blocks(inode.number, row, first, stop):
-                block = self.writable(inode, number)
+            for number, bits in self._remote_blocks(inode.number, row, first, stop, absent):
+                block = self._add(inode.number, number) if number in absent else self.writable(inode, number)
+                absent.discard(number)
                 block.resident |= bits
                 for i in range(BLOCK_PAGES):
                     if bits & 1 << i:
@@ -204,6 +207,12 @@ class Blocks:
         `row` is the extent row that lies there now.
         """
         first, stop = max(first, row.first), min(stop, row.first + row.pages)
+        return self._remote_blocks(inode, row, first, stop, self._absent(inode, first, stop))
+
+    def _remote_blocks(
+        self, inode: int, row: ExtentRow, first: int, stop: int, absent: Container[int]
+    ) -> list[tuple[int, int]]:
+        first, stop = max(first, row.first), min(stop, row.first + row.pages)
         pending = self.pending.get(inode)
         found = []
         page = first
@@ -211,7 +220,7 @@ class Blocks:
             number, index = divmod(page, BLOCK_PAGES)
             here = min(BLOCK_PAGES - index, stop - page)
             bits = ((1 << here) - 1) << index
-            state = self.state(inode, number)
+            state = None if number in absent else self.state(inode, number)
             if state is not None:
                 bits &= ~state.resident
             if pending is not None:
@@ -222,6 +231,21 @@ class Blocks:
                 found.append((number, bits))
             page += here
         return found
+
+    def _absent(self, inode: int, first: int, stop: int) -> set[int]:
+        """The blocks of the pages [first, stop) that no layer has anything of."""
+        absent = set(range(first // BLOCK_PAGES, (stop - 1) // BLOCK_PAGES + 1))
+        for group in (self._layers.open, self._layers.committing):
+            if group is not None and inode in group.blocks_of:
+                absent -= group.blocks_of[inode]
+        stored = self._layers.view.get_all(Table.BLOCKS, [u64_pair(inode, number) for number in sorted(absent)])
+        return absent.difference(split_u64_pair(bytes(key))[1] for key, _ in stored)
+
+    def _add(self, inode: int, number: int) -> Block:
+        """A block in the open group that no layer had anything of."""
+        block = self._layers.open.blocks[block_key(inode, number)] = Block(0, 0, [0] * BLOCK_PAGES)
+        self._layers.open.blocks_of[inode].add(number)
+        return block
 
     def remote_extent(self, inode: int, page: int) -> ExtentRow | None:
         """The extent that holds `page`, unless a pending truncation makes it a hole."""

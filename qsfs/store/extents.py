@@ -55,7 +55,9 @@ class Extents:
         before = self.at(inode, first)
         if before is not None:
             yield before
-            first = max(first, before.first + before.pages)
+            first = before.first + before.pages
+            if first >= stop:
+                return
         for key, value in self._layers.scan(Table.EXTENTS, u64_pair(inode, first), u64_pair(inode, stop)):
             yield ExtentRow.decode(int.from_bytes(key[8:], "big"), value)
 
