@@ -317,7 +317,7 @@ class Contents:
             number = store.next_write()
             for page, data in u.pages.items():
                 store.spill.drop_pages(inode.number, page, 1)
-                store.put_pages(inode, page, memoryview(data), number)
+                store.put_pages(inode, page, data, number)
         if not moving:
             store.cover_spilled(inode, store.next_write())
         inode.size = u.size

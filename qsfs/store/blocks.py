@@ -119,7 +119,7 @@ class Blocks:
                 inode.allocated -= 1
         self._inodes.touch(inode)
 
-    def put(self, inode: Inode, first: int, data: memoryview, write_number: int) -> None:
+    def put(self, inode: Inode, first: int, data: Page, write_number: int) -> None:
         """Writes whole pages from page `first` on; they become resident and, unless local only, dirty."""
         group = self._layers.open
         log = group.data_log.get(inode.number)

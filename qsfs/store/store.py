@@ -32,6 +32,7 @@ from qsfs.store.schema import (
     PAGE,
     ROOT_INODE,
     Inode,
+    Page,
     Table,
     Truncation,
     plain_u64,
@@ -185,8 +186,8 @@ class Store:
         """One namespace operation: applied wholly at the end of the `with` block, or not at all."""
         return Change(self)
 
-    def put_pages(self, inode: Inode, first: int, data: memoryview, write_number: int) -> None:
-        """Writes whole pages of a file from page `first` on."""
+    def put_pages(self, inode: Inode, first: int, data: Page, write_number: int) -> None:
+        """Writes whole pages of a file from page `first` on.  A single page of `bytes` is kept as it is, uncopied."""
         if inode.number in self.spill.covered:
             self.spill.drop_pages(inode.number, first, len(data) // PAGE)
         self.blocks.put(inode, first, data, write_number)

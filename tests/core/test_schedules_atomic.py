@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,8 @@ from qsfs.filesystem.namespace import Namespace
 from qsfs.filesystem.needs import NeedPages
 from qsfs.filesystem.policies import Policies
 from qsfs.store.blocks import Blocks
-from qsfs.store.schema import Inode, InodeFlag, Table, u64
-from tests.core.machine import ZEROS, Machine, page, with_limits
+from qsfs.store.schema import PAGE, Inode, InodeFlag, Table, u64
+from tests.core.machine import LIMITS, ZEROS, Machine, page, with_limits
 
 
 def age_group(machine: Machine) -> None:
@@ -387,6 +390,22 @@ def test_a_failed_cover_is_repeated_by_the_next_sync(
     assert not machine.contents.has_uncovered(file)
     machine.crash()
     assert machine.read(file) == wanted
+
+
+def test_a_large_cover_holds_no_page_twice(tmp_path: Path) -> None:
+    """What waited in memory for its sync moves to the group as it is: it may be most of the memory there is."""
+    machine = Machine(tmp_path, replace(LIMITS, uncovered_bytes=8 << 20))
+    file = machine.create("a", atomic=True)
+    pages = 1000
+    for first in range(0, pages, 50):
+        machine.write(file, first, os.urandom(50 * PAGE))
+    tracemalloc.start()
+    machine.contents.cover(machine.inode(file))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not machine.contents.has_uncovered(file)
+    assert most < pages * PAGE // 4
+    machine.close()
 
 
 class Caller:
