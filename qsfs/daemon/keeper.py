@@ -40,6 +40,7 @@ class Keeper:
         self._committer = committer
         self._clock = clock
         self._evictor = Evictor(store)
+        committer.after_commit.append(self._committed)
         self._wake = trio.Event()
         self._room = trio.Event()
         self._waiting = 0
@@ -52,7 +53,6 @@ class Keeper:
 
     async def run(self) -> None:
         """Works until cancelled."""
-        self._committer.after_commit.append(self._committed)
         while True:
             with trio.move_on_after(_TICK_SECONDS):
                 await self._wake.wait()
@@ -156,11 +156,22 @@ class Keeper:
         short = now - self._full_since > _SHORT_AFTER_SECONDS
         if short and not self._alarmed:
             self._alarmed = True
-            _log.warning(
-                "the cache is full and packs do not become full on the backends; what is only written "
-                "is evicted too; bring the missing backends back"
-            )
+            self._alarm()
         return short
+
+    def _alarm(self) -> None:
+        store = self._store
+        if 2 * store.tree_bytes >= store.limits.full_bytes:
+            _log.warning(
+                "the cache is full: %d bytes of it are names, attributes and records of where data lie, which are "
+                "never evicted; give [cache] size more",
+                store.tree_bytes,
+            )
+            return
+        _log.warning(
+            "the cache is full and packs do not become full on the backends; what is only written "
+            "is evicted too; bring the missing backends back"
+        )
 
     @property
     def waiting(self) -> int:

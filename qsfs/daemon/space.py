@@ -111,10 +111,14 @@ class DaemonSpace:
         groups = sum(group.bytes for group in (layers.open, layers.committing) if group is not None)
         return layers.view.count(Table.DIRTY) * BLOCK_SIZE + groups
 
+    def group_is_full(self) -> bool:
+        """Whether a change of any kind must wait until the next group begins."""
+        return self._store.group_is_full()
+
     def has_room(self) -> bool:
         """Whether new files may be made.  Raises `NeedRoom` while room may come."""
         store = self._store
-        if store.group_is_full() and store.layers.committing is not None:
+        if store.group_is_full():
             raise NeedRoom
         if store.expected_bytes() < store.limits.new_bytes:
             return True

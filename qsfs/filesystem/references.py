@@ -7,7 +7,7 @@ ORPHANS, removed with the inode once nothing uses it, or by the next mount.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 from qsfs.filesystem.interfaces import Change
@@ -71,16 +71,17 @@ class References:
             change.remove(number)
             self._tree.contents.forget(number)
 
-    def collect(self) -> None:
-        """Removes the orphans that nobody uses any more, in one change for each batch.
+    def collect(self, pause: Callable[[], bool] = lambda: False) -> bool:
+        """Removes the orphans that nobody uses any more, in one change for each batch, until `pause` says so.
 
+        Returns whether some are left.
         A `Need` leaves them for the next call: forgetting must not be repeated.  One that cannot be
         removed for another reason stays an orphan until the next mount, and the reason is raised once
         the others are gone.
         """
         failures: list[Exception] = []
         size = _BATCH
-        while self._unused:
+        while self._unused and not pause():
             batch = list(islice(self._unused, size))
             try:
                 self._remove(batch)
@@ -95,6 +96,7 @@ class References:
             self._orphans.difference_update(batch)
         if failures:
             raise failures[0] if len(failures) == 1 else ExceptionGroup("orphans that stay", failures)
+        return bool(self._unused)
 
     def remove_orphans(self) -> int:
         """At mount: removes the inodes that a former mount left without a name; returns how many.

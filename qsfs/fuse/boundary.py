@@ -83,7 +83,7 @@ def request(
         while True:
             try:
                 if need is not None:
-                    await _wait(self, name, need)
+                    await wait_for(self, name, need)
                 return await handler(self, *args, **kwargs)
             except Need as raised:
                 need = raised
@@ -98,7 +98,8 @@ def request(
     return guarded
 
 
-async def _wait(handlers: Guarded, name: str, need: Need) -> None:
+async def wait_for(handlers: Guarded, name: str, need: Need) -> None:
+    """Satisfies a need of a request of kind `name`, and counts that it waits."""
     counts = handlers.counts
     counts.waits[name] = counts.waits.get(name, 0) + 1
     counts.waiting += 1

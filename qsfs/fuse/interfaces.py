@@ -26,10 +26,13 @@ class Durability(Protocol):
 
 
 class Space(Protocol):
-    """What room there is; both calls answer from memory."""
+    """What room there is; all calls answer from memory."""
 
     def report(self) -> SpaceReport:
         """What statfs shows."""
+
+    def group_is_full(self) -> bool:
+        """Whether a change of any kind must wait, for a moment: the group that would take it is full."""
 
     def has_room(self) -> bool:
         """Whether new files may be made; a WRITE is accepted in any case.  May raise `NeedRoom`."""

@@ -19,10 +19,10 @@ from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT, XAttrNameT
 from qsfs import failpoints
 from qsfs.filesystem.attributes import SET_IDS, AttributeChange
 from qsfs.filesystem.namespace import Namespace
-from qsfs.filesystem.needs import Need
+from qsfs.filesystem.needs import Need, NeedRoom
 from qsfs.filesystem.posix import MAX_NAME, PosixError
 from qsfs.fuse.attributes import AttributeFiller
-from qsfs.fuse.boundary import RequestCounts, request, translate
+from qsfs.fuse.boundary import RequestCounts, request, translate, wait_for
 from qsfs.fuse.handles import inode_of, is_durable, is_uncached, make_handle, marks_access
 from qsfs.fuse.interfaces import Durability, Space, State, Waiter
 from qsfs.store.schema import PAGE, Inode, InodeFlag
@@ -70,6 +70,7 @@ class Operations(pyfuse3.Operations):
         self._state = state
         self._xattr = xattr
         self._relatime = relatime
+        self._collecting = False
         self._attributes = AttributeFiller(namespace)
         self.initialized = trio.Event()
 
@@ -138,13 +139,13 @@ class Operations(pyfuse3.Operations):
     @request
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> None:
         """Removes a name."""
-        self._state.check_change()
+        self._check_change()
         self._namespace.unlink(parent_inode, name)
 
     @request
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> None:
         """Removes an empty directory."""
-        self._state.check_change()
+        self._check_change()
         self._namespace.rmdir(parent_inode, name)
 
     @request
@@ -158,7 +159,7 @@ class Operations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> None:
         """Renames, without replacing, or exchanges."""
-        self._state.check_change()
+        self._check_change()
         self._namespace.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
@@ -169,7 +170,7 @@ class Operations(pyfuse3.Operations):
     @request
     async def _forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         self._references.forget(inode_list)
-        self._collect()
+        await self._collect()
 
     # attributes
 
@@ -188,7 +189,7 @@ class Operations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         """chmod, chown, utimens, truncate; with no field: the kernel asks to drop the set-id bits."""
-        self._state.check_change()
+        self._check_change()
         wanted = AttributeChange(
             mode=attr.st_mode if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,
@@ -250,7 +251,7 @@ class Operations(pyfuse3.Operations):
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: pyfuse3.RequestContext) -> None:
         """Removes an extended attribute."""
         self._check_xattr()
-        self._state.check_change()
+        self._check_change()
         self._namespace.remove_xattr(inode, name)
 
     # files
@@ -282,7 +283,7 @@ class Operations(pyfuse3.Operations):
         if not stat.S_ISREG(opened.mode):
             raise PosixError(errno.EISDIR if stat.S_ISDIR(opened.mode) else errno.ENXIO)
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
-            self._state.check_change()
+            self._check_change()
         if flags & os.O_TRUNC:
             self._namespace.set_attributes(inode, AttributeChange(size=0, keeps_set_ids=ctx.uid == 0))
         reads = self._relatime and not flags & _MARKS_NOTHING and self._namespace.access_is_due(opened)
@@ -333,7 +334,7 @@ class Operations(pyfuse3.Operations):
             self._contents.closed(inode)
         finally:
             self._references.closed(inode.number)
-            self._collect()
+            await self._collect()
 
     @request
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -417,8 +418,14 @@ class Operations(pyfuse3.Operations):
         except OSError:
             return False
 
-    def _check_room(self) -> None:
+    def _check_change(self) -> None:
+        """Before a change of any kind, also one that is never refused for lack of room."""
         self._state.check_change()
+        if self._space.group_is_full():
+            raise NeedRoom
+
+    def _check_room(self) -> None:
+        self._check_change()
         if not self._space.has_room():
             raise PosixError(errno.ENOSPC)
 
@@ -426,7 +433,16 @@ class Operations(pyfuse3.Operations):
         if not self._xattr:
             raise pyfuse3.FUSEError(errno.ENOSYS)
 
-    def _collect(self) -> None:
-        """Removes what nobody uses any more; a mount that cannot leaves it to the next."""
-        if self._state.writable:
-            self._references.collect()
+    async def _collect(self) -> None:
+        """Removes what nobody uses any more; a mount that cannot leaves it to the next.
+
+        Much of that waits between two groups, once for all who call meanwhile.
+        """
+        if self._collecting or not self._state.writable:
+            return
+        self._collecting = True
+        try:
+            while self._references.collect(self._space.group_is_full) and self._space.group_is_full():
+                await wait_for(self, "collect", NeedRoom())
+        finally:
+            self._collecting = False

@@ -105,14 +105,18 @@ class Environment:
             with self.write() as txn:
                 txn.put(_TURN_KEY, bytes((turn,)), db=self.databases[Table.LOCAL])
 
-    def used_bytes(self) -> int:
-        """Bytes of LMDB pages that hold something: the tables' pages, not the free list."""
+    def usage(self) -> tuple[int, int]:
+        """Bytes of LMDB pages that hold something, the free list not counted: all, and those of the trees.
+
+        The rest are the pages of values, which a commit never copies.
+        """
         with self.env.begin() as txn:
-            pages = 0
+            trees = values = 0
             for database in self.databases.values():
                 stat = txn.stat(database)
-                pages += stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
-            return int(pages) * PAGE
+                trees += stat["branch_pages"] + stat["leaf_pages"]
+                values += stat["overflow_pages"]
+            return (trees + values) * PAGE, trees * PAGE
 
     def close(self) -> None:
         """Closes the environment; every view must be closed before."""

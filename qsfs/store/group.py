@@ -118,7 +118,7 @@ class Group:
     @property
     def row_count(self) -> int:
         """Rows and blocks that the group changes."""
-        return len(self.blocks) + len(self.spill) + self._changed_rows
+        return len(self.blocks) + len(self.spill) + len(self.inodes) + self._changed_rows
 
     def change(self, table: Table, key: Key, value: RowValue) -> None:
         """Sets a row, or deletes it (None)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qsfs.config import CacheConfig
 from qsfs.errors import CacheError
@@ -55,6 +55,26 @@ class Limits:
             high_bytes=int((full - group) * cache.high_watermark),
             low_bytes=int((full - group) * cache.low_watermark),
             full_bytes=full,
+        )
+
+    def beside(self, tree_bytes: int) -> Limits:
+        """The limits while the branch and leaf pages of all tables take `tree_bytes`.
+
+        A commit copies each of these pages that it changes, in the worst case all, and some changes are
+        never refused: chown, unlink and what is recorded of uploads.  They let the trees grow by less than
+        half, by change marks.  So twice what the trees take is left free if the usual reserve is less.
+        """
+        full = min(self.full_bytes, self.map_bytes - 2 * tree_bytes)
+        if full == self.full_bytes:
+            return self
+        least = 2 * self.group_bytes
+        full = max(full, least)
+        share = (full - self.group_bytes) / (self.full_bytes - self.group_bytes)
+        return replace(
+            self,
+            full_bytes=full,
+            high_bytes=int(self.high_bytes * share),
+            low_bytes=int(self.low_bytes * share),
         )
 
     @property

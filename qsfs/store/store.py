@@ -68,7 +68,8 @@ class Store:
     """The local store of one file system.
 
     `on_stream` is called when `streams` begins to hold while nothing commits; it must not change the store.
-    `promised_bytes` tells what writes that are in no group yet will take.
+    `promised_bytes` tells what writes that are in no group yet will take.  `limits` are those that hold now: they
+    leave the more room for commits, the larger the trees are.
     """
 
     def __init__(self, directory: Path, limits: Limits, clock: Clock) -> None:
@@ -77,7 +78,7 @@ class Store:
         Raises `CacheError`, `FormatMismatch`, `Corrupt`.
         """
         self.directory = directory
-        self.limits = limits
+        self.limits = self._configured = limits
         self.clock = clock
         self.environment = Environment(directory, limits.map_bytes)
         self.layers = Layers(self.environment)
@@ -93,7 +94,7 @@ class Store:
         self.on_stream: Callable[[], None] = _nothing
         self.promised_bytes: Callable[[], int] = _no_bytes
         self.write_number = self.layers.committed_write_number
-        self.used_bytes = self.environment.used_bytes()
+        self.used_bytes, self.tree_bytes = self.environment.usage()
         self._replay()
 
     def _replay(self) -> None:
@@ -284,7 +285,7 @@ class Store:
     def commit(self, group: Group) -> None:
         """Makes a sealed group durable.  Raises `CacheError` with the group unapplied: try again."""
         commit(self.environment, group, self._sealed_local)
-        self.used_bytes = self.environment.used_bytes()
+        self.used_bytes, self.tree_bytes = self.environment.usage()
 
     def committed(self, group: Group) -> None:
         """Takes note of a finished commit."""
@@ -292,6 +293,7 @@ class Store:
             if self._local.get(name) == value:
                 del self._local[name]
         self.layers.committed(group)
+        self.limits = self._configured.beside(self.tree_bytes)
 
     @property
     def dirty(self) -> bool:

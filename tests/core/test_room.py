@@ -20,11 +20,11 @@ from qsfs.daemon.keeper import Keeper
 from qsfs.errors import CacheError
 from qsfs.filesystem.needs import NeedPages, NeedRoom
 from qsfs.store.environment import Environment, StoreFull
-from qsfs.store.group import Group
+from qsfs.store.group import Group, Publication
 from qsfs.store.limits import Limits
 from qsfs.store.packs import add_pack
-from qsfs.store.schema import BLOCK_PAGES, PAGE, ExtentRow, PackRow, PackState, Table, split_u64_pair
-from qsfs.store.store import NEXT_PACK
+from qsfs.store.schema import BLOCK_PAGES, PAGE, ExtentRow, PackRow, PackState, Table, split_u64_pair, u64
+from qsfs.store.store import NEXT_INODE, NEXT_PACK
 from tests.core.machine import Machine, page
 
 
@@ -305,6 +305,64 @@ async def test_background_work_overfills_no_group(
         assert len(weights) > 3
         assert max(weights[1:]) <= SMALLEST.group_bytes * 5 // 4
         assert live.machine.page(atomic, 100) == page("u")
+
+
+@pytest.mark.parametrize("change", ["chown", "unlink"])
+async def test_what_is_never_refused_fits_beside_as_many_names_as_may_be_made(tmp_path: Path, change: str) -> None:
+    """Each commit copies the pages that it changes: of a tree that fills the cache there would be no room for that."""
+    source = random.Random(5)
+    async with running(tmp_path, backends=False) as live:
+        store, files = live.store, {}
+
+        async def turn() -> None:
+            while store.group_is_full():
+                await live.keeper.room()
+
+        async def publish() -> None:
+            cut = await live.committer.commit()
+            store.layers.open.published = Publication(cut, {})
+            await live.committer.commit()
+
+        for _ in range(8):
+            while store.expected_bytes() < store.limits.new_bytes:
+                await turn()
+                name = source.randbytes(16).hex()
+                files[name] = live.machine.create(name, opened=False)
+            await publish()
+        assert len(files) > 20_000
+        names = list(files)
+        source.shuffle(names)
+        for name in names:
+            await turn()
+            with store.change() as changes:
+                if change == "chown":
+                    changes.patch(files[name], uid=7)
+                else:
+                    changes.delete(Table.ENTRIES, u64(1) + name.encode())
+                    changes.remove(files[name])
+            assert store.layers.open.row_count <= store.limits.group_bytes // 256 + 8
+        await publish()
+        assert live.committer.failed is None
+        assert (tmp_path / "data.mdb").stat().st_size <= SMALLEST.map_bytes
+
+
+async def test_a_write_that_waits_since_names_fill_the_cache_says_so(
+    tmp_path: Path, autojump_clock: object, expect_log: Callable[..., None]
+) -> None:
+    """Neither backends nor eviction can make that room: what helps is a larger cache."""
+    expect_log(r"the cache is full: \d+ bytes of it are names", count=1)
+    async with running(tmp_path, backends=False) as live:
+        store = live.store
+        while store.expected_bytes() < store.limits.new_bytes:
+            while store.group_is_full():
+                await live.keeper.room()
+            number = live.machine.create(f"{store.counter(NEXT_INODE):0200}", opened=False)
+        await live.committer.commit()
+        store.limits = replace(store.limits, full_bytes=store.used_bytes)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(live.write, number, 0, page("a"))
+            await trio.sleep(200)
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_failed_disk_ends_every_wait_with_its_error(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tracemalloc
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from qsfs.filesystem.needs import NeedPages
 from qsfs.filesystem.policies import Policies
 from qsfs.store.blocks import Blocks
 from qsfs.store.schema import PAGE, Inode, InodeFlag, Table, u64
-from tests.core.machine import LIMITS, ZEROS, Machine, page, with_limits
+from tests.core.machine import ZEROS, Machine, page, with_limits
 
 
 def age_group(machine: Machine) -> None:
@@ -394,7 +393,7 @@ def test_a_failed_cover_is_repeated_by_the_next_sync(
 
 def test_a_large_cover_holds_no_page_twice(tmp_path: Path) -> None:
     """What waited in memory for its sync moves to the group as it is: it may be most of the memory there is."""
-    machine = Machine(tmp_path, replace(LIMITS, uncovered_bytes=8 << 20))
+    machine = Machine(tmp_path, with_limits(uncovered_bytes=8 << 20))
     file = machine.create("a", atomic=True)
     pages = 1000
     for first in range(0, pages, 50):

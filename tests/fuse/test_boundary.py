@@ -97,6 +97,53 @@ def test_no_room_stops_new_files_and_no_write(mount, root):
     (root / "d").mkdir()
 
 
+CHANGES = {
+    "unlink": lambda root: os.unlink(root / "f"),
+    "rmdir": lambda root: os.rmdir(root / "d"),
+    "rename": lambda root: os.rename(root / "f", root / "g"),
+    "chown": lambda root: os.chown(root / "f", 5, 5),
+    "truncate": lambda root: os.truncate(root / "f", 0),
+    "mkdir": lambda root: os.mkdir(root / "e"),
+    "removexattr": lambda root: os.removexattr(root / "f", "user.a"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_that_are_never_refused_wait_while_a_group_is_full(make_mount, change):
+    """What takes a group's bytes only by its rows would grow it without bound otherwise."""
+    mount = make_mount(xattr=True)
+    (mount.path / "f").write_bytes(b"x")
+    (mount.path / "d").mkdir()
+    os.setxattr(mount.path / "f", "user.a", b"a")
+    hand_over(mount.path)
+    mount.command("fill_group")
+    thread = threading.Thread(target=CHANGES[change], args=[mount.path], daemon=True)
+    thread.start()
+    assert mount.command("waiting", 1)
+    assert thread.is_alive()
+    mount.command("release", 0)
+    thread.join(30)
+    assert not thread.is_alive()
+    assert mount.command("unexpected") == 0
+
+
+def test_many_files_that_go_when_they_are_closed_wait_while_a_group_is_full(mount, root):
+    """A close is answered at once; the removal goes on by itself when there is a new group."""
+    for number in range(300):
+        (root / f"f{number}").touch()
+    files = [os.open(root / f"f{number}", os.O_RDONLY) for number in range(300)]
+    for number in range(300):
+        os.unlink(root / f"f{number}")
+    mount.command("fill_group")
+    for file in files:
+        os.close(file)
+    assert mount.command("waiting", 1)
+    assert len(mount.command("inodes")) == 301
+    mount.command("release", 0)
+    assert mount.command("settled")
+    assert len(mount.command("inodes")) == 1
+
+
 def test_a_fenced_mount_reads_and_changes_nothing(mount, root):
     mount.expected_log = "read-only from now on: planned"
     (root / "f").write_bytes(b"x")

@@ -59,6 +59,7 @@ class Daemon:
         self.namespace = Namespace(self.store, self.contents, Policies(rules))
         self.state = MountState()
         self.room = True
+        self.group_full = False
         self.syncs: list[Any] = []
         self.released = trio.Event()
         self.wait_error = 0
@@ -91,6 +92,9 @@ class Daemon:
     def report(self) -> SpaceReport:
         free = self.settings["free_bytes"] if self.room else 0
         return SpaceReport(self.settings["total_bytes"], free, len(self.store.inodes), 1_000_000)
+
+    def group_is_full(self) -> bool:
+        return self.group_full
 
     def has_room(self) -> bool:
         return self.room
@@ -251,11 +255,17 @@ class Daemon:
     def release(self, error: int) -> None:
         """Lets go what waits: with 0 it finds what it needs, else it and all that follow get `error`."""
         self.wait_error = error
+        self.group_full = False
         self.contents.need = None
         if error:
             self.contents.need_stays = True
             self.contents.need = self.needed
         self.released.set()
+
+    def fill_group(self) -> None:
+        """Changes wait until `release`."""
+        self.released = trio.Event()
+        self.group_full = True
 
     def fill_up(self, full: bool) -> None:
         self.room = not full
