@@ -15,7 +15,7 @@ from typing import Protocol
 import trio
 
 from qsfs import failpoints
-from qsfs.errors import Corrupt, QsfsBug, QsfsError, Unavailable
+from qsfs.errors import CacheError, Corrupt, QsfsBug, QsfsError, Unavailable
 from qsfs.format.units import MAX_EXTENT, PAGE
 from qsfs.remote.readahead import ReadAhead
 from qsfs.remote.reader import PackReader
@@ -345,7 +345,11 @@ class Fetcher:
             if not self._store.group_is_full():
                 self._put(job, start, stop, first, data)
                 return
-            await self._room.room()
+            try:
+                await self._room.room()
+            except CacheError:
+                # No group begins any more: the local disk failed.  What is on the backends can still be read.
+                break
             # The committer may be content with a group that is as full as before.
             await trio.lowlevel.checkpoint()
         for page in range(start, stop):

@@ -9,7 +9,7 @@ import random
 import pytest
 import trio
 
-from qsfs.errors import BackendUnavailable, Corrupt, DataLost, QsfsError, Unavailable
+from qsfs.errors import BackendUnavailable, CacheError, Corrupt, DataLost, QsfsError, Unavailable
 from qsfs.remote.readahead import FIRST_PAGES
 from qsfs.store.schema import PAGE, InodeFlag, Table, u64
 from tests.remote.small_fs import SmallFs, noise
@@ -432,6 +432,22 @@ async def test_a_full_group_is_committed_first(fs, autojump_clock):
         await fetcher.fetch(number, 0, 8)
     assert fs.room_waits
     assert b"".join(fs.read(number, 0, 8)) == data
+
+
+async def test_what_is_remote_is_read_past_a_cache_whose_disk_failed(fs, autojump_clock, monkeypatch):
+    """The mount is read-only then, with a group that stays full: that is no reason for a read to fail."""
+    data = noise(8 * PAGE)
+    number = fs.remote_file("a", data)
+    fs.overwrite(fs.create("filler"), 0, bytes(fs.store.limits.group_bytes))
+
+    async def room() -> None:
+        raise CacheError("no space left on device")
+
+    monkeypatch.setattr(fs, "room", room)
+    async with fs.fetching() as fetcher:
+        await fetcher.fetch(number, 0, 8)
+    kept = [fs.transient.get(number, page, fs.store.extents.at(number, page)) for page in range(8)]
+    assert b"".join(kept) == data
 
 
 async def test_a_missing_pack_row_is_a_named_error(fs, autojump_clock, expect_log):
