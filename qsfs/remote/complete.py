@@ -70,8 +70,9 @@ class Completer:
         context = self._context
         params = context.sealer.code.params
         missing = [n for n, member in enumerate(pack.placement) if member < 0]
+        # The one pack that is read here is held besides: who waits for backends must not hold up uploads.
+        payloads = await self._reader.shards(pack, range(params.k))
         async with context.packs:
-            payloads = await self._reader.shards(pack, range(params.k))
             shards = await context.in_thread(lambda: rebuild(context.sealer, pack, payloads, missing))
             upload = await context.uploader.upload(pack.ref, shards, pack.placement)
         await upload.finished.wait()

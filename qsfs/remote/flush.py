@@ -7,7 +7,7 @@ they are back; only a fence ends it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,6 @@ from qsfs.errors import CacheError, DeadlineExceeded, Fenced, QsfsBug, QsfsError
 from qsfs.format.head import Head, HeadRef, open_head
 from qsfs.remote.base import BASE_KEY, local_head, record_published
 from qsfs.remote.chain import FreshSnapshot
-from qsfs.remote.collect import AbandonedCollector
-from qsfs.remote.complete import Completer
 from qsfs.remote.context import FlushContext
 from qsfs.remote.cut import NoCut
 from qsfs.remote.exposure import Exposure
@@ -28,8 +26,8 @@ from qsfs.remote.ledger import read_rows
 from qsfs.remote.metadata import early_delta, full_snapshot
 from qsfs.remote.pace import Pace
 from qsfs.remote.precopy import PreCopier
-from qsfs.remote.second_look import SecondLook
 from qsfs.remote.shards import ShardReader
+from qsfs.remote.upkeep import UPKEEP_SECONDS, Upkeep, every_second
 from qsfs.store.schema import BLOCK_SIZE, Table
 from qsfs.store.snapshot import CommittedState, Want
 
@@ -43,9 +41,6 @@ _RETRY_SECONDS = 5.0
 _MOVE_STEPS = 256
 _LITTLE_PACKS = 4
 """Packs' worth of dirty bytes that need not be uploaded ahead of a cut."""
-_UPKEEP_SECONDS = 1.0
-_LOOKS_A_ROUND = 32
-_COMPLETIONS_A_ROUND = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +85,13 @@ class Flusher:
         self._first = first
         self._on_fenced = on_fenced
         self._precopier = PreCopier(context, self._in_cut, config.quiet_seconds)
-        self._completer = Completer(context, reader)
-        self._second_look = SecondLook(context)
-        self._collector = AbandonedCollector(context)
+        self._upkeep = Upkeep(
+            context,
+            reader,
+            short_of_room=lambda: self.short_of_room,
+            named=self._named_packs,
+            owner_epoch=lambda: publisher.owner.epoch,
+        )
         self._pace = Pace(config.cut_bytes)
         self._started = 0
         self._finished = 0
@@ -104,7 +103,6 @@ class Flusher:
         self.exposure = exposure or Exposure(
             context.store, context.ledger, context.clock, lambda: self.uploaded_ahead
         )
-        self._abandoned = frozenset(pack.pack_id for pack in context.spool.abandoned)
         self._alarmed = False
         self._scope = trio.CancelScope()
 
@@ -124,7 +122,8 @@ class Flusher:
                     nursery.start_soon(self._turn)
                     nursery.start_soon(self._precopier.run)
                     nursery.start_soon(self._cuts, nursery)
-                    nursery.start_soon(self._upkeep)
+                    nursery.start_soon(self._upkeep.run)
+                    nursery.start_soon(every_second, self._see_to_room, self._room_unseen)
                     begun = True
                     task_status.started()
             finally:
@@ -175,7 +174,7 @@ class Flusher:
             while self._wanted <= self._finished and self.context.clock.monotonic() < due:
                 self._wake = trio.Event()
                 left = due - self.context.clock.monotonic()
-                with trio.move_on_after(min(max(left, 0.0), _UPKEEP_SECONDS)):
+                with trio.move_on_after(min(max(left, 0.0), UPKEEP_SECONDS)):
                     await self._wake.wait()
             due = self.context.clock.monotonic() + self._config.cut_seconds
             try:
@@ -202,7 +201,7 @@ class Flusher:
             if marks > EARLY_DELTA_MARKS and generations.pre_delta is None:
                 await self._early_delta()
             uploaded = self.exposure.uploaded
-            abandoned = frozenset(pack.pack_id for pack in context.spool.abandoned)
+            given_up = self._upkeep.given_up()
             order = generations.next_order(min(self._pace.most_bytes, context.spool.room() * 3 // 4))
             serial = self._started = self._started + 1
             self.phase = "committing"
@@ -215,7 +214,7 @@ class Flusher:
                 self.phase = "publishing"
                 await generations.publish(cut, ready)
                 self.exposure.published(uploaded)
-                self._abandoned = abandoned
+                self._upkeep.published(given_up)
                 break
             if cut is NoCut.UNCHANGED:
                 break
@@ -303,23 +302,10 @@ class Flusher:
             _log.warning("a full snapshot of the metadata was given up: %s", error)
             self._generations.fresh = None
 
-    # after packs are written
+    # room
 
-    async def _upkeep(self) -> None:
-        """Second looks, missing shards, abandoned packs, pressure: once a second."""
-        while True:
-            await trio.sleep(_UPKEEP_SECONDS)
-            await self._guarded(self._upkeep_once)
-
-    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await work()
-        except QsfsError as error:
-            if str(error) != self.last_error:
-                _log.error("upkeep of written packs: %s", error)
-            self.last_error = str(error)
-
-    async def _upkeep_once(self) -> None:
+    async def _see_to_room(self) -> None:
+        """Has pre-copy make room where that is short, and says what that costs."""
         short = self.short_of_room
         self.exposure.look()
         if short and self._dirty_estimate >= self._worth_freeing:
@@ -330,18 +316,17 @@ class Flusher:
         if self._precopier.garbage:
             garbage, self._precopier.garbage = self._precopier.garbage, []
             await self.context.in_thread(lambda: self.context.spool.add_abandoned(garbage))
-        await self._second_look.look(_LOOKS_A_ROUND, written_too=short)
-        if self.context.ledger.incomplete and self.context.uploader.enough_backends():
-            await self._completer.complete_packs(_COMPLETIONS_A_ROUND)
-        if self._abandoned and await self._collector.collect(
-            self._abandoned, self._named_packs(), self._publisher.owner.epoch
-        ):
-            self._abandoned = frozenset()
+
+    def _room_unseen(self, error: QsfsError) -> None:
+        if str(error) != self.last_error:
+            _log.error("%s", error)
+        self.last_error = str(error)
 
     def _named_packs(self) -> frozenset[bytes]:
         """Metadata packs that the base or a head that may have been sent lists."""
         named = {pack.ref.pack_id for pack in self._generations.chain.all_packs()}
-        for sealed in self.context.spool.heads.values():
+        # A copy: a worker thread may store a head meanwhile.
+        for sealed in list(self.context.spool.heads.values()):
             head = open_head(sealed.key, sealed.value, self.context.sealer.keys)
             named.update(pack.ref.pack_id for packs in (head.snapshot, *head.deltas) for pack in packs)
         return frozenset(named)
@@ -443,9 +428,9 @@ class Flusher:
             "pressure": self._precopier.pressed,
             "packs_not_full": len(ledger.incomplete),
             "packs_not_looked_at": len(ledger.looks),
-            "shards_found_missing": self._second_look.found_missing,
+            "shards_found_missing": self._upkeep.found_missing,
             "spool_bytes": context.spool.used_bytes,
-            "last_error": self.last_error or self._precopier.problem,
+            "last_error": self.last_error or self._precopier.problem or self._upkeep.problem,
         }
 
     def _tell(self) -> None:

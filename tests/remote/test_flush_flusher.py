@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 
@@ -418,6 +419,51 @@ async def test_shards_that_nobody_took_are_completed_when_backends_return(
         assert flusher.status()["exposure"]["full"]["bytes"] == 0
 
 
+async def test_a_pack_whose_shards_cannot_be_had_holds_up_no_other(
+    world: World, machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock
+):
+    """To complete it waits for backends; second looks, by which room is made, and uploads go on meanwhile."""
+
+    async def hang(*_: object) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(DirectReader, "shards", hang)
+    async with flushing(machine) as flusher:
+        for backend in machine.backends[:3]:
+            backend.down = True
+        machine.write(machine.create("a"), 0, page("x") * 16)
+        await flusher.sync()
+        for backend in machine.backends:
+            backend.down = False
+        before = pack_rows(machine).keys()
+        machine.write(machine.create("b"), 0, page("y") * 16)
+        await flusher.sync()
+        begin = trio.current_time()
+        await until(lambda: all(row.state == 3 for n, row in pack_rows(machine).items() if n not in before))
+        assert trio.current_time() - begin < machine.look_seconds + 60
+        assert flusher.status()["packs_not_full"] > 0
+
+
+async def test_a_head_may_be_stored_while_those_that_are_there_are_read(
+    machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock
+):
+    """A worker thread stores it: that must not end flushing."""
+    async with flushing(machine) as flusher:
+        await flusher.sync()
+        heads = machine.spool.heads
+        sealed = local_head(machine.store, PUBLISHED_KEY, machine.world.keys).sealed
+        heads[sealed.ref] = sealed
+        opened = flush.open_head
+
+        def store_another(*arguments: object) -> Head:
+            other = dataclasses.replace(sealed.ref, generation=sealed.ref.generation + 100 + len(heads))
+            heads[other] = sealed
+            return opened(*arguments)
+
+        monkeypatch.setattr(flush, "open_head", store_another)
+        assert flusher._named_packs()
+
+
 async def test_a_pack_is_not_forgotten_before_its_extents_are_committed(
     world: World, machine: FlushMachine, clock
 ):
@@ -509,6 +555,7 @@ async def test_written_packs_do_after_the_look_when_the_cache_is_short_of_room(
         await until(lambda: pack_rows(machine)[number].state & PackState.LOOKED)
         row = pack_rows(machine)[number]
         assert not row.state & PackState.FULL
+        await trio.sleep(2)
 
 
 async def test_more_dirty_than_a_cut_may_seal_is_uploaded_first(world: World, machine: FlushMachine, clock):
