@@ -87,6 +87,7 @@ class Spool:
         self.abandoned: list[AbandonedPack] = []
         self._packs: dict[tuple[int, int], PackRef] = {}
         self._sizes: dict[str, int] = {}
+        self._used = 0
         self._lock = threading.RLock()
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -97,10 +98,9 @@ class Spool:
     # room
 
     @property
-    @_locked
     def used_bytes(self) -> int:
-        """Bytes that its files take, in whole pages."""
-        return sum(-(-size // _BLOCK) * _BLOCK for size in self._sizes.values())
+        """Bytes that its files take, in whole pages.  Never waits: also the event loop asks."""
+        return self._used
 
     def room(self) -> int:
         """Bytes of packs that still fit; a part of the bound is kept back for heads."""
@@ -191,7 +191,7 @@ class Spool:
                 if path.is_file():
                     path.unlink()
                 continue
-            self._sizes[path.name] = path.stat().st_size
+            self._note(path.name, path.stat().st_size)
             try:
                 self._take(path)
             except Corrupt as error:
@@ -246,7 +246,7 @@ class Spool:
                 _flush_directory(self.directory)
         except OSError as error:
             raise self._failed(error) from error
-        self._sizes[name] = _HEADER.size + len(about) + len(body)
+        self._note(name, _HEADER.size + len(about) + len(body))
 
     def _read(self, name: str, kind: int) -> tuple[list[object], bytes]:
         path = self.directory / name
@@ -276,10 +276,20 @@ class Spool:
             (self.directory / name).unlink(missing_ok=True)
         except OSError as error:
             raise self._failed(error) from error
-        self._sizes.pop(name, None)
+        self._note(name, 0)
+
+    def _note(self, name: str, size: int) -> None:
+        """Takes note of the size of a file, 0 for one that is gone."""
+        self._used += _in_blocks(size) - _in_blocks(self._sizes.pop(name, 0))
+        if size:
+            self._sizes[name] = size
 
     def _failed(self, error: OSError) -> CacheError:
         return CacheError(f"{self.directory}: the spool cannot be used: {error}; check the cache's disk")
+
+
+def _in_blocks(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def _pack_name(generation: int, ordinal: int) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -287,6 +289,34 @@ async def test_a_spool_gives_back_what_was_stored(tmp_path: Path, autojump_clock
     assert Spool(tmp_path / "spool", 4 << 20).heads == {}
     with pytest.raises(SpoolFull):
         again.write_pack(6, 0, pack.ref, bytes(4 << 20))
+
+
+async def test_the_room_of_a_spool_is_told_while_a_slow_disk_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock
+):
+    """The event loop asks, for `status` and the next cut: it must not wait for the flush of a pack."""
+    ref = Fleet(await make_world(4)).pack().ref
+    spool = Spool(tmp_path / "spool", 1 << 30)
+    flushing, go_on = threading.Event(), threading.Event()
+
+    def fsync(_: int) -> None:
+        flushing.set()
+        go_on.wait(60)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    writer = threading.Thread(target=spool.write_pack, args=[1, 0, ref, bytes(9000)])
+    writer.start()
+    assert flushing.wait(60)
+    asker = threading.Thread(target=spool.room, daemon=True)
+    asker.start()
+    asker.join(20)
+    waited = asker.is_alive()
+    go_on.set()
+    writer.join()
+    assert not waited
+    assert spool.used_bytes == 12288
+    spool.drop_packs(1)
+    assert spool.used_bytes == 0
 
 
 async def test_packs_of_a_cut_without_a_head_are_abandoned_at_the_next_mount(tmp_path: Path, autojump_clock):
