@@ -242,9 +242,18 @@ class Service:
         self._ready()
 
     async def _finish(self) -> None:
-        """After the unmount: publishes until the deadline, and commits in any case."""
+        """After the unmount: publishes until the deadline, and commits in any case.
+
+        A start that was stopped may not have come to what publishes.
+        """
         self.phase = "stopping"
         notify("STOPPING=1\nSTATUS=publishing the last generation")
+        if hasattr(self, "flushing"):
+            await self._publish_the_last()
+        if self.committer.failed is None:
+            await self.committer.commit()
+
+    async def _publish_the_last(self) -> None:
         deadline = self.config.flush.stop_deadline_seconds
         with trio.move_on_after(deadline) as scope:
             await self.flushing.stop(deadline)
@@ -253,8 +262,6 @@ class Service:
                 "stopped before everything was on the backends; it is safe in the cache and goes on at the "
                 "next mount"
             )
-        if self.committer.failed is None:
-            await self.committer.commit()
 
     # stopping
 

@@ -138,3 +138,17 @@ def test_a_stop_before_the_mount_ends_the_start(fs: FileSystem) -> None:
     fs.servers.start()
     fs.mount()
     fs.umount()
+
+
+def test_a_stop_while_silent_backends_are_asked_who_they_are_ends_the_start(fs: FileSystem) -> None:
+    """In its first seconds too, when there is nothing yet that could publish."""
+    fs.umount()
+    fs.servers.pause()
+    with running(fs, "mount", "--foreground") as process:
+        eventually((fs.cache / "control.sock").exists, "the daemon can be told to stop")
+        process.terminate()
+        code, printed = ended(process)
+    fs.servers.resume()
+    assert (code, printed) == (0, "")
+    fs.mount()
+    fs.umount()
