@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
+
+_MOST_FILES = 10
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `status`."""
-    subparsers.add_parser(
+    parser = subparsers.add_parser(
         "status",
         help="show how the mount is",
-        description="Show exposure by class, cache, backends and waits of a running mount. Exit 16 if none "
+        description="Show exposure by class, waits, cache and backends of a running mount. Exit 16 if none "
         "runs.",
+    )
+    parser.add_argument(
+        "--backends", action="store_true", help="list all backends, not only those in trouble"
     )
 
 
@@ -27,75 +33,143 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found)
         return 0
-    for line in lines(found):
+    for line in lines(found, all_backends=args.backends):
         print(line)
     return 0
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """The status as text."""
-    from qsfs.cli.output import format_table
-    from qsfs.values import format_size
+def lines(found: dict[str, Any], *, all_backends: bool = False) -> list[str]:
+    """The status as text: first what somebody must act on, then what may be lost, then the rest."""
+    name = found["file_system"] + (f" ({found['label']})" if found.get("label") else "")
+    out = [f"{found['mountpoint']}: {found['phase']}, process {found['process']}, file system {name}"]
+    out += _alarms(found)
+    out += ["", *_exposure(found)]
+    out += ["", *_waits(found.get("waits", ()))]
+    out += ["", *_cache(found["cache"])]
+    requests = found.get("requests")
+    if requests is not None:
+        out.append(_requests(requests))
+    policies = found.get("policies")
+    if policies is not None and (policies["files_waiting"] or policies["directories_to_walk"]):
+        out.append(
+            f"policies: {policies['files_waiting']} files and {policies['directories_to_walk']} directories "
+            "do not follow the configuration yet"
+        )
+    if found.get("backends"):
+        out += ["", *_backends(found["backends"], all_backends)]
+    out += found.get("sentences", ())
+    return out
 
-    cache = found["cache"]
-    out = [
-        f"{found['mountpoint']}: {found['phase']}, process {found['process']}, "
-        f"file system {found['file_system']}"
-    ]
+
+def _alarms(found: dict[str, Any]) -> list[str]:
+    out = []
     if found["waiting_for"]:
-        out.append(f"waiting for {found['waiting_for']}")
+        out.append(f"WAITING for {found['waiting_for']}")
     if not found["writable"]:
         out.append(f"READ-ONLY: {found['reason']}")
     if found.get("failure"):
         out.append(f"FLUSHING ENDED: {found['failure']}")
+    if found["cache"]["waiting_for_room"]:
+        out.append(f"CACHE FULL: {found['cache']['waiting_for_room']} writes wait for room")
+    flush = found.get("flush")
+    if flush is not None:
+        out += [f"FLUSHING WAITS: {what}" for what in flush["waiting"]]
+        if flush["pressure"]:
+            out.append(f"flushing hurries: {flush['pressure']}")
+        if flush["last_error"] and flush["last_error"] != found.get("reason"):
+            out.append(f"last error: {flush['last_error']}")
+    out += [f"warning: {warning}" for warning in found.get("warnings", ())]
+    return out
+
+
+def _exposure(found: dict[str, Any]) -> list[str]:
+    from qsfs.cli.output import format_table
+    from qsfs.values import format_size
+
     flush = found.get("flush")
     exposure = (flush or found).get("exposure")
-    if exposure is not None:
-        out += ["", "not yet safe (at most so many bytes, age of the oldest):"]
+    if exposure is None:
+        return ["exposure: not known yet"]
+    out = []
+    if any(entry["bytes"] for entry in exposure.values()):
+        spare = found["code"]["write_quorum"] - found["code"]["data_shards"]
+        lost_with = {
+            "local": "the power, unless an fsync returned",
+            "written": "this machine",
+            "full": f"more than {_count(spare, 'shard')} of a pack",
+        }
         rows = [
-            (name, format_size(entry["bytes"]), _age(entry.get("age"))) for name, entry in exposure.items()
+            (name, format_size(entry["bytes"]), _age(entry["age"]), lost_with[name])
+            if entry["bytes"]
+            else (name, "0 B", "-", "")
+            for name, entry in exposure.items()
         ]
-        out.append(format_table(("class", "bytes", "age"), rows))
+        out.append("exposure: not durable yet, at most")
+        out.append(format_table(("class", "bytes", "oldest", "lost with"), rows))
+    else:
+        out.append("exposure: none (local 0 B, written 0 B, full 0 B): all of it is in full packs")
     if flush is not None:
-        out.append(f"last generation: {flush['generation']}; flushing is {flush['phase']}")
-        out += [f"flushing waits: {what}" for what in flush["waiting"]]
-        if flush["last_error"]:
-            out.append(f"last error: {flush['last_error']}")
+        published = flush["published_ns"]
+        age = None if published is None else found["time"] - published / 1e9
+        out.append(f"last generation: {flush['generation']}, {_age(age)} old; flushing is {flush['phase']}")
+        if flush["packs_not_full"]:
+            out.append(f"{flush['packs_not_full']} packs are not full yet")
     elif not found.get("owner", True):
         out.append("not the owner: nothing is uploaded")
-    out += [
-        "",
+    oldest = found["cache"]["oldest_uncovered_seconds"]
+    if oldest is not None:
+        out.append(f"oldest write of an atomic-sync file without a sync: {_age(oldest)}")
+    return out
+
+
+def _waits(waits: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each file that is waited for, the longest wait first."""
+    if not waits:
+        return ["waits: none"]
+    files: dict[int, list[dict[str, Any]]] = {}
+    for wait in sorted(waits, key=lambda wait: -wait["seconds"]):
+        files.setdefault(wait["inode"], []).append(wait)
+    out = [f"waits: {_count(len(waits), 'read')} of {_count(len(files), 'file')}; 'qsfs unblock' ends them"]
+    for inode, of in list(files.items())[:_MOST_FILES]:
+        first = of[0]
+        until = "until the data come" if first["until_data"] else "until the deadline"
+        out.append(
+            f"  {first['path'] or f'inode {inode}'}: {_count(len(of), 'read')}, for {_age(first['seconds'])} "
+            f"({until}): {first['why']}"
+        )
+    if len(files) > _MOST_FILES:
+        out.append(f"  and {_count(len(files) - _MOST_FILES, 'file')} more")
+    return out
+
+
+def _cache(cache: dict[str, Any]) -> list[str]:
+    from qsfs.values import format_size
+
+    return [
         f"cache: {format_size(cache['used_bytes'])} of {format_size(cache['limit_bytes'])} used, "
         f"{format_size(cache['disk_bytes'])} of {format_size(cache['size_bytes'])} on disk, "
-        f"{cache['dirty_blocks']} dirty blocks",
+        f"{cache['dirty_blocks']:,} dirty blocks",
     ]
-    if cache["waiting_for_room"]:
-        out.append(f"{cache['waiting_for_room']} writes wait for room in the cache")
-    if cache["oldest_uncovered_seconds"] is not None:
-        age = _age(cache["oldest_uncovered_seconds"])
-        out.append(f"oldest write of an atomic-sync file without a sync: {age}")
-    requests = found.get("requests")
-    if requests is not None:
-        out.append(_requests(requests))
-    for sentence in found.get("sentences", ()):
-        out.append(sentence)
-    for warning in found.get("warnings", ()):
-        out.append(f"warning: {warning}")
-    backends = found.get("backends")
-    if backends:
-        states = [b["state"] + (", full" if b["full"] else "") for b in backends]
-        table = [
-            (b["number"], b["name"], b["group"] or "-", state, b["error"])
-            for b, state in zip(backends, states, strict=True)
-        ]
-        out += ["", format_table(("no", "backend", "group", "state", "error"), table)]
-    for wait in found.get("waits", ()):
-        until = "until the data come" if wait["until_data"] else "until the deadline"
-        out.append(
-            f"a read of inode {wait['inode']} has waited {wait['seconds']} s ({until}): {wait['why']}; "
-            "'qsfs unblock' ends it"
-        )
+
+
+def _backends(backends: Sequence[dict[str, Any]], all_of_them: bool) -> list[str]:
+    from qsfs.cli.output import format_table
+
+    troubled = [b for b in backends if b["state"] != "up" or b["full"] or b["error"] or not b["identified"]]
+    up = sum(b["state"] == "up" and b["identified"] for b in backends)
+    out = [f"backends: {up} of {len(backends)} up"]
+    table = [
+        (b["number"], b["name"], b["group"] or "-", _state(b), b["error"].removeprefix(f"backend {b['name']}: "))
+        for b in (backends if all_of_them else troubled)
+    ]
+    if table:
+        out.append(format_table(("no", "backend", "group", "state", "why"), table))
     return out
+
+
+def _state(backend: dict[str, Any]) -> str:
+    state = f"{backend['state']} for {_age(backend['seconds'])}"
+    return state + (", full" if backend["full"] else "")
 
 
 def _requests(requests: dict[str, Any]) -> str:
@@ -118,3 +192,7 @@ def _age(seconds: float | None) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")

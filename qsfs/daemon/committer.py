@@ -76,7 +76,7 @@ class Committer:
             if self._store.dirty or self._wanted > self._store.layers.committed_number:
                 await self._commit_group()
             else:
-                self._store.layers.renew_view()
+                self._store.idle()
 
     async def _commit_group(self) -> None:
         try:

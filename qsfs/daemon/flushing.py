@@ -15,12 +15,14 @@ from qsfs.daemon.connect import Opened
 from qsfs.daemon.owning import local_state, own_when_possible
 from qsfs.daemon.status import backends_of
 from qsfs.errors import DeadlineExceeded, Fenced, QsfsBug, QsfsError, SplitHeads, StaleCache
+from qsfs.format.fleet import Fleet
+from qsfs.format.head import Head
 from qsfs.remote.base import BASE_KEY, local_head
 from qsfs.remote.context import FlushContext
 from qsfs.remote.exposure import Exposure
 from qsfs.remote.flush import Flusher
 from qsfs.remote.ledger import Ledger
-from qsfs.remote.members import Members
+from qsfs.remote.members import Members, State
 from qsfs.remote.mount_check import check_offline, offline_warning
 from qsfs.remote.packing import Sealer
 from qsfs.remote.placement import FreeSpace
@@ -61,7 +63,7 @@ class Flushing:
         self.waiting = ""
         self.failure = ""
         self._cause: QsfsError | None = None
-        self._base_ns: int | None = None
+        self._base: Head | None = None
         self._config = config
         self._store = store
         self._committer = committer
@@ -84,7 +86,7 @@ class Flushing:
         """
         await self._exposure.begin()
         base = local_head(self._store, BASE_KEY, self._opened.keys)
-        self._base_ns = None if base is None else base.head.time_ns
+        self._base = None if base is None else base.head
         if not offline:
             await self._own(nursery)
             return
@@ -189,6 +191,14 @@ class Flushing:
         rest = self._store.layers.view.count(Table.DIRTY) + len(self._ledger.looks)
         return rest > 0 and flusher.context.uploader.enough_backends()
 
+    @property
+    def _fleet(self) -> Fleet | None:
+        """The fleet that the newest head known here names."""
+        generations = None if self.flusher is None else self.flusher.generations
+        if generations is not None:
+            return generations.fleets[-1]
+        return None if self._base is None else self._base.fleets[-1]
+
     async def sync(self) -> dict[str, Any]:
         """Publishes everything accepted so far; waits, visibly, for backends."""
         await self._ready.wait()
@@ -220,11 +230,12 @@ class Flushing:
         }
         if self.flusher is not None:
             found["flush"] = self.flusher.status()
-            generations = self.flusher.generations
-            if generations is not None:
-                assessment = assess(generations.fleets[-1], self._opened.superblock.code)
-                found["sentences"] = list(assessment.sentences())
-                found["warnings"] = list(assessment.warnings())
         else:
-            found["exposure"] = self._exposure.report(self._base_ns)
+            found["exposure"] = self._exposure.report(None if self._base is None else self._base.time_ns)
+        if self._fleet is not None:
+            assessment = assess(self._fleet, self._opened.superblock.code)
+            entries = {entry.number for entry in self._fleet.entries}
+            answering = sum(m.number in entries and m.identified and m.state is not State.DOWN for m in self.members)
+            found["sentences"] = list(assessment.sentences())
+            found["warnings"] = [*assessment.outage(len(entries) - answering), *assessment.warnings()]
         return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import qsfs
-from qsfs.remote.members import Members, State
+from qsfs.remote.members import Members
 from qsfs.store.schema import PAGE, Table
 
 if TYPE_CHECKING:
@@ -22,8 +22,14 @@ def status_of(service: Service) -> dict[str, Any]:
         "waiting_for": service.waiting_for,
         "mountpoint": str(service.config.filesystem.mountpoint),
         "started_at": service.started_ns / 1e9,
+        "time": service.clock.time_ns() / 1e9,
         "file_system": service.opened.keys.fsid.hex(),
         "label": service.opened.superblock.label,
+        "code": {
+            "data_shards": service.opened.superblock.code.k,
+            "parity_shards": service.opened.superblock.code.m,
+            "write_quorum": service.opened.superblock.code.write_quorum,
+        },
         "writable": service.state.writable,
         "reason": service.state.reason,
         "memory_bytes": _anonymous_bytes(),
@@ -35,6 +41,7 @@ def status_of(service: Service) -> dict[str, Any]:
         found["waits"] = [
             {
                 "inode": wait.inode,
+                "path": wait.path,
                 "first_page": wait.first,
                 "pages": wait.count,
                 "seconds": round(wait.seconds, 1),
@@ -97,10 +104,6 @@ def backends_of(members: Members, now_ns: int) -> list[dict[str, Any]]:
         }
         for member in members
     ]
-
-def count_up(members: Members) -> int:
-    """How many backends answered last."""
-    return sum(member.state is State.UP for member in members)
 
 def disk_bytes(directory: Path) -> int:
     """Bytes that the cache directory takes on its disk."""

@@ -44,6 +44,7 @@ class Contents:
         self._uncovered: dict[int, Uncovered] = {}
         self._held = Held()
         store.promised_bytes = lambda: self._held.promised_bytes
+        store.promised_since = self.oldest_uncovered
         self._opened: dict[int, int] = {}
         self.transient = TransientPages()
 

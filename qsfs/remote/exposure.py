@@ -87,10 +87,14 @@ class Exposure:
 
     @property
     def local_bytes(self) -> int:
-        """Bytes that not even this machine's disk has for good."""
+        """Bytes of file data that not even this machine's disk has for good."""
+        spilled = self._store.layers.view.count(Table.SPILL_BLOCKS) * BLOCK_SIZE
+        return sum(group.bytes for group in self._groups) + spilled + self._store.promised_bytes()
+
+    @property
+    def _groups(self) -> list[Group]:
         layers = self._store.layers
-        committing = layers.committing.bytes if layers.committing is not None else 0
-        return layers.open.bytes + committing + layers.view.count(Table.SPILL_BLOCKS) * BLOCK_SIZE
+        return [group for group in (layers.open, layers.committing) if group is not None]
 
     @property
     def data_bytes(self) -> int:
@@ -102,7 +106,7 @@ class Exposure:
     def rows(self) -> int:
         """Rows of metadata that changed; 0 where all that changed is bookkeeping of packs."""
         layers = self._store.layers
-        rows = sum(_namespace_rows(group) for group in (layers.open, layers.committing) if group is not None)
+        rows = sum(map(_namespace_rows, self._groups))
         if any(
             next(layers.view.scan(Table.CHANGED, bytes((table,)), bytes((table + 1,))), None) is not None
             for table in _NAMESPACE
@@ -126,7 +130,10 @@ class Exposure:
         incomplete = self._ledger.incomplete
         oldest_ns = min((written for _, written in incomplete.values()), default=now_ns)
         return {
-            "local": {"bytes": self.local_bytes},
+            "local": {
+                "bytes": self.local_bytes + sum(map(_namespace_rows, self._groups)) * ROW_BYTES,
+                "age": self._store.undurable_seconds() or 0.0,
+            },
             "written": {"bytes": exposed, "age": age, "rows": self.rows},
             "full": {
                 "bytes": exposed + self._ledger.incomplete_bytes,

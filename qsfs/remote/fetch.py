@@ -236,14 +236,18 @@ class Fetcher:
             return
         self._warned = {known: until for known, until in self._warned.items() if until > now}
         self._warned[pack] = now + seconds
-        log.warning("%s: has been waiting for %.0f s: %s", self._page(job), wait.seconds, wait.why)
+        path = self._path_of(job.inode)
+        for other in self.waits:
+            if other.inode == job.inode:
+                other.path = path
+        log.warning("%s: has been waiting for %.0f s: %s", _page(job, path), wait.seconds, wait.why)
 
     def _fail(self, wait: Wait, job: _Job, why: str, kind: type[QsfsError]) -> None:
         """Logs and raises the end of a read, unless the extent is not what must be read any more."""
         if not self._current(job):
             return
         self.failed_reads += 1
-        message = f"{self._page(job)}: {why}"
+        message = f"{_page(job, self._path_of(job.inode))}: {why}"
         said_already = wait.again and kind is Unavailable
         log.log(logging.DEBUG if said_already else logging.ERROR, "%s", message)
         raise kind(message)
@@ -255,11 +259,6 @@ class Fetcher:
             if here is not None and (here.pack, here.ordinal) == (job.row.pack, job.row.ordinal):
                 return True
         return False
-
-    def _page(self, job: _Job) -> str:
-        path = self._path_of(job.inode)
-        name = f"{path} (inode {job.inode})" if path else f"inode {job.inode}"
-        return f"{name}, page {min(job.needed, default=job.row.first)}"
 
     def _explain(self, jobs: list[_Job]) -> str:
         waiting = [job for job in jobs if not job.done.is_set()]
@@ -438,3 +437,8 @@ def _runs(pages: Iterable[int], most: int) -> Iterator[tuple[int, int]]:
         stop = page + 1
     if start >= 0:
         yield start, stop
+
+
+def _page(job: _Job, path: str) -> str:
+    name = f"{path} (inode {job.inode})" if path else f"inode {job.inode}"
+    return f"{name}, page {min(job.needed, default=job.row.first)}"

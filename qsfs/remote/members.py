@@ -29,6 +29,8 @@ DOWN_AFTER = 3
 """Failures in a row after which a suspect backend counts as down."""
 FIRST_PROBE_SECONDS = 1.0
 LAST_PROBE_SECONDS = 30.0
+QUIET_SECONDS = 30.0
+"""A backend that nothing was asked for so long is probed: else it is up for as long as nobody needs it."""
 
 
 class State(Enum):
@@ -90,6 +92,7 @@ class Member:
         self._error: BackendError | None = None
         self._full = False
         self._next_probe = -math.inf
+        self._heard = clock.monotonic()
 
     def __repr__(self) -> str:
         return f"Member({self.number}, {self.name}, {self._state.value})"
@@ -130,6 +133,13 @@ class Member:
         return self._state is not State.DOWN or self._clock.monotonic() >= self._next_probe
 
     @property
+    def due(self) -> bool:
+        """Whether it should be probed: it is in trouble and a call is worth trying, or it was long quiet."""
+        if self._state is State.UP:
+            return self._clock.monotonic() >= self._heard + QUIET_SECONDS
+        return self.ready
+
+    @property
     def writable(self) -> bool:
         """Whether new shards may go there: identified, ready, not full, not draining."""
         return self.identified and self.ready and not self._full and self.entry.state == ACTIVE
@@ -138,6 +148,7 @@ class Member:
         """Records a call that was answered; `stored` if it stored a value."""
         self._failures = self._waits = 0
         self._next_probe = -math.inf
+        self._heard = self._clock.monotonic()
         self._error = None
         if stored:
             self._full = False
@@ -150,6 +161,7 @@ class Member:
         Calls that fail together are one reason to wait: the pause before the next probe grows with the
         probes that failed, not with the calls that were under way.
         """
+        self._heard = self._clock.monotonic()
         if isinstance(error, BackendFull):
             self._full = True
             self._error = error
@@ -250,5 +262,5 @@ class Members:
         return missing
 
     def due(self) -> list[Member]:
-        """Members that are suspect or down and whose next probe is due."""
-        return [member for member in self if member.state is not State.UP and member.ready]
+        """Members that should be probed now."""
+        return [member for member in self if member.due]

@@ -147,6 +147,28 @@ class FleetAssessment:
             f"with up to {max(0, self.down_while_full)} down.",
         )
 
+    def outage(self, down: int) -> tuple[str, ...]:
+        """What it means that so many backends do not answer now; nothing while all do."""
+        if not down:
+            return ()
+        code = self.code
+        silent = f"{down} of {self.quorum.backends} backends {'does' if down == 1 else 'do'} not answer"
+        if down < code.m:
+            found = [f"{silent}: what is full on the backends survives the loss of {code.m - down} more"]
+        elif down == code.m:
+            found = [f"{silent}: what is only on the backends can be read; with one more gone, not all of it"]
+        else:
+            found = [
+                f"{silent}, more than m = {code.m}: not all that is only on the backends can be read until "
+                f"{down - code.m} of them return"
+            ]
+        if down > self.down_while_publishing:
+            back = down - max(0, self.down_while_publishing)
+            found.append(f"nothing new gets safe on the backends until {back} of them return")
+        elif down > self.down_while_full:
+            found.append("new packs are written, and become full when enough of them return")
+        return tuple(found)
+
     def warnings(self) -> tuple[str, ...]:
         """Where the fleet falls short of m; each says how many backends would do."""
         code, quorum = self.code, self.quorum

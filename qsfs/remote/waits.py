@@ -14,7 +14,8 @@ class Wait:
     """One reader of pages that are only remote.
 
     `keeps_waiting` is its policy: True for `wait`, False for `error` after the deadline.  `again` is
-    whether it asks for what has just failed, and was logged then.  `why` says what is in the way, as of now.
+    whether it asks for what has just failed, and was logged then.  `why` says what is in the way, as of now;
+    `path` is the file's, once the log has named it.
     """
 
     inode: int
@@ -27,6 +28,7 @@ class Wait:
     explain: Callable[[], str] = field(default=lambda: "")
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     unblocked: bool = False
+    path: str = ""
 
     @property
     def seconds(self) -> float:

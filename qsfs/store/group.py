@@ -85,7 +85,7 @@ class Publication:
 
 
 class Group:
-    """All changes between two commits."""
+    """All changes between two commits.  `since` is running time at which it was empty."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -103,7 +103,7 @@ class Group:
         self.published: Publication | None = None
         self.sealed_at = 0
         self.journal_start = 0
-        self.opened_at: float | None = None
+        self.since = 0.0
 
     @property
     def bytes(self) -> int:

@@ -60,6 +60,10 @@ def _no_bytes() -> int:
     return 0
 
 
+def _never() -> float | None:
+    return None
+
+
 class CommitNeeded(Exception):
     """An fsync that the journal cannot serve: the groups must be committed."""
 
@@ -68,8 +72,9 @@ class Store:
     """The local store of one file system.
 
     `on_stream` is called when `streams` begins to hold while nothing commits; it must not change the store.
-    `promised_bytes` tells what writes that are in no group yet will take.  `limits` are those that hold now: they
-    leave the more room for commits, the larger the trees are.
+    `promised_bytes` tells what writes that are in no group yet will take, `promised_since` the running time
+    of the oldest of them.  `limits` are those that hold now: they leave the more room for commits, the larger
+    the trees are.
     """
 
     def __init__(self, directory: Path, limits: Limits, clock: Clock) -> None:
@@ -93,6 +98,7 @@ class Store:
         self._counters_changed: set[bytes] = set()
         self.on_stream: Callable[[], None] = _nothing
         self.promised_bytes: Callable[[], int] = _no_bytes
+        self.promised_since: Callable[[], float | None] = _never
         self.write_number = self.layers.committed_write_number
         self.used_bytes, self.tree_bytes = self.environment.usage()
         self._replay()
@@ -275,6 +281,7 @@ class Store:
         self._counters_changed.clear()
         self._sealed_local = dict(self._local)
         group = self.layers.seal(self.write_number)
+        self.layers.open.since = self.clock.monotonic()
         if switch:
             self.journal.switch()
             group.journal_start = self.journal.next_sequence
@@ -299,6 +306,24 @@ class Store:
     def dirty(self) -> bool:
         """Whether the open group holds anything to commit."""
         return not self.layers.open.empty or bool(self._local or self._counters_changed)
+
+    def idle(self) -> None:
+        """Takes note that the open group is empty: reads from the newest commit from here on."""
+        self.layers.renew_view()
+        self.layers.open.since = self.clock.monotonic()
+
+    def undurable_seconds(self) -> float | None:
+        """The age, at most, of the oldest change that no commit has; None if there is none.
+
+        What an fsync has put into the journal is durable before, and counts here nevertheless.
+        """
+        begun = [self.promised_since()]
+        if self.layers.committing is not None:
+            begun.append(self.layers.committing.since)
+        elif self.dirty:
+            begun.append(self.layers.open.since)
+        times = [time for time in begun if time is not None]
+        return self.clock.monotonic() - min(times) if times else None
 
     def group_is_full(self) -> bool:
         """Whether the open group has reached its bound: it should be sealed, and writers wait."""

@@ -199,6 +199,50 @@ async def test_what_an_earlier_mount_uploaded_ahead_is_exposed_until_a_head_name
         assert flusher.status()["exposure"]["written"]["bytes"] == 0
 
 
+async def test_what_no_commit_has_is_exposed_at_home_with_its_age(machine: FlushMachine, clock):
+    """A power cut takes what no fsync covered; a commit makes it durable, names and data alike."""
+    async with flushing(machine, cut_seconds=86400) as flusher:
+        await flusher.sync()
+        assert flusher.status()["exposure"]["local"] == {"bytes": 0, "age": 0.0}
+        await trio.sleep(5000)
+        machine.store.idle()
+        machine.write(machine.create("a"), 0, page("x") * 4)
+        await trio.sleep(3)
+        local = flusher.status()["exposure"]["local"]
+        assert local["bytes"] >= 4 * PAGE + ROW_BYTES and 3 <= local["age"] < 4
+        await machine.committer.commit()
+        assert flusher.status()["exposure"]["local"] == {"bytes": 0, "age": 0.0}
+
+
+async def test_a_group_that_commits_is_not_durable_yet(machine: FlushMachine, clock):
+    """Its age counts on, from its own beginning, until the commit has ended."""
+    async with flushing(machine, cut_seconds=86400) as flusher:
+        await flusher.sync()
+        machine.store.idle()
+        machine.create("a")
+        await trio.sleep(2)
+        group = machine.store.seal()
+        await trio.sleep(2)
+        local = flusher.status()["exposure"]["local"]
+        assert local["bytes"] >= ROW_BYTES and 4 <= local["age"] < 5
+        machine.store.commit(group)
+        machine.store.committed(group)
+        assert flusher.status()["exposure"]["local"] == {"bytes": 0, "age": 0.0}
+
+
+async def test_what_a_database_has_not_synced_yet_is_exposed(machine: FlushMachine, clock):
+    """Uncovered writes of an atomic-sync file are in no group, and lost with the power."""
+    async with flushing(machine, cut_seconds=86400) as flusher:
+        await flusher.sync()
+        machine.store.promised_bytes = lambda: 16384
+        now = machine.clock.monotonic()
+        machine.store.promised_since = lambda: now
+        await trio.sleep(60)
+        exposure = flusher.status()["exposure"]
+        assert exposure["local"]["bytes"] == 16384 and 60 <= exposure["local"]["age"] < 61
+        assert exposure["written"]["bytes"] == 16384
+
+
 async def test_names_alone_are_exposed_too(machine: FlushMachine, clock):
     """Also those in the open group; their age counts from when there was nothing, not from the last cut."""
     async with flushing(machine, cut_seconds=86400) as flusher:

@@ -79,6 +79,18 @@ def test_probes_of_a_dead_member_get_rarer_up_to_a_bound(world):
     assert waits == sorted(waits)
 
 
+def test_a_member_that_is_long_quiet_is_probed(world):
+    """Else a backend that dies while nobody needs it stays up in the status."""
+    one, clock = member(world)
+    assert not one.due
+    clock.advance(module.QUIET_SECONDS)
+    assert one.due and one.state is State.UP
+    one.succeeded()
+    assert not one.due
+    one.failed(BackendUnavailable("no answer"))
+    assert one.due, "it is in trouble"
+
+
 def test_many_calls_that_fail_together_do_not_make_probes_rarer(world):
     one, clock = member(world)
     for _ in range(40):

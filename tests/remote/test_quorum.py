@@ -137,3 +137,27 @@ def test_impossible_fleets_are_refused():
             fence_quorum(*arguments)
     with pytest.raises(QsfsBug):
         fleet_quorums([dataclasses.replace(fleet(1), entries=())], CodeParams(1, 1))
+
+
+def test_an_outage_is_told_by_what_it_means_now():
+    """16+4 on 24 backends: full with 4 down, flushing with 6 down."""
+    fleet_24 = assess(fleet(24), SIXTEEN_FOUR)
+    assert fleet_24.outage(0) == ()
+    assert fleet_24.outage(1) == (
+        "1 of 24 backends does not answer: what is full on the backends survives the loss of 3 more",
+    )
+    [four] = fleet_24.outage(4)
+    assert "can be read; with one more gone, not all" in four
+    assert fleet_24.outage(5)[0] == (
+        "5 of 24 backends do not answer, more than m = 4: not all that is only on the backends can be read "
+        "until 1 of them return"
+    )
+    assert fleet_24.outage(5)[1] == "new packs are written, and become full when enough of them return"
+    assert fleet_24.outage(8)[1] == "nothing new gets safe on the backends until 2 of them return"
+
+
+def test_an_outage_of_a_fleet_without_spares_stops_flushing_first():
+    """16+4 on 20 backends: 2 gone stop nothing, 4 gone stop flushing and no reading."""
+    fleet_20 = assess(fleet(20), SIXTEEN_FOUR)
+    assert fleet_20.outage(2)[1] == "new packs are written, and become full when enough of them return"
+    assert fleet_20.outage(4)[1] == "nothing new gets safe on the backends until 2 of them return"

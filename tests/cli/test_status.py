@@ -1,0 +1,161 @@
+"""What `qsfs status` prints: what must be acted on comes first, and what is in order takes one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qsfs.cli.status import lines
+
+SAFE = {"bytes": 0, "age": 0.0}
+
+
+def backend(number: int, state: str = "up", **fields: Any) -> dict[str, Any]:
+    return {
+        "number": number,
+        "name": f"10.0.0.{number}:9900/qsfs",
+        "group": "",
+        "state": state,
+        "seconds": 300.0,
+        "identified": True,
+        "full": False,
+        "error": "",
+    } | fields
+
+
+def wait(inode: int, seconds: float, **fields: Any) -> dict[str, Any]:
+    found = {"inode": inode, "path": "", "seconds": seconds, "until_data": True, "why": "too few shards"}
+    return found | fields
+
+
+def status(**fields: Any) -> dict[str, Any]:
+    """A mount that is in order."""
+    cache = dict.fromkeys(("used_bytes", "limit_bytes", "disk_bytes", "size_bytes", "dirty_blocks"), 0)
+    found = {
+        "time": 1000.0,
+        "mountpoint": "/m",
+        "phase": "mounted",
+        "process": 1,
+        "file_system": "00",
+        "label": "",
+        "waiting_for": "",
+        "writable": True,
+        "reason": "",
+        "failure": "",
+        "owner": True,
+        "code": {"data_shards": 16, "parity_shards": 4, "write_quorum": 18},
+        "cache": cache | {"waiting_for_room": 0, "oldest_uncovered_seconds": None},
+        "flush": {
+            "phase": "running",
+            "generation": 7,
+            "published_ns": 988_000_000_000,
+            "exposure": {"local": SAFE, "written": SAFE, "full": SAFE},
+            "waiting": [],
+            "pressure": "",
+            "packs_not_full": 0,
+            "last_error": "",
+        },
+        "backends": [backend(number) for number in (1, 2, 3)],
+        "sentences": ["3 backends, 2 data and 1 parity shards"],
+        "warnings": [],
+        "waits": [],
+    }
+    return found | fields
+
+
+def flush(**fields: Any) -> dict[str, Any]:
+    found: dict[str, Any] = status()["flush"]
+    return found | fields
+
+
+def test_a_mount_in_order_is_a_few_lines():
+    assert lines(status()) == [
+        "/m: mounted, process 1, file system 00",
+        "",
+        "exposure: none (local 0 B, written 0 B, full 0 B): all of it is in full packs",
+        "last generation: 7, 12 s old; flushing is running",
+        "",
+        "waits: none",
+        "",
+        "cache: 0 B of 0 B used, 0 B of 0 B on disk, 0 dirty blocks",
+        "",
+        "backends: 3 of 3 up",
+        "3 backends, 2 data and 1 parity shards",
+    ]
+
+
+def test_exposure_is_told_by_class_with_its_age_and_what_it_is_lost_with():
+    exposure = {
+        "local": SAFE,
+        "written": {"bytes": 1 << 20, "age": 6.0},
+        "full": {"bytes": 3 << 20, "age": 200.0},
+    }
+    shown = lines(status(flush=flush(exposure=exposure, packs_not_full=2)))
+    table = "\n".join(shown)
+    assert "local        0 B       -" in table
+    assert "written  1.0 MiB     6 s  this machine" in table
+    assert "full     3.0 MiB   3 min  more than 2 shards of a pack" in table
+    assert "2 packs are not full yet" in shown
+
+
+def test_what_must_be_acted_on_comes_first():
+    shown = lines(
+        status(
+            writable=False,
+            reason="taken over",
+            warnings=["2 of 3 backends do not answer"],
+            flush=flush(waiting=["1 of 3 shards stored"], last_error="taken over"),
+            cache=status()["cache"] | {"waiting_for_room": 4},
+        )
+    )
+    assert shown[1:6] == [
+        "READ-ONLY: taken over",
+        "CACHE FULL: 4 writes wait for room",
+        "FLUSHING WAITS: 1 of 3 shards stored",
+        "warning: 2 of 3 backends do not answer",
+        "",
+    ]
+
+
+def test_only_backends_in_trouble_are_listed_unless_all_are_asked_for():
+    down = backend(2, "down", error="backend 10.0.0.2:9900/qsfs: Connection refused")
+    full = backend(3, full=True)
+    found = status(backends=[backend(1), down, full])
+    shown = lines(found)
+    assert "backends: 2 of 3 up" in shown
+    table = "\n".join(shown)
+    assert "10.0.0.1" not in table
+    assert "10.0.0.2:9900/qsfs      -  down for 5 min      Connection refused" in table
+    assert "up for 5 min, full" in table
+    assert "10.0.0.1:9900/qsfs" in "\n".join(lines(found, all_backends=True))
+
+
+def test_waits_are_told_by_file_the_longest_first():
+    shown = lines(status(waits=[wait(5, 3.0), wait(9, 40.0, path="chain/data.mdb"), wait(5, 130.0)]))
+    assert shown[5:8] == [
+        "waits: 3 reads of 2 files; 'qsfs unblock' ends them",
+        "  inode 5: 2 reads, for 2 min (until the data come): too few shards",
+        "  chain/data.mdb: 1 read, for 40 s (until the data come): too few shards",
+    ]
+
+
+def test_many_files_that_are_waited_for_do_not_flood_the_terminal():
+    shown = lines(status(waits=[wait(inode, 5.0) for inode in range(300)]))
+    assert "waits: 300 reads of 300 files; 'qsfs unblock' ends them" in shown
+    assert "  and 290 files more" in shown
+    assert len(shown) < 40
+
+
+def test_what_waits_and_what_failed_is_said():
+    requests = {"by_kind": {"read": 1200, "write": 5}, "waiting": 3, "unexpected_errors": 2}
+    expected = "requests: 1,205 (read 1,200, write 5), 3 waiting, 2 failed unexpectedly (see the log)"
+    assert expected in lines(status(requests=requests))
+
+
+def test_a_start_that_waits_shows_what_is_known():
+    found = status(phase="starting", waiting_for="a quorum of backends: 24 backends: Connection refused")
+    del found["flush"]
+    found["exposure"] = {"local": SAFE, "written": {"bytes": 4096, "age": 60.0}, "full": SAFE}
+    found["owner"] = False
+    shown = lines(found)
+    assert shown[1] == "WAITING for a quorum of backends: 24 backends: Connection refused"
+    assert "not the owner: nothing is uploaded" in shown
