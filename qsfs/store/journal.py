@@ -19,7 +19,6 @@ in sequence, and ends at the first that is torn, foreign or missing.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,12 +28,12 @@ from xxhash import xxh3_64
 
 from qsfs import failpoints
 from qsfs.errors import CacheError
+from qsfs.store.direct import SECTOR, SectorFile
 
 _HEADER = struct.Struct("<4sIQ16s")
 _SUM = struct.Struct("<Q")
 _HEAD = _HEADER.size + _SUM.size
 _MAGIC = b"QJF1"
-SECTOR = 512
 FIRST_SEQUENCE = 1
 _RECORD = struct.Struct("<BI")
 
@@ -163,12 +162,12 @@ class Journal:
         An acknowledged frame implies that every frame before it is durable too.
         """
         try:
-            for file, offset, data in frames:
-                _write_all(self._files[file], data, offset)
+            for file, offset, data in _joined(frames):
+                self._files[file].write(data, offset)
                 self._unflushed.add(file)
             failpoints.hit("journal.written")
             for file in sorted(self._unflushed):
-                os.fdatasync(self._files[file])
+                self._files[file].flush()
             self._unflushed.clear()
         except OSError as error:
             raise CacheError(f"the journal cannot be written: {error}; check the cache's disk") from error
@@ -186,7 +185,7 @@ class Journal:
     def close(self) -> None:
         """Closes both files."""
         for file in self._files:
-            os.close(file)
+            file.close()
 
 
 def read_frames(directory: Path, number: bytes, start: int) -> list[Frame]:
@@ -210,29 +209,24 @@ def read_file(path: Path) -> bytes | None:
         raise CacheError(f"{path}: the journal cannot be read: {error.strerror}") from error
 
 
-def _write_all(file: int, data: bytes, offset: int) -> None:
-    """`pwrite` may write less than it was given."""
-    while data:
-        written = os.pwrite(file, data, offset)
-        data, offset = data[written:], offset + written
+def _joined(frames: Sequence[tuple[int, int, bytes]]) -> Iterator[tuple[int, int, bytes]]:
+    """The same bytes in as few writes as there are gaps and changes of the file."""
+    parts: list[bytes] = []
+    at, begin, end = 0, 0, 0
+    for file, offset, data in frames:
+        if parts and (file, offset) != (at, end):
+            yield at, begin, b"".join(parts)
+            parts = []
+        if not parts:
+            at, begin = file, offset
+        parts.append(data)
+        end = offset + len(data)
+    if parts:
+        yield at, begin, b"".join(parts)
 
 
-def _open_file(path: Path, capacity: int) -> int:
-    """Opens a file whose blocks are all written, so that an append changes no metadata."""
+def _open_file(path: Path, capacity: int) -> SectorFile:
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        size = os.fstat(file).st_size
-        chunk = bytes(1 << 20)
-        for offset in range(size - size % SECTOR, capacity, len(chunk)):
-            os.pwrite(file, chunk[: capacity - offset], offset)
-        if size > capacity:
-            os.ftruncate(file, capacity)
-        os.fsync(file)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        return SectorFile(path, capacity)
     except OSError as error:
         raise CacheError(f"{path}: the journal cannot be made: {error}") from error
-    return file

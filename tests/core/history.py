@@ -16,7 +16,6 @@ from qsfs.clock import FixedClock
 from qsfs.filesystem.contents import Contents
 from qsfs.filesystem.needs import NeedPages, NeedRoom
 from qsfs.store.group import Group
-from qsfs.store.journal import Journal
 from qsfs.store.limits import Limits
 from qsfs.store.schema import (
     BLOCK_PAGES,
@@ -32,6 +31,7 @@ from qsfs.store.schema import (
     u64,
 )
 from qsfs.store.store import CommitNeeded, Store
+from tests.core.machine import write_torn
 
 LIMITS = Limits(
     map_bytes=256 << 20,
@@ -180,15 +180,11 @@ class History:
             return
         if torn:
             if frame is not None:
-                self.tear(self.store.journal, frame)
+                write_torn(self.store.directory, frame, self.random.randrange(len(frame[2])))
             return
         if frame is not None:
             self.store.journal.write([frame])
         file.synced = len(file.states) - 1
-
-    def tear(self, journal: Journal, frame: tuple[int, int, bytes]) -> None:
-        file, offset, data = frame
-        journal.write([(file, offset, data[: self.random.randrange(len(data))])])
 
     def seal(self) -> None:
         if self.sealed is None:

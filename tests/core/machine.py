@@ -14,6 +14,7 @@ from pathlib import Path
 from qsfs.clock import FixedClock
 from qsfs.filesystem.contents import Contents
 from qsfs.store.group import Group
+from qsfs.store.journal import journal_paths
 from qsfs.store.limits import Limits
 from qsfs.store.packs import add_pack
 from qsfs.store.schema import PAGE, Entry, ExtentRow, Inode, InodeFlag, PackRow, PackState, Table, u64
@@ -32,6 +33,14 @@ LIMITS = Limits(
 )
 
 Frame = tuple[int, int, bytes]
+
+
+def write_torn(directory: Path, frame: Frame, length: int) -> None:
+    """Writes no more than the first `length` bytes of an append to the journal of the store in `directory`."""
+    number, offset, data = frame
+    with journal_paths(directory)[number].open("r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), data[:length], offset)
+        os.fsync(file.fileno())
 
 
 def page(letter: str) -> bytes:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qsfs.errors import CacheError
-from qsfs.store import journal as journal_module
+from qsfs.store import direct as direct_module
+from qsfs.store.direct import SECTOR
 from qsfs.store.journal import (
-    SECTOR,
     Frame,
     Journal,
     decode_frames,
@@ -236,14 +239,57 @@ def test_an_absent_journal_holds_nothing(tmp_path: Path) -> None:
 def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`pwrite` may write less than it was given; an append is acknowledged when all of it is written."""
     journal = open_journal(tmp_path)
-    whole = journal_module.os.pwrite
+    whole = direct_module.os.pwrite
     monkeypatch.setattr(
-        journal_module.os, "pwrite", lambda file, data, offset: whole(file, data[:700], offset)
+        direct_module.os, "pwrite", lambda file, data, offset: whole(file, data[:700], offset)
     )
     append(journal, b"x" * 5000)
     monkeypatch.undo()
     journal.close()
     assert bodies(read_frames(tmp_path, NUMBER, 1)) == [b"x" * 5000]
+
+
+def test_appends_that_follow_each_other_are_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One write serves all waiters of a flush, also where it is larger than what is written at once."""
+    journal = open_journal(tmp_path, 2 << 20)
+    appended = [b"%d" % i * 3000 for i in range(9)]
+    frames = [journal.frame([encode_record(1, body)]) for body in appended]
+    whole = direct_module.os.pwrite
+    offsets: list[int] = []
+
+    def write(file: int, data: memoryview, offset: int) -> int:
+        offsets.append(offset)
+        return whole(file, data, offset)
+
+    monkeypatch.setattr(direct_module.os, "pwrite", write)
+    journal.write(frames)
+    assert offsets == [0]
+    large = b"large" * 150_000
+    append(journal, large)
+    assert len(offsets) > 2
+    monkeypatch.undo()
+    journal.close()
+    assert bodies(read_frames(tmp_path, NUMBER, 1)) == [*appended, large]
+
+
+@pytest.mark.parametrize("refused", ["open", "preadv"])
+def test_a_disk_without_direct_sectors_has_a_journal_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    """Where O_DIRECT is refused, at once or for single sectors, appends go through the page cache."""
+    whole = getattr(os, refused)
+
+    def refuse(*arguments: Any) -> Any:
+        if refused == "preadv" or arguments[1] & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return whole(*arguments)
+
+    monkeypatch.setattr(direct_module.os, refused, refuse)
+    journal = open_journal(tmp_path)
+    append(journal, b"x" * 5000)
+    append(journal, b"y")
+    journal.close()
+    assert bodies(read_frames(tmp_path, NUMBER, 1)) == [b"x" * 5000, b"y"]
 
 
 def test_a_disk_that_fails_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +299,7 @@ def test_a_disk_that_fails_is_an_error_of_ours(tmp_path: Path, monkeypatch: pyte
     def fail(_: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(journal_module.os, "fdatasync", fail)
+    monkeypatch.setattr(direct_module.os, "fdatasync", fail)
     with pytest.raises(CacheError, match="journal"):
         append(journal, b"x")
     journal.close()
@@ -268,7 +314,7 @@ def test_an_acknowledged_append_has_flushed_the_other_file_too(
     journal.switch()
     after = journal.frame([encode_record(1, b"after")])
     flushed: list[int] = []
-    monkeypatch.setattr(journal_module.os, "fdatasync", flushed.append)
+    monkeypatch.setattr(direct_module.os, "fdatasync", flushed.append)
     journal.write([before, after])
     assert len(set(flushed)) == 2
     journal.close()

@@ -13,10 +13,11 @@ import pytest
 from qsfs import failpoints
 from qsfs.errors import Corrupt
 from qsfs.store import replay
-from qsfs.store.journal import SECTOR, decode_frames, encode_record, read_frames
+from qsfs.store.direct import SECTOR
+from qsfs.store.journal import decode_frames, encode_record, read_frames
 from qsfs.store.schema import PAGE, Table, u64
 from qsfs.store.store import JOURNAL_KEY, CommitNeeded
-from tests.core.machine import ZEROS, Machine, page, with_limits
+from tests.core.machine import ZEROS, Machine, page, with_limits, write_torn
 
 
 class PowerCut(Exception):
@@ -130,7 +131,7 @@ def test_the_second_half_of_an_atomic_files_append_is_torn(machine: Machine) -> 
     assert frame is not None
     where, offset, data = frame
     for length in range(SECTOR, len(data) - SECTOR + 1, SECTOR):
-        machine.store.journal.write([(where, offset, data[:length])])
+        write_torn(machine.store.directory, (where, offset, data), length)
         machine.crash()
         assert machine.read(file) == b"", length
         machine.write(file, 0, page("a"))

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from qsfs.fsck.report import Finding, Report, Severity
-from qsfs.store.journal import SECTOR, encode_record, journal_paths
+from qsfs.store.direct import SECTOR
+from qsfs.store.journal import encode_record, journal_paths
 from qsfs.store.schema import PAGE, Table, u64_pair
 from tests.fsck.conftest import Checked, kinds
 
