@@ -14,7 +14,7 @@ from typing import cast
 from qsfs.filesystem.needs import NeedPages, NeedRoom
 from qsfs.filesystem.transient import TransientPages
 from qsfs.filesystem.uncovered import Held, Uncovered
-from qsfs.store.group import ZERO_PAGE
+from qsfs.store.block import ZERO_PAGE
 from qsfs.store.reading import LocalDamage
 from qsfs.store.replay import log_of
 from qsfs.store.schema import PAGE, Inode, InodeFlag, Page

@@ -15,8 +15,9 @@ from lmdb.verify import VerifyError, verify
 from qsfs.errors import CacheError, Corrupt, FormatMismatch, QsfsError
 from qsfs.format.units import FSID_SIZE
 from qsfs.fsck.report import Layer, Report
+from qsfs.store.block import ALL_PAGES
 from qsfs.store.environment import Environment, ReadView
-from qsfs.store.group import ALL_PAGES, COMMIT_KEY, WRITE_NUMBER_KEY
+from qsfs.store.group import COMMIT_KEY, WRITE_NUMBER_KEY
 from qsfs.store.schema import (
     REMOTE_TABLES,
     VALUE_SIZE,

@@ -11,14 +11,16 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from qsfs.store.block import ALL_PAGES, Block, block_key
 from qsfs.store.extents import Extents
-from qsfs.store.group import Block, InodeLog, block_key
+from qsfs.store.group import InodeLog
 from qsfs.store.inodes import Inodes
 from qsfs.store.layers import Layers
 from qsfs.store.reading import PageReader
 from qsfs.store.recency import RecentSet
 from qsfs.store.schema import (
     BLOCK_PAGES,
+    BLOCK_SIZE,
     PAGE,
     ExtentRow,
     Inode,
@@ -39,6 +41,7 @@ from qsfs.store.schema import (
 
 _LOCAL_ONLY = int(InodeFlag.LOCAL_ONLY)
 _FEW_BLOCKS = 64
+_A_RUN = 4
 
 
 class Blocks:
@@ -93,7 +96,7 @@ class Blocks:
             if block.resident & 1 << i and is_cut(pending, number * BLOCK_PAGES + i, block.writes[i]):
                 bits |= 1 << i
                 block.writes[i] = 0
-                block.pages[i] = None
+                block.drop_page(i)
         block.resident &= ~bits
         block.dirty &= ~bits
         return bits
@@ -103,7 +106,7 @@ class Blocks:
         key = block_key(inode.number, number)
         block = self._layers.open.blocks.get(key)
         if block is None:
-            block = self._inherit(inode.number, number, key) or Block(0, 0, [0] * BLOCK_PAGES)
+            block = self._inherit(inode.number, number, key) or Block(stored=False)
             self._layers.open.blocks[key] = block
             self._layers.open.blocks_of[inode.number].add(number)
         if inode.number in self.pending:
@@ -125,33 +128,63 @@ class Blocks:
         log = group.data_log.get(inode.number)
         if log is None:
             log = group.data_log[inode.number] = InodeLog()
+        count = len(data) // PAGE
+        if count == 1:
+            log.pages[first] = write_number
+            self.move_in(inode, first, bytes(data), write_number)
+            self.written.add(block_key(inode.number, first // BLOCK_PAGES))
+            return
+        log.pages.update(dict.fromkeys(range(first, first + count), write_number))
         local = bool(inode.flags & _LOCAL_ONLY)
         has_extents = self._extents.any(inode.number)
-        count = len(data) // PAGE
-        log.pages.update(dict.fromkeys(range(first, first + count), write_number))
+        start, stop = first // BLOCK_PAGES, (first + count - 1) // BLOCK_PAGES + 1
+        bare = stop - start >= _A_RUN and self._is_bare(inode.number, start, stop)
         page, offset = first, 0
-        while count:
-            number, index = divmod(page, BLOCK_PAGES)
+        for number in range(start, stop):
+            index = page % BLOCK_PAGES
             here = min(BLOCK_PAGES - index, count)
-            block = self.writable(inode, number)
-            if here == BLOCK_PAGES and not block.filled:
-                group.streamed_blocks += 1
+            block = self._bare_block(inode.number, number) if bare else self.writable(inode, number)
+            if here == BLOCK_PAGES:
+                if not block.filled:
+                    group.streamed_blocks += 1
+                bits = ALL_PAGES
+                block.writes = [write_number] * BLOCK_PAGES
+                block.set_whole(bytes(data[offset : offset + BLOCK_SIZE]))
+            else:
+                bits = ((1 << here) - 1) << index
+                for i in range(here):
+                    block.writes[index + i] = write_number
+                    block.set_page(index + i, bytes(data[offset + i * PAGE : offset + (i + 1) * PAGE]))
             group.fill(block)
-            self.written.add(block_key(inode.number, number))
-            bits = ((1 << here) - 1) << index
             new = bits & ~block.resident
             if new:
                 inode.allocated += self._holes(inode.number, number, new) if has_extents else new.bit_count()
                 block.resident |= bits
             if not local:
                 block.dirty |= bits
-            for i in range(index, index + here):
-                block.writes[i] = write_number
-                block.pages[i] = bytes(data[offset : offset + PAGE])
-                offset += PAGE
+            offset += here * PAGE
             page += here
             count -= here
+        self.written.add_all(range(block_key(inode.number, start), block_key(inode.number, stop)))
         self._inodes.touch(inode)
+
+    def _is_bare(self, inode: int, start: int, stop: int) -> bool:
+        """Whether nothing is known of the blocks from `start` to `stop`: then none need be looked up."""
+        if inode in self.pending:
+            return False
+        numbers = range(start, stop)
+        for group in (self._layers.open, self._layers.committing):
+            if group is not None and inode in group.blocks_of and not group.blocks_of[inode].isdisjoint(numbers):
+                return False
+        rows = self._layers.view.scan(Table.BLOCKS, u64_pair(inode, start), u64_pair(inode, stop))
+        return next(rows, None) is None
+
+    def _bare_block(self, inode: int, number: int) -> Block:
+        """A block of which nothing is known, in the open group."""
+        group = self._layers.open
+        block = group.blocks[block_key(inode, number)] = Block(stored=False)
+        group.blocks_of[inode].add(number)
+        return block
 
     def _holes(self, inode: int, number: int, bits: int) -> int:
         """How many of the pages `bits` of a block no extent row holds."""
@@ -171,7 +204,7 @@ class Blocks:
         if not inode.flags & _LOCAL_ONLY:
             block.dirty |= bit
         block.writes[index] = write_number
-        block.pages[index] = data
+        block.set_page(index, data)
         self._layers.open.fill(block)
         self._inodes.touch(inode)
 
@@ -188,14 +221,18 @@ class Blocks:
             if (row.pack, row.ordinal) != (source.pack, source.ordinal):
                 continue
             for number, bits in self._remote_blocks(inode.number, row, first, stop, absent):
-                block = self._add(inode.number, number) if number in absent else self.writable(inode, number)
+                block = self._bare_block(inode.number, number) if number in absent else self.writable(inode, number)
                 absent.discard(number)
                 block.resident |= bits
-                for i in range(BLOCK_PAGES):
-                    if bits & 1 << i:
-                        offset = (number * BLOCK_PAGES + i - first) * PAGE
-                        block.writes[i] = source.write_number
-                        block.pages[i] = bytes(view[offset : offset + PAGE])
+                start = (number * BLOCK_PAGES - first) * PAGE
+                if bits == ALL_PAGES:
+                    block.writes = [source.write_number] * BLOCK_PAGES
+                    block.set_whole(bytes(view[start : start + BLOCK_SIZE]))
+                else:
+                    for i in range(BLOCK_PAGES):
+                        if bits & 1 << i:
+                            block.writes[i] = source.write_number
+                            block.set_page(i, bytes(view[start + i * PAGE : start + (i + 1) * PAGE]))
                 self._layers.open.fill(block)
                 self.reader.used.add(block_key(inode.number, number))
                 installed += bits.bit_count()
@@ -241,12 +278,6 @@ class Blocks:
         stored = self._layers.view.get_all(Table.BLOCKS, [u64_pair(inode, number) for number in sorted(absent)])
         return absent.difference(split_u64_pair(bytes(key))[1] for key, _ in stored)
 
-    def _add(self, inode: int, number: int) -> Block:
-        """A block in the open group that no layer had anything of."""
-        block = self._layers.open.blocks[block_key(inode, number)] = Block(0, 0, [0] * BLOCK_PAGES)
-        self._layers.open.blocks_of[inode].add(number)
-        return block
-
     def remote_extent(self, inode: int, page: int) -> ExtentRow | None:
         """The extent that holds `page`, unless a pending truncation makes it a hole."""
         row = self._extents.at(inode, page)
@@ -285,7 +316,7 @@ class Blocks:
         block.resident &= ~bits
         for i in range(BLOCK_PAGES):
             if bits & 1 << i:
-                block.pages[i] = None
+                block.drop_page(i)
                 block.writes[i] = 0
         return bits.bit_count()
 
@@ -330,7 +361,7 @@ class Blocks:
                 block = self.writable(inode, block_number)
                 block.resident = block.dirty = 0
                 block.writes = [0] * BLOCK_PAGES
-                block.pages = [None] * BLOCK_PAGES
+                block.drop_all()
             inode.allocated = 0
         return True
 

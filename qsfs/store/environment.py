@@ -79,14 +79,16 @@ class Environment:
         return ReadView(self, self.env.begin(buffers=True))
 
     @contextmanager
-    def write(self) -> Iterator[Any]:
+    def write(self, *, buffers: bool = False) -> Iterator[Any]:
         """A write transaction; commits durably at the end of the block, or aborts on an exception.
 
+        With `buffers` rows are read as memoryviews, which the next change in the transaction may kill.
         Raises `StoreFull` for a full map and `CacheError` for whatever else LMDB reports; nothing of
         the transaction is in the store then.
         """
         try:
-            with self.env.begin(write=True) as txn:
+            begin: Any = self.env.begin
+            with begin(write=True, buffers=buffers) as txn:
                 yield txn
         except lmdb.MapFullError as error:
             raise StoreFull(f"{self.directory}: the local store is full ({error})") from error

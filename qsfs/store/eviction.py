@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qsfs.store.group import block_key
+from qsfs.store.block import block_key
 from qsfs.store.schema import (
     BLOCK_PAGES,
     BLOCK_SIZE,

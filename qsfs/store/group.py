@@ -11,20 +11,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from sortedcontainers import SortedDict
-from xxhash import xxh3_64_intdigest
 
 from qsfs import failpoints
+from qsfs.store.block import Block
 from qsfs.store.environment import Environment
 from qsfs.store.schema import (
-    BLOCK_PAGES,
     BLOCK_SIZE,
-    PAGE,
     REMOTE_TABLES,
-    TAIL,
     BlockRow,
+    Page,
     Table,
     plain_u64,
     u64,
@@ -35,30 +33,8 @@ WRITE_NUMBER_KEY = b"write-number"
 JOURNAL_START_KEY = b"journal-start"
 Key = bytes
 RowValue = bytes | None
-ALL_PAGES = (1 << BLOCK_PAGES) - 1
-ZERO_PAGE = bytes(PAGE)
 _MARKS_AT_ONCE = 10_000
-
-
-class DamagedPage(bytes):
-    """Bytes that failed their checksum on the way to another place: kept as damage, never returned."""
-
-
-class Block:
-    """What a group knows of one block: bitmaps, write numbers, and the pages that the group holds.
-
-    `pages[i]` is None where the page is not resident, or where its bytes lie in an older layer
-    (the committing group, then LMDB).
-    """
-
-    __slots__ = ("dirty", "filled", "pages", "resident", "writes")
-
-    def __init__(self, resident: int, dirty: int, writes: list[int]) -> None:
-        self.resident = resident
-        self.dirty = dirty
-        self.writes = writes
-        self.pages: list[bytes | None] = [None] * BLOCK_PAGES
-        self.filled = False
+_BLOCKS_AT_ONCE = 256
 
 
 class InodeLog:
@@ -141,17 +117,12 @@ class Group:
         )
 
 
-def block_key(inode: int, block: int) -> int:
-    """The key of a block as one number; its 16 big-endian bytes are the LMDB key."""
-    return inode << 64 | block
-
-
 def commit(environment: Environment, group: Group, local: Mapping[bytes, bytes]) -> None:
     """Applies a sealed group durably, in one transaction.
 
     `local` rows go into LOCAL with it.  Raises `CacheError` with nothing applied.
     """
-    with environment.write() as txn:
+    with environment.write(buffers=True) as txn:
         mark = u64(group.number)
         changed = environment.databases[Table.CHANGED]
         for table, overlay in group.rows.items():
@@ -196,10 +167,10 @@ def _settle_marks(txn: Any, environment: Environment, published: Publication, ma
         gone = []
         with txn.cursor(changed) as cursor:
             more = cursor.set_range(position)
-            for key, value in cursor.iternext() if more else ():
-                if value <= contained:
-                    gone.append(key)
-                    position = key
+            for name, value in cursor.iternext() if more else ():
+                if bytes(value) <= contained:
+                    position = bytes(name)
+                    gone.append(position)
                     if len(gone) >= _MARKS_AT_ONCE:
                         break
             else:
@@ -218,71 +189,38 @@ def _settle_marks(txn: Any, environment: Environment, published: Publication, ma
 
 def _apply_blocks(txn: Any, blocks: Mapping[int, Block], rows: Any, values: Any, dirty: Any) -> None:
     """Stores `blocks` in the databases `rows` and `values`; `dirty`, if given, indexes the dirty ones."""
-    for number in sorted(blocks):
-        block = blocks[number]
-        key = number.to_bytes(16, "big")
-        old_row = txn.get(key, db=rows)
-        if not block.resident:
+    numbers = sorted(blocks)
+    for begin in range(0, len(numbers), _BLOCKS_AT_ONCE):
+        new_rows: list[tuple[bytes, bytes]] = []
+        new_values: list[tuple[bytes, Page]] = []
+        new_dirty: list[tuple[bytes, bytes]] = []
+        for number in numbers[begin : begin + _BLOCKS_AT_ONCE]:
+            block = blocks[number]
+            key = number.to_bytes(16, "big")
+            old_row = txn.get(key, db=rows) if block.stored else None
+            if not block.resident:
+                if old_row is not None:
+                    txn.delete(key, db=rows)
+                    txn.delete(key, db=values)
+                    if dirty is not None:
+                        txn.delete(key, db=dirty)
+                continue
+            old = old_value = None
             if old_row is not None:
-                txn.delete(key, db=rows)
-                txn.delete(key, db=values)
-                if dirty is not None:
+                old = BlockRow.decode(old_row)
+                old_value = txn.get(key, db=values) if block.needs_stored_value() else None
+            row, value = block.encode(old, old_value)
+            new_rows.append((key, row))
+            if value is not None:
+                new_values.append((key, value))
+            if dirty is None:
+                continue
+            if not block.dirty:
+                if old is not None and old.dirty:
                     txn.delete(key, db=dirty)
-            continue
-        old = BlockRow.decode(old_row) if old_row is not None else None
-        pages = block.pages
-        row, value = _merge(block, old, None if old is None else _old_value(txn, values, key, old, pages))
-        if value is not None:
-            txn.put(key, value, db=values)
-        txn.put(key, row.encode(), db=rows)
-        if dirty is None:
-            continue
-        if block.dirty:
-            if old is None or not old.dirty:
-                txn.put(key, b"", db=dirty)
-        elif old is not None and old.dirty:
-            txn.delete(key, db=dirty)
-
-
-def _old_value(
-    txn: Any, values: Any, key: bytes, old: BlockRow, pages: list[bytes | None]
-) -> bytes | None:
-    """The block's old bytes, read only where the group does not hold every page itself."""
-    if None not in pages or all(page is None for page in pages):
-        return None
-    stored = txn.get(key, db=values)
-    return None if stored is None else bytes(stored) + old.tail
-
-
-def _merge(block: Block, old: BlockRow | None, old_bytes: bytes | None) -> tuple[BlockRow, bytes | None]:
-    """The row to store, and the value, or None where the stored value can stay."""
-    pages = block.pages
-    if None not in pages:
-        parts = cast("list[bytes]", pages)
-        sums = [_checksum(page) for page in parts]
-    else:
-        sums = list(old.sums) if old is not None else [0] * BLOCK_PAGES
-        parts = [ZERO_PAGE] * BLOCK_PAGES
-        if old_bytes:
-            parts = [old_bytes[i * PAGE : (i + 1) * PAGE] for i in range(BLOCK_PAGES)]
-        fresh = False
-        for index, page in enumerate(pages):
-            if page is not None:
-                sums[index] = _checksum(page)
-                parts[index] = page
-                fresh = True
-        if not fresh:
-            assert old is not None, "a resident block without pages must be in LMDB already"
-            return _row(block, sums, old.tail), None
-    last = parts[-1]
-    value = b"".join((*parts[:-1], memoryview(last)[:-TAIL]))
-    return _row(block, sums, last[-TAIL:]), value
-
-
-def _checksum(page: bytes) -> int:
-    return xxh3_64_intdigest(page) ^ (type(page) is DamagedPage)
-
-
-def _row(block: Block, sums: list[int], tail: bytes) -> BlockRow:
-    s, w = sums, block.writes
-    return BlockRow(block.resident, block.dirty, (s[0], s[1], s[2], s[3]), (w[0], w[1], w[2], w[3]), tail)
+            elif old is None or not old.dirty:
+                new_dirty.append((key, b""))
+        for database, items in ((values, new_values), (rows, new_rows), (dirty, new_dirty)):
+            if items:
+                with txn.cursor(database) as cursor:
+                    cursor.putmulti(items)

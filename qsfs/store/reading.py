@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from xxhash import xxh3_64_intdigest
 
 from qsfs.errors import Corrupt
-from qsfs.store.group import Block, DamagedPage, block_key
+from qsfs.store.block import Block, DamagedPage, block_key
 from qsfs.store.layers import Layers
 from qsfs.store.recency import RecentSet
 from qsfs.store.schema import (
@@ -98,9 +98,9 @@ class PageReader:
             if not top.resident & 1 << i or self.is_cut(inode, number, i, top):
                 found.append(None)
                 continue
-            page: Page | None = top.pages[i]
+            page: Page | None = top.page(i)
             if page is None and lower is not None:
-                page = lower.pages[i]
+                page = lower.page(i)
             if page is None:
                 page = self._stored_pages(key, i, 1, raw=True)[i]
             elif type(page) is DamagedPage:

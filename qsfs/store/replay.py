@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from qsfs import failpoints
 from qsfs.errors import Corrupt, QsfsBug
 from qsfs.store import changes
-from qsfs.store.group import Group, InodeLog, block_key
+from qsfs.store.block import block_key
+from qsfs.store.group import Group, InodeLog
 from qsfs.store.journal import Frame, encode_record
-from qsfs.store.schema import BLOCK_PAGES, PAGE, Inode
+from qsfs.store.schema import BLOCK_PAGES, PAGE, Inode, Page
 
 if TYPE_CHECKING:
     from qsfs.store.store import Store
@@ -59,7 +60,7 @@ def take_data_records(store: Store, groups: Sequence[Group], number: int) -> lis
     for log in logs:
         pages.update(log.pages)
     for page in sorted(pages):
-        body = _PAGE.pack(number, page, pages[page]) + page_in_groups(store, number, page)
+        body = b"".join((_PAGE.pack(number, page, pages[page]), page_in_groups(store, number, page)))
         records.append(encode_record(PAGES, body))
     touched = max(log.touched for log in logs)
     if touched:
@@ -68,12 +69,12 @@ def take_data_records(store: Store, groups: Sequence[Group], number: int) -> lis
     return records
 
 
-def page_in_groups(store: Store, inode: int, page: int) -> bytes:
+def page_in_groups(store: Store, inode: int, page: int) -> Page:
     """The bytes of a page that the open or the committing group holds."""
     key, index = block_key(inode, page // BLOCK_PAGES), page % BLOCK_PAGES
     for group in (store.layers.open, store.layers.committing):
         block = group.blocks.get(key) if group is not None else None
-        data = block.pages[index] if block is not None else None
+        data = block.page(index) if block is not None else None
         if data is not None:
             return data
     raise QsfsBug(f"inode {inode}, page {page}: written but in no group")

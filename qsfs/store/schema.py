@@ -8,6 +8,7 @@ version.  Rows are little-endian structs; a first byte names the row's version w
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any
@@ -330,13 +331,20 @@ class BlockRow:
 
     def encode(self) -> bytes:
         """The row: resident u8, dirty u8, 4 x checksum u64, 4 x write number u64, tail 16 bytes."""
-        return _BLOCK.pack(self.resident, self.dirty, *self.sums, *self.writes, self.tail)
+        return pack_block(self.resident, self.dirty, self.sums, self.writes, self.tail)
 
     @classmethod
     def decode(cls, row: bytes | memoryview) -> BlockRow:
         """The block in a row; raises `Corrupt`."""
         f = unpack_block(row)
         return cls(f[0], f[1], f[2:6], f[6:10], f[10])
+
+
+def pack_block(
+    resident: int, dirty: int, sums: Sequence[int], writes: Sequence[int], tail: bytes
+) -> bytes:
+    """A block row of its fields: see `BlockRow.encode`."""
+    return _BLOCK.pack(resident, dirty, *sums, *writes, tail)
 
 
 def unpack_block(row: bytes | memoryview) -> tuple[Any, ...]:

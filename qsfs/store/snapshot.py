@@ -22,8 +22,9 @@ from sortedcontainers import SortedDict
 from xxhash import xxh3_64_intdigest
 
 from qsfs.clock import Clock
+from qsfs.store.block import block_key
 from qsfs.store.environment import Environment
-from qsfs.store.group import COMMIT_KEY, WRITE_NUMBER_KEY, block_key
+from qsfs.store.group import COMMIT_KEY, WRITE_NUMBER_KEY
 from qsfs.store.layers import merge_rows, overlay_rows
 from qsfs.store.reading import LocalDamage
 from qsfs.store.schema import (

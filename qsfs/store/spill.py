@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from xxhash import xxh3_64_intdigest
 
+from qsfs.store.block import Block, DamagedPage, block_key
 from qsfs.store.blocks import Blocks
 from qsfs.store.environment import Environment
-from qsfs.store.group import Block, DamagedPage, block_key
 from qsfs.store.layers import Layers
 from qsfs.store.reading import LocalDamage
 from qsfs.store.schema import (
@@ -96,9 +96,9 @@ class Spill:
             if block is not None:
                 if not block.resident & 1 << index:
                     return None
-                data = block.pages[index]
+                data = block.page(index)
                 if data is not None:
-                    return data
+                    return data if isinstance(data, bytes) else bytes(data)
         return self._stored(key, index)
 
     def _stored(self, key: int, index: int) -> bytes | None:
@@ -122,7 +122,7 @@ class Spill:
         number, index = divmod(page, BLOCK_PAGES)
         block = self._writable(inode, number)
         block.resident |= 1 << index
-        block.pages[index] = data
+        block.set_page(index, data)
         self._layers.open.fill(block)
         self._blocks.setdefault(inode, set()).add(number)
 
@@ -139,7 +139,7 @@ class Spill:
                 encoded = self._layers.view.get(Table.SPILL_BLOCKS, key.to_bytes(16, "big"))
                 if encoded is not None:
                     resident = BlockRow.decode(encoded).resident
-            block = self._layers.open.spill[key] = Block(resident, 0, [0] * BLOCK_PAGES)
+            block = self._layers.open.spill[key] = Block(resident)
         return block
 
     def cut(self, inode: int, first: int) -> None:
@@ -151,7 +151,7 @@ class Spill:
             for index in range(BLOCK_PAGES):
                 if number * BLOCK_PAGES + index >= first:
                     block.resident &= ~(1 << index)
-                    block.pages[index] = None
+                    block.drop_page(index)
             if not block.resident:
                 self._forget_block(inode, number)
 
@@ -163,7 +163,7 @@ class Spill:
             if number in numbers:
                 block = self._writable(inode, number)
                 block.resident &= ~(1 << index)
-                block.pages[index] = None
+                block.drop_page(index)
                 if not block.resident:
                     self._forget_block(inode, number)
 
@@ -199,7 +199,7 @@ class Spill:
                     blocks.move_in(inode, page, data, write_number)
             block = self._writable(inode.number, number)
             block.resident = 0
-            block.pages = [None] * BLOCK_PAGES
+            block.drop_all()
             self._forget_block(inode.number, number)
         return inode.number not in self.covered
 

@@ -120,7 +120,8 @@ def test_a_page_under_a_pending_truncation_is_not_taken_for_one_that_a_pack_has(
     extent = machine.store.extents.at(number, 0)
     assert extent is not None and machine.store.blocks.remote_extent(number, 0) is None
     newer = machine.store.blocks.writable(machine.inode(number), 0)
-    newer.resident, newer.writes[0], newer.pages[0] = 1, machine.store.next_write(), page("n")
+    newer.resident, newer.writes[0] = 1, machine.store.next_write()
+    newer.set_page(0, page("n"))
     machine.store.layers.open.fill(newer)
     machine.commit()
     assert evict(machine, written_will_do=True) == 0
