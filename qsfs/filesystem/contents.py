@@ -102,13 +102,17 @@ class Contents:
         if offset >= end:
             return b""
         first, last = offset // PAGE, (end - 1) // PAGE
-        pages = self._pages(inode, u, first, last - first + 1)
         if first == last:
+            page = self._pages(inode, u, first, 1)[0]
             start = offset - first * PAGE
-            if end - offset == PAGE and isinstance(pages[0], bytes):
-                return pages[0]
-            return bytes(pages[0][start : start + end - offset])
-        joined = b"".join(pages)
+            if end - offset == PAGE and isinstance(page, bytes):
+                return page
+            return bytes(page[start : start + end - offset])
+        joined = None
+        if u is None and not self._store.spill.any(inode.number):
+            joined = self._store.blocks.reader.run(inode.number, first, last - first + 1)
+        if joined is None:
+            joined = b"".join(self._pages(inode, u, first, last - first + 1))
         if len(joined) == end - offset:
             return joined
         return joined[offset - first * PAGE : end - first * PAGE]

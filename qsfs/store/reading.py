@@ -9,9 +9,11 @@ from xxhash import xxh3_64_intdigest
 from qsfs.errors import Corrupt
 from qsfs.store.block import Block, DamagedPage, block_key
 from qsfs.store.layers import Layers
+from qsfs.store.prefetch import read_ahead
 from qsfs.store.recency import RecentSet
 from qsfs.store.schema import (
     BLOCK_PAGES,
+    BLOCK_SIZE,
     PAGE,
     VALUE_SIZE,
     BlockRow,
@@ -20,11 +22,13 @@ from qsfs.store.schema import (
     Truncation,
     is_cut,
     u64_pair,
+    u64_pairs,
     unpack_block,
 )
-from qsfs.store.values import whole_pages
+from qsfs.store.values import whole_blocks
 
 _RUN_PAGES = 2 * BLOCK_PAGES
+_MOST_STREAMS = 64
 
 
 class LocalDamage(Corrupt):
@@ -43,6 +47,7 @@ class PageReader:
         self._layers = layers
         self._pending = pending
         self.used = RecentSet()
+        self._streams: dict[tuple[int, int], bool] = {}
 
     def pages(self, inode: int, first: int, count: int) -> list[Page | None]:
         """The resident pages from `first` on; None where a page is a hole or remote only.
@@ -51,8 +56,6 @@ class PageReader:
         `LocalDamage` if stored bytes fail their checksum.
         """
         found: list[Page | None] = []
-        if count > _RUN_PAGES and self._read_run(found, inode, first, count):
-            return found
         page, stop = first, first + count
         while page < stop:
             index = page % BLOCK_PAGES
@@ -61,29 +64,43 @@ class PageReader:
             page += here
         return found
 
-    def _read_run(self, found: list[Page | None], inode: int, first: int, count: int) -> bool:
-        """Reads a run of blocks if LMDB alone has them, wholly resident and intact; whether it did."""
-        blocks = range(first // BLOCK_PAGES, (first + count - 1) // BLOCK_PAGES + 1)
-        if inode in self._pending:
-            return False
+    def run(self, inode: int, first: int, count: int) -> bytes | None:
+        """All bytes of the pages from `first` on, if LMDB alone has their blocks, wholly resident and intact.
+
+        None calls for `pages`.  Reads that follow each other are read ahead from the disk.
+        """
+        if count < _RUN_PAGES or inode in self._pending:
+            return None
+        start, stop = first // BLOCK_PAGES, (first + count - 1) // BLOCK_PAGES + 1
+        blocks = range(start, stop)
         for group in (self._layers.open, self._layers.committing):
             if group is not None and inode in group.blocks_of and not group.blocks_of[inode].isdisjoint(blocks):
-                return False
-        keys = [u64_pair(inode, number) for number in blocks]
-        rows = self._layers.view.get_all(Table.BLOCKS, keys)
-        values = self._layers.view.get_all(Table.VALUES, keys)
-        if not len(rows) == len(values) == len(keys):
-            return False
-        for (_, row), (_, value) in zip(rows, values, strict=True):
-            pages = whole_pages(row, value)
-            if pages is None:
-                found.clear()
-                return False
-            found += pages
-        self.used.add_all(range(block_key(inode, blocks.start), block_key(inode, blocks.stop)))
-        skipped = first - blocks.start * BLOCK_PAGES
-        found[:] = found[skipped : skipped + count]
-        return True
+                return None
+        view = self._layers.view
+        keys = u64_pairs(inode, blocks)
+        value = view.get(Table.VALUES, keys[0])
+        if value is None:
+            return None
+        self._read_ahead(value, inode, start, stop)
+        whole = whole_blocks(view.get_all(Table.BLOCKS, keys), view.get_all(Table.VALUES, keys))
+        if whole is None or len(whole) != len(blocks) * BLOCK_SIZE:
+            return None
+        self.used.add_all(range(block_key(inode, start), block_key(inode, stop)))
+        if len(whole) == count * PAGE:
+            return whole
+        skipped = (first - start * BLOCK_PAGES) * PAGE
+        return whole[skipped : skipped + count * PAGE]
+
+    def _read_ahead(self, value: memoryview, inode: int, start: int, stop: int) -> None:
+        """Has the kernel read what a run and the one behind it take; `value` is the first of the run."""
+        size = (stop - start) * BLOCK_SIZE
+        if self._streams.pop((inode, start), False):
+            read_ahead(value, size, size)
+        else:
+            read_ahead(value, 0, 2 * size)
+        if len(self._streams) >= _MOST_STREAMS:
+            self._streams.clear()
+        self._streams[inode, stop] = True
 
     def _read_block(self, found: list[Page | None], inode: int, number: int, index: int, count: int) -> None:
         key = block_key(inode, number)

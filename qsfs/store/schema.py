@@ -8,7 +8,7 @@ version.  Rows are little-endian structs; a first byte names the row's version w
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any
@@ -67,6 +67,12 @@ def u64(number: int) -> bytes:
 def u64_pair(first: int, second: int) -> bytes:
     """A big-endian key of two numbers."""
     return _U64U64.pack(first, second)
+
+
+def u64_pairs(first: int, seconds: Iterable[int]) -> list[bytes]:
+    """Big-endian keys that share their first number."""
+    pack = _U64U64.pack
+    return [pack(first, second) for second in seconds]
 
 
 def split_u64(key: bytes) -> int:

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from xxhash import xxh3_64_intdigest
 
-from qsfs.store.schema import PAGE, VALUE_SIZE, Page, unpack_block
+from qsfs.store.block import ALL_PAGES
+from qsfs.store.schema import PAGE, VALUE_SIZE, unpack_block
 
-_SECOND, _THIRD, _LAST = PAGE, 2 * PAGE, 3 * PAGE
-_ALL = 0b1111
+Rows = Sequence[tuple[memoryview, memoryview]]
 
 
-def whole_pages(row: memoryview, value: memoryview) -> tuple[Page, Page, Page, Page] | None:
-    """The four pages of a block if all are resident and intact; None calls for a closer look.
+def whole_blocks(rows: Rows, values: Rows) -> bytes | None:
+    """The bytes of blocks with these rows and values, by key, if all are whole and intact.
 
-    Written out: a sequential read spends most of its time here.
+    None calls for a closer look.  What is verified is the copy that is returned: it is in the processor's
+    cache, and its pages lie in one piece.
     """
-    fields = unpack_block(row)
-    if fields[0] != _ALL or len(value) != VALUE_SIZE:
+    if len(rows) != len(values):
         return None
-    a, b, c = value[:_SECOND], value[_SECOND:_THIRD], value[_THIRD:_LAST]
-    d = b"".join((value[_LAST:], fields[10]))
-    if (
-        xxh3_64_intdigest(a) != fields[2]
-        or xxh3_64_intdigest(b) != fields[3]
-        or xxh3_64_intdigest(c) != fields[4]
-        or xxh3_64_intdigest(d) != fields[5]
-    ):
+    parts: list[memoryview | bytes] = []
+    sums: list[int] = []
+    for (_, row), (_, value) in zip(rows, values, strict=True):
+        resident, _, a, b, c, d, _, _, _, _, tail = unpack_block(row)
+        if resident != ALL_PAGES or len(value) != VALUE_SIZE:
+            return None
+        parts += (value, tail)
+        sums += (a, b, c, d)
+    whole = b"".join(parts)
+    view = memoryview(whole)
+    if [xxh3_64_intdigest(view[at : at + PAGE]) for at in range(0, len(whole), PAGE)] != sums:
         return None
-    return a, b, c, d
+    return whole

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
 import random
 from pathlib import Path
 
 import pytest
 
+from qsfs.store import prefetch, reading
 from qsfs.store.reading import LocalDamage
 from qsfs.store.schema import BLOCK_PAGES, PAGE, Table, u64_pair
 from tests.core.machine import Machine
@@ -73,3 +77,39 @@ def test_a_damaged_page_in_a_long_read_is_named_and_never_returned(tmp_path: Pat
         machine.store.layers.renew_view()
     assert run(machine, number, 0, PAGES) == random.Random(1).randbytes(PAGES * PAGE)
     machine.close()
+
+
+def test_reads_that_follow_each_other_are_read_ahead_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is asked for what a stream reads next, at the place where its values lie, and no more often."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        reading, "read_ahead", lambda value, skip, size: asked.append((prefetch.address(value) + skip, size))
+    )
+    machine = Machine(tmp_path)
+    number = machine.create("file")
+    machine.write(number, 0, random.Random(1).randbytes(PAGES * PAGE))
+    machine.commit()
+    keys = [u64_pair(number, block) for block in range(PAGES // BLOCK_PAGES)]
+    places = [prefetch.address(value) for _, value in machine.store.layers.view.get_all(Table.VALUES, keys)]
+    run(machine, number, 0, 16)
+    assert asked == [(places[0], 32 * PAGE)]
+    run(machine, number, 16, 16)
+    assert asked[1:] == [(places[8], 16 * PAGE)]
+    run(machine, number, 32, 16)
+    assert asked[2:] == [(places[12], 16 * PAGE)]
+    run(machine, number, 0, 16)
+    assert asked[3:] == [(places[0], 32 * PAGE)]
+    machine.close()
+
+
+def test_reading_ahead_needs_no_right_guess() -> None:
+    """The address is the value's, and one behind the end of the map does no harm."""
+    content = bytearray(3 * PAGE)
+    exact = ctypes.addressof(ctypes.c_char.from_buffer(content))
+    assert prefetch.address(memoryview(content)[5:]) == exact + 5
+    with contextlib.closing(mmap.mmap(-1, PAGE)) as mapped:
+        view = memoryview(mapped).toreadonly()
+        prefetch.read_ahead(view, 0, 1 << 40)
+        prefetch.read_ahead(view, 1 << 46, PAGE)
+        assert view[:PAGE] == bytes(PAGE)
+        view.release()
