@@ -23,6 +23,7 @@ from qsfs.store.store import Store
 _log = logging.getLogger(__name__)
 
 _ATOMIC_SYNC = int(InodeFlag.ATOMIC_SYNC)
+_LONG_WRITE = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,8 @@ class Contents:
         """
         if not data:
             return 0
+        if len(data) >= _LONG_WRITE:
+            self._store.turns.give_way()
         u = self._uncovered_of(inode)
         if self.must_wait():
             raise NeedRoom

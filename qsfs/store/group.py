@@ -27,6 +27,7 @@ from qsfs.store.schema import (
     plain_u64,
     u64,
 )
+from qsfs.store.turns import Turns
 
 COMMIT_KEY = b"commit"
 WRITE_NUMBER_KEY = b"write-number"
@@ -34,7 +35,7 @@ JOURNAL_START_KEY = b"journal-start"
 Key = bytes
 RowValue = bytes | None
 _MARKS_AT_ONCE = 10_000
-_BLOCKS_AT_ONCE = 256
+_BLOCKS_AT_ONCE = 64
 
 
 class InodeLog:
@@ -117,8 +118,13 @@ class Group:
         )
 
 
-def commit(environment: Environment, group: Group, local: Mapping[bytes, bytes]) -> None:
-    """Applies a sealed group durably, in one transaction.
+def commit(
+    environment: Environment,
+    group: Group,
+    local: Mapping[bytes, bytes],
+    turns: Turns,
+) -> None:
+    """Applies a sealed group durably, in one transaction, with pages in the steps of `turns`.
 
     `local` rows go into LOCAL with it.  Raises `CacheError` with nothing applied.
     """
@@ -137,10 +143,11 @@ def commit(environment: Environment, group: Group, local: Mapping[bytes, bytes])
                 if remote:
                     txn.put(prefix + key, mark, db=changed)
         databases = environment.databases
-        _apply_blocks(
-            txn, group.blocks, databases[Table.BLOCKS], databases[Table.VALUES], databases[Table.DIRTY]
-        )
-        _apply_blocks(txn, group.spill, databases[Table.SPILL_BLOCKS], databases[Table.SPILL_VALUES], None)
+        with turns:
+            rows, values, dirty = databases[Table.BLOCKS], databases[Table.VALUES], databases[Table.DIRTY]
+            _apply_blocks(txn, group.blocks, rows, values, dirty, turns)
+            rows, values = databases[Table.SPILL_BLOCKS], databases[Table.SPILL_VALUES]
+            _apply_blocks(txn, group.spill, rows, values, None, turns)
         if group.published is not None:
             _settle_marks(txn, environment, group.published, mark)
         failpoints.hit("commit.applied")
@@ -187,7 +194,14 @@ def _settle_marks(txn: Any, environment: Environment, published: Publication, ma
             txn.put(name, mark, db=changed)
 
 
-def _apply_blocks(txn: Any, blocks: Mapping[int, Block], rows: Any, values: Any, dirty: Any) -> None:
+def _apply_blocks(
+    txn: Any,
+    blocks: Mapping[int, Block],
+    rows: Any,
+    values: Any,
+    dirty: Any,
+    turns: Turns,
+) -> None:
     """Stores `blocks` in the databases `rows` and `values`; `dirty`, if given, indexes the dirty ones."""
     numbers = sorted(blocks)
     for begin in range(0, len(numbers), _BLOCKS_AT_ONCE):
@@ -224,3 +238,4 @@ def _apply_blocks(txn: Any, blocks: Mapping[int, Block], rows: Any, values: Any,
             if items:
                 with txn.cursor(database) as cursor:
                     cursor.putmulti(items)
+        turns.step_done()

@@ -40,6 +40,7 @@ from qsfs.store.schema import (
     u64,
 )
 from qsfs.store.spill import Spill
+from qsfs.store.turns import Turns
 
 JOURNAL_KEY = b"journal"
 FSID_KEY = b"fsid"
@@ -87,6 +88,7 @@ class Store:
         self.clock = clock
         self.environment = Environment(directory, limits.map_bytes)
         self.layers = Layers(self.environment)
+        self.turns = Turns()
         self.inodes = Inodes(self.layers)
         self.extents = Extents(self.layers)
         self.blocks = Blocks(self.layers, self.inodes, self.extents)
@@ -291,7 +293,7 @@ class Store:
 
     def commit(self, group: Group) -> None:
         """Makes a sealed group durable.  Raises `CacheError` with the group unapplied: try again."""
-        commit(self.environment, group, self._sealed_local)
+        commit(self.environment, group, self._sealed_local, self.turns)
         self.used_bytes, self.tree_bytes = self.environment.usage()
 
     def committed(self, group: Group) -> None:
