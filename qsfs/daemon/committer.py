@@ -24,8 +24,9 @@ from qsfs.store.store import CommitNeeded, Frame, Store
 _log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 4.0
-_FULL_TRIES = 200
+_FULL_TRIES = 20
 _FULL_PAUSE_SECONDS = 0.1
+_LONG_READ_SECONDS = 5.0
 _SHORT_FLUSH_SECONDS = 1e-3
 _FORGETTING = 0.1
 
@@ -101,19 +102,30 @@ class Committer:
         self._wake.set()
 
     async def _apply(self, group: Group) -> None:
-        """Commits a sealed group.  Room that was freed but cannot be reused yet is waited for."""
-        for attempt in range(_FULL_TRIES):
+        """Commits a sealed group.  Room that was freed but cannot be reused yet is waited for.
+
+        While others read an older state, what was freed since cannot be reused: then that is no reason to
+        give up, however slow the disk.
+        """
+        clock = self._store.clock
+        begin = clock.monotonic()
+        tries = 0
+        again = told = False
+        while True:
             try:
                 await trio.to_thread.run_sync(self._store.commit, group)
                 return
             except StoreFull as error:
-                if attempt + 1 == _FULL_TRIES:
+                tries += self._store.environment.readers <= 1
+                if tries >= _FULL_TRIES:
                     raise
-                if attempt > 0:
-                    # Not what the last commits freed, which is had by two empty ones: readers hold it.
-                    if attempt == 1:
-                        _log.warning("%s; waiting for pages that are being read to become free", error)
+                if again:
+                    # Not what the last commits freed, which is had by two empty ones.
                     await trio.sleep(_FULL_PAUSE_SECONDS)
+                again = True
+                if not told and clock.monotonic() - begin >= _LONG_READ_SECONDS:
+                    told = True
+                    _log.warning("%s; waiting for pages that are being read to become free", error)
                 self._store.layers.renew_view()
                 with contextlib.suppress(StoreFull):
                     await trio.to_thread.run_sync(self._store.environment.release_freed)

@@ -34,6 +34,7 @@ class Environment:
         Raises `CacheError` if LMDB cannot open it, `FormatMismatch` if its schema is newer.
         """
         self.directory = directory
+        self._views: set[ReadView] = set()
         self.map_bytes = map_bytes - map_bytes % PAGE
         try:
             self.env: lmdb.Environment = lmdb.open(
@@ -76,7 +77,17 @@ class Environment:
 
     def read(self) -> ReadView:
         """A new read view of the last commit.  The caller closes it within seconds."""
-        return ReadView(self, self.env.begin(buffers=True))
+        view = ReadView(self, self.env.begin(buffers=True))
+        self._views.add(view)
+        return view
+
+    @property
+    def readers(self) -> int:
+        """How many read views are open."""
+        return len(self._views)
+
+    def _closed(self, view: ReadView) -> None:
+        self._views.discard(view)
 
     @contextmanager
     def write(self, *, buffers: bool = False) -> Iterator[Any]:
@@ -129,6 +140,7 @@ class ReadView:
     """One read transaction.  Values are memoryviews into the map: copy what must outlive the view."""
 
     def __init__(self, environment: Environment, txn: Any) -> None:
+        self._environment = environment
         self._databases = environment.databases
         self.txn = txn
 
@@ -175,3 +187,4 @@ class ReadView:
     def close(self) -> None:
         """Ends the transaction; views of its values are dead from here on."""
         self.txn.abort()
+        self._environment._closed(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -24,6 +25,7 @@ from qsfs.store.group import Group, Publication
 from qsfs.store.limits import Limits
 from qsfs.store.packs import add_pack
 from qsfs.store.schema import BLOCK_PAGES, PAGE, ExtentRow, PackRow, PackState, Table, split_u64_pair, u64
+from qsfs.store.snapshot import CommittedState
 from qsfs.store.store import NEXT_INODE, NEXT_PACK
 from tests.core.machine import Machine, page
 
@@ -452,6 +454,43 @@ async def test_what_an_unexpected_error_kept_from_the_journal_is_not_acknowledge
             for file in files:
                 nursery.start_soon(sync, file)
         assert results == ["failed", "failed"]
+
+
+async def test_a_commit_waits_for_as_long_as_a_reader_holds_what_was_freed(
+    tmp_path: Path, autojump_clock: object, expect_log: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk may keep a cut's reading open; that is told, and never the end of the mount."""
+    expect_log(r"waiting for pages that are being read", count=1)
+    async with running(tmp_path, backends=False) as live:
+        store = live.store
+        store.clock = TrioClock(7)
+        file = live.machine.create("a")
+        commit, refused = store.commit, 0
+
+        def count(group: Group) -> None:
+            nonlocal refused
+            try:
+                commit(group)
+            except StoreFull:
+                refused += 1
+                raise
+
+        monkeypatch.setattr(store, "commit", count)
+
+        async def rewrite() -> None:
+            while not refused:
+                live.machine.write(file, 0, os.urandom(256 * PAGE))
+                await live.committer.commit()
+
+        with CommittedState(store.environment, FixedClock(7)):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(rewrite)
+                while refused < 60:
+                    await trio.sleep(0.1)
+                nursery.cancel_scope.cancel()
+        await live.committer.commit()
+        assert live.committer.failed is None
+        assert not store.dirty
 
 
 async def test_a_mount_that_finds_no_free_page_at_once_replays_all_the_same(
