@@ -35,12 +35,16 @@ TIGHT = {"cache.uncovered_size": "1MiB", "cache.group_size": "1MiB", "cache.jour
 
 @dataclass(frozen=True)
 class Case:
-    """A workload with its options, settings of the file system, and at which file of the cache the power goes."""
+    """A workload with its options, settings of the file system, and at which file of the cache the power goes.
+
+    `steps` are acknowledged before a kill.
+    """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ("*", "journal*")
+    steps: int = 20
 
 
 CASES = {
@@ -48,7 +52,7 @@ CASES = {
     "files-unsynced": Case("files", {"sync_every": 20}),
     "lmdb": Case("lmdb", {"single": "plain.db"}),
     "lmdb-map-async": Case("lmdb", {"mode": "manual", "single": "data.lmdb"}),
-    "lmdb-map-async-large": Case("lmdb", {"mode": "manual", "large": 500}, TIGHT, ("*", "data.mdb")),
+    "lmdb-map-async-large": Case("lmdb", {"mode": "manual", "large": 500}, TIGHT, ("*", "data.mdb"), 5),
     "casper": Case("casper", {"validators": 6, "units": "durable"}),
     "sqlite-wal": Case("sqlite", {"journal": "wal"}),
     "sqlite-delete": Case("sqlite", {"journal": "delete"}),
@@ -96,7 +100,7 @@ def cut_off(fs: FileSystem, scratch: Path, number: int, choose: random.Random, c
         if by_power:
             fs.wait_power_cut()
         else:
-            writer.wait_for(20)
+            writer.wait_for(case.steps)
             fs.kill()
             # A power cut takes the programs with it; so does this.
             writer.kill()
