@@ -189,7 +189,7 @@ class Flushing:
         if flusher is None or self.fenced is not None or self.failure:
             return False
         rest = self._store.layers.view.count(Table.DIRTY) + len(self._ledger.looks)
-        return rest > 0 and flusher.context.uploader.enough_backends()
+        return (rest > 0 or not flusher.knows_packs) and flusher.context.uploader.enough_backends()
 
     @property
     def _fleet(self) -> Fleet | None:

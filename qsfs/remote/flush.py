@@ -105,6 +105,7 @@ class Flusher:
         )
         self._alarmed = False
         self._scope = trio.CancelScope()
+        self._knows_packs = trio.Event()
 
     # running
 
@@ -119,10 +120,11 @@ class Flusher:
                 await self._begin()
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self.context.uploader.run)
+                    nursery.start_soon(self._read_ledger)
                     nursery.start_soon(self._turn)
                     nursery.start_soon(self._precopier.run)
                     nursery.start_soon(self._cuts, nursery)
-                    nursery.start_soon(self._upkeep.run)
+                    nursery.start_soon(self._look_after_packs)
                     nursery.start_soon(every_second, self._see_to_room, self._room_unseen)
                     begun = True
                     task_status.started()
@@ -133,19 +135,11 @@ class Flusher:
             task_status.started()
 
     async def _begin(self) -> None:
-        """Takes over what the last mount left: pack rows, metadata packs, heads in the spool."""
+        """Takes over what the last mount left: the base, what it uploaded, heads in the spool."""
         context = self.context
         base = local_head(context.store, BASE_KEY, context.sealer.keys)
         if base is None:
             raise CacheError("the local store has no base generation; run 'qsfs restore'")
-        position: bytes | None = b""
-        while position is not None:
-            start = position
-            read = await context.in_thread(
-                lambda: read_rows(context.store.environment, context.clock, start)  # noqa: B023
-            )
-            context.ledger.take(read)
-            position = read.resume
         await self.exposure.begin()
         self.generations = Generations(context, self._publisher, base, self._first)
         published = self._publisher.published
@@ -154,7 +148,32 @@ class Flusher:
             record_published(context.store, sealed)
             await context.committer.commit()
             await context.in_thread(lambda: context.spool.drop_heads(sealed.ref))
-        self.phase = "running"
+        self.phase = "reading pack rows"
+
+    async def _read_ledger(self) -> None:
+        """Reads which packs are not settled: of all packs, so nobody waits for it but who needs to know."""
+        context = self.context
+        position: bytes | None = b""
+        while position is not None:
+            start = position
+            read = await context.in_thread(
+                lambda: read_rows(context.store.environment, context.clock, start)  # noqa: B023
+            )
+            context.ledger.take(read)
+            position = read.resume
+        if self.phase == "reading pack rows":
+            self.phase = "running"
+        self._knows_packs.set()
+        self._tell()
+
+    async def _look_after_packs(self) -> None:
+        await self._knows_packs.wait()
+        await self._upkeep.run()
+
+    @property
+    def knows_packs(self) -> bool:
+        """Whether the ledger is complete; until then `status` may count too few packs as not settled."""
+        return self._knows_packs.is_set()
 
     async def _turn(self) -> None:
         """Ages the memory of what was written lately: after two turns a block counts as quiet."""
@@ -211,6 +230,7 @@ class Flusher:
             cut = await generations.seal(order)
             if not isinstance(cut, NoCut):
                 self._pace.sealed(cut.bytes, context.clock.monotonic() - begin)
+                await self._knows_packs.wait()
                 self.phase = "publishing"
                 await generations.publish(cut, ready)
                 self.exposure.published(uploaded)
@@ -366,24 +386,33 @@ class Flusher:
         Joins a cut that is taken after the call.  Raises `Fenced`, and `DeadlineExceeded` if flushing
         stops first.
         """
+        await self._publish_all()
+        while not self.knows_packs:
+            await self._progress()
+        base = self._generations.base
+        return SyncResult(base.head.generation, "full" if not self.context.ledger.incomplete else "written")
+
+    async def _publish_all(self) -> None:
         target = self._started + 1
         self._wanted = max(self._wanted, target)
         self._wake.set()
         while self._finished < target:
-            if self._fenced is not None:
-                raise self._fenced
-            if self.phase == "stopped":
-                raise DeadlineExceeded("flushing stopped before everything was published; it is safe locally")
-            await self._news.wait()
-        base = self._generations.base
-        return SyncResult(base.head.generation, "full" if not self.context.ledger.incomplete else "written")
+            await self._progress()
+
+    async def _progress(self) -> None:
+        """Waits until something was done; raises if nothing will be."""
+        if self._fenced is not None:
+            raise self._fenced
+        if self.phase == "stopped":
+            raise DeadlineExceeded("flushing stopped before everything was published; it is safe locally")
+        await self._news.wait()
 
     async def stop(self, deadline: float) -> bool:
         """Makes a last generation within `deadline` seconds, then ends `run`; whether it was published."""
         done = False
         try:
             with trio.move_on_after(deadline):
-                await self.sync()
+                await self._publish_all()
                 done = True
         except QsfsError as error:
             _log.warning("the last generation was not published: %s", error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 
@@ -439,6 +440,31 @@ async def test_stop_publishes_what_is_left_or_gives_up_at_its_deadline(
         assert machine.content(a) == page("y")
         await flusher.sync()
     assert restore(world).files == {"a": page("y")}
+
+
+async def test_a_start_and_an_idle_stop_do_not_wait_for_the_rows_of_all_packs(
+    machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock
+):
+    """They are as many as the file system is large; a generation waits, and says of packs what is so."""
+    async with flushing(machine) as flusher:
+        await flusher.sync()
+    read = flush.read_rows
+    go_on = threading.Event()
+    monkeypatch.setattr(flush, "read_rows", lambda *arguments: go_on.wait() and read(*arguments))
+    async with flushing(machine) as flusher:
+        phase = flusher.status()["phase"]
+        stopped = await flusher.stop(60.0)
+        # The thread that reads cannot be cancelled.
+        go_on.set()
+    assert (phase, stopped) == ("reading pack rows", True)
+    go_on.clear()
+    async with flushing(machine) as flusher, trio.open_nursery() as nursery:
+        machine.write(machine.create("new"), 0, page("n"))
+        nursery.start_soon(flusher.sync)
+        await trio.sleep(100)
+        waits = bool(nursery.child_tasks)
+        go_on.set()
+    assert waits
 
 
 async def test_shards_that_nobody_took_are_completed_when_backends_return(
