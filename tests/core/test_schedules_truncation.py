@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from qsfs.filesystem.needs import NeedPages
 from qsfs.store.blocks import Blocks
-from qsfs.store.schema import PAGE, Table, u64
-from tests.core.machine import ZEROS, Machine, page
+from qsfs.store.packs import add_pack
+from qsfs.store.schema import PAGE, ExtentRow, PackRow, PackState, Table, u64
+from qsfs.store.store import NEXT_PACK
+from tests.core.machine import ZEROS, Machine, page, with_limits
 
 
 @contextmanager
@@ -337,3 +340,68 @@ def test_a_truncation_to_the_middle_of_a_remote_page_waits_for_that_page(machine
     machine.truncate(file, 3)
     assert machine.fetch(file, 0)()
     assert machine.read(file) == page("a") + b"a" * 10 + bytes(2 * PAGE - 10)
+
+
+EXTENT_PAGES = 64
+STEPS = 64
+
+
+def fill_remotely(machine: Machine, file: int, pages: int) -> None:
+    """Gives a file pages that are remote only, without their bytes."""
+    store = machine.store
+    pack = store.next_number(NEXT_PACK)
+    add_pack(store, pack, PackRow(bytes(16), bytes(32), 1, 1, 1, 0, 0, 0, 0, 0, 0, int(PackState.FULL), ()))
+    for first in range(0, pages, EXTENT_PAGES):
+        length = EXTENT_PAGES * PAGE
+        store.extents.insert(file, ExtentRow(first, 1, EXTENT_PAGES, 0, pack, 0, 0, 0, length, 0))
+        if first % (EXTENT_PAGES << 16) == 0:
+            machine.commit()
+    inode = machine.inode(file)
+    inode.size, inode.allocated = pages * PAGE, pages
+    store.touch_data(inode)
+    machine.commit()
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("gib", [1, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_full_file_is_cut_at_once_and_worked_off_in_bounded_steps(tmp_path: Path, gib: int) -> None:
+    """Whatever its size; a restart goes on, and what is written into the range meanwhile stays."""
+    machine = Machine(tmp_path, with_limits(map_bytes=512 << 20, high_bytes=400 << 20, full_bytes=450 << 20))
+    pages = (gib << 30) // PAGE
+    file = machine.create("huge")
+    fill_remotely(machine, file, pages)
+
+    def rows_of(action: Callable[[], object]) -> int:
+        before = machine.store.layers.open.row_count
+        action()
+        machine.store.extents.write_back()
+        return machine.store.layers.open.row_count - before
+
+    assert rows_of(lambda: machine.truncate(file, 0)) <= 32
+    machine.truncate(file, pages)
+    kept = pages // 2 + 3
+    machine.write(file, kept, page("n"))
+    machine.commit()
+    calls, done = 0, False
+    while not done:
+
+        def step() -> None:
+            nonlocal done
+            done = machine.store.work_off_truncations(STEPS)
+
+        assert rows_of(step) <= STEPS + 4
+        calls += 1
+        if calls % 20_000 == 0:
+            machine.commit()
+        if calls in (7, 5000):
+            machine.crash()
+            assert machine.store.pending_truncations(file)
+            assert machine.page(file, kept) == page("n")
+            assert machine.page(file, 5) == ZEROS
+    assert calls >= pages // EXTENT_PAGES // STEPS
+    machine.commit()
+    machine.crash()
+    assert machine.inode(file).allocated == 1
+    assert machine.page(file, kept) == page("n")
+    assert not list(machine.store.extents.overlapping(file, 0, pages))
+    machine.close()

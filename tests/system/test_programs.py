@@ -15,6 +15,7 @@ import lmdb
 import pytest
 
 from tests.support.daemon import FileSystem
+from tests.system.fleet import eventually
 from tests.system.programs import grow_tree, in_python, listing, remount, run, succeed
 
 pytestmark = pytest.mark.mount
@@ -354,3 +355,58 @@ def test_extended_attributes_are_off_unless_configured(place: Path, shared: File
     finally:
         shared.configure(mount__xattr=False)
     shared.mount()
+
+
+MEMORY = 24 << 20
+MAPPED_PAGES = 64 << 8
+
+MAPPER = """
+import mmap, os, random, sys
+sys.stdin.readline()
+pages, rng = int(sys.argv[2]), random.Random(1)
+with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+    runs = [range(first, first + 16) for first in range(0, pages, 16)]
+    rng.shuffle(runs)
+    order = [page for run in runs for page in run]
+    for page in order:
+        view[page * 4096 : page * 4096 + 8] = b"%08d" % page
+    for page in order[: pages // 4]:
+        assert view[page * 4096 : page * 4096 + 8] == b"%08d" % page, page
+        assert os.pread(file.fileno(), 8, page * 4096) == b"%08d" % page, page
+"""
+
+
+def memory_group() -> Path | None:
+    """A new control group that holds `MEMORY` bytes; None where this machine lets us make none."""
+    for limit in ("/sys/fs/cgroup/memory/{}/memory.limit_in_bytes", "/sys/fs/cgroup/{}/memory.max"):
+        file = Path(limit.format(f"qsfs-test-{os.getpid()}"))
+        group = file.parent
+        with contextlib.suppress(OSError):
+            group.mkdir()
+            try:
+                file.write_text(str(MEMORY))
+            except OSError:
+                group.rmdir()
+                raise
+            return group
+    return None
+
+
+def test_a_map_larger_than_memory(place: Path) -> None:
+    """Its pages come and go: each store is found again, by the map and by reads."""
+    group = memory_group()
+    if group is None:
+        pytest.skip("no control group of memory can be made here")
+    path = place / "large"
+    path.touch()
+    os.truncate(path, MAPPED_PAGES << 12)
+    try:
+        process = in_python(MAPPER, path, MAPPED_PAGES)
+        (group / "cgroup.procs").write_text(str(process.pid))
+        succeed(process)
+    finally:
+        eventually(lambda: not (group / "cgroup.procs").read_text(), "the group is empty")
+        group.rmdir()
+    with path.open("rb") as file:
+        for page in range(0, MAPPED_PAGES, 97):
+            assert os.pread(file.fileno(), 8, page * 4096) == b"%08d" % page
