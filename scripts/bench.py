@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from measures import MEASURES, MIB, Measure
-from remote import measure_remote, remote_table
+from remote import PARTS, measure_remote, remote_table
 from watch import Watch, daemon_of
 
 from qsfs.cli.output import format_table
@@ -29,7 +29,14 @@ def main() -> int:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if arguments.remote:
-        report = measure_remote(Path(arguments.directory), arguments.size, arguments.rounds or 1)
+        report = measure_remote(
+            Path(arguments.directory),
+            arguments.size,
+            arguments.rounds or 1,
+            rtt_ms=arguments.rtt,
+            codec=arguments.codec,
+            only=select_names(arguments.only, list(PARTS)),
+        )
         print(json.dumps(report, indent=2) if arguments.json else remote_table(report))
         return 0
     chosen = select(arguments.only)
@@ -68,30 +75,37 @@ def parse() -> argparse.Namespace:
     add("--against", metavar="OTHERDIR", help="a directory to compare with, such as one on the disk")
     add("--floor", action="store_true", help="compare with the floor")
     add("--floor-disk", metavar="PATH", help="where the floor's fsync appends (default: OTHERDIR, else DIR)")
-    add("--remote", action="store_true", help="instead: make a file system on 24 backends below DIR; flush, read")
+    add("--remote", action="store_true", help="instead: make a file system on 24 backends below DIR; flush it, read it")
     add("--rounds", type=int, default=0, metavar="N", help="default: 1, or 3 when comparing")
     add("--size", type=parse_size, default=256 * MIB, metavar="SIZE", help="of the files; default: 256MiB")
-    add("--only", metavar="NAME,...", help="only these measures")
+    add("--only", metavar="NAME,...", help=f"only these measures; with --remote of {', '.join(PARTS)}")
+    add("--rtt", type=float, default=40.0, metavar="MS", help="--remote: the delayed round trip; default: 40")
+    add("--codec", default="zfec", metavar="NAME", help="--remote: the erasure codec; default: zfec")
     add("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     if arguments.size < MIB:
         parser.error("--size: at least 1MiB")
-    if arguments.remote and (arguments.against or arguments.floor or arguments.only):
-        parser.error("--remote compares with nothing; it goes with --size, --rounds and --json only")
+    if arguments.remote and (arguments.against or arguments.floor):
+        parser.error("--remote compares with nothing: it goes with neither --against nor --floor")
     if not Path(arguments.directory).is_dir():
         parser.error(f"{arguments.directory} is not a directory")
     return arguments
 
 
 def select(only: str | None) -> list[Measure]:
-    if not only:
-        return list(MEASURES)
-    wanted = [name.strip() for name in only.split(",")]
     known = {measure.name: measure for measure in MEASURES}
+    return [known[name] for name in select_names(only, list(known))]
+
+
+def select_names(only: str | None, known: list[str]) -> list[str]:
+    """The names that `only` lists, all where it is None; ends the program at one that is not known."""
+    if not only:
+        return known
+    wanted = [name.strip() for name in only.split(",")]
     unknown = [name for name in wanted if name not in known]
     if unknown:
         sys.exit(f"bench: no measure '{unknown[0]}'; there are: {', '.join(known)}")
-    return [known[name] for name in wanted]
+    return wanted
 
 
 @contextlib.contextmanager

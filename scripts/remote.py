@@ -1,9 +1,10 @@
 """What `scripts/bench --remote` measures: flushing to, and reading from, 24 embedded backends on this machine.
 
 A file system of its own is made below the directory, with the settings of a new one: written once with
-random bytes, flushed by `qsfs sync`, restored into an empty cache, and read.  Both sides share the
-machine's cores, so the CPU seconds of daemon and servers are counted apart: what a daemon does with a
-second of CPU is what a machine with remote backends would see.
+random bytes, flushed by `qsfs sync`, restored into an empty cache, and read, in order and at random; the
+same behind a proxy that delays each byte; and small durable writes are timed beside a saturated writer with
+and without the flush.  Both sides share the machine's cores, so the CPU seconds of daemon and servers are
+counted apart: what a daemon does with a second of CPU is what a machine with remote backends would see.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from latency import durable_writes_beside_a_writer, random_reads
 from measures import MIB
 from quickstart import QSFS, answers, free_ports, wait_for
 
@@ -29,7 +32,18 @@ from qsfs.cli.output import format_table
 from qsfs.values import format_size
 
 BACKENDS, DATA_SHARDS, PARITY_SHARDS = 24, 16, 4
-_TICKS = os.sysconf("SC_CLK_TCK")
+PARTS = {
+    "flush": "flush (qsfs sync)",
+    "fetch": "sequential read from the backends",
+    "random": "random reads of 128 KiB from the backends",
+    "delayed_fetch": "sequential read, delayed",
+    "delayed_random": "random reads of 128 KiB, delayed",
+    "quiet": "4 KiB write + fsync beside a writer, nothing flushed",
+    "flushing": "4 KiB write + fsync beside a writer, flushed meanwhile",
+}
+"""The parts of a round, and what they measure."""
+_NEVER = "cut_seconds = 3600\nquiet_seconds = 3600"
+_ALWAYS = "cut_seconds = 5\nquiet_seconds = 0.5"
 _CHUNK = MIB
 
 
@@ -50,7 +64,7 @@ class Stretch:
     @property
     def per_cpu_second(self) -> float:
         """File bytes, in MB, a second of the daemon's CPU."""
-        return self.bytes / 1e6 / max(self.daemon, 1 / _TICKS)
+        return self.bytes / 1e6 / max(self.daemon, 1e-6)
 
     def report(self) -> dict[str, float]:
         """All of it, for JSON."""
@@ -60,12 +74,13 @@ class Stretch:
 class Remote:
     """A file system below `directory`, its 24 servers in one process, and the daemon that mounts it."""
 
-    def __init__(self, directory: Path, servers: int, cache_bytes: int) -> None:
+    def __init__(self, directory: Path, servers: int, cache_bytes: int, codec: str) -> None:
         self.directory = directory
         self.mountpoint = directory / "mnt"
         self.servers = servers
         self.daemon = 0
         self._cache_bytes = cache_bytes
+        self._codec = codec
 
     def qsfs(self, *words: str) -> str:
         done = subprocess.run(
@@ -82,10 +97,18 @@ class Remote:
             "--data-shards", str(DATA_SHARDS), "--parity-shards", str(PARITY_SHARDS),
             "--cache-size", str(self._cache_bytes),
         )  # fmt: skip
-        config = self.directory / "qsfs.toml"
-        text = re.sub(r"(?m)^cut_seconds .*$", "cut_seconds = 3600\nquiet_seconds = 3600", config.read_text())
-        config.write_text(text)
+        self.configure(r"^cut_seconds .*$", _NEVER)
+        self.configure(r"^# codec = .*$", f'codec = "{self._codec}"')
         self.qsfs("format")
+
+    def configure(self, pattern: str, text: str) -> None:
+        """Replaces lines of the configuration; the daemon reads it when it starts."""
+        config = self.directory / "qsfs.toml"
+        config.write_text(re.sub(f"(?m){pattern}", text, config.read_text()))
+
+    def remount(self) -> None:
+        self.qsfs("umount")
+        self.mount()
 
     def mount(self) -> None:
         self.daemon = json.loads(self.qsfs("mount"))["process"]
@@ -110,67 +133,141 @@ class Remote:
         )
 
 
-def measure_remote(directory: Path, size: int, rounds: int) -> dict[str, object]:
-    """Flushes and fetches `size` bytes `rounds` times; the report, for JSON."""
-    flushes, fetches = [], []
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory(prefix="qsfs-bench-", dir=directory) as place:
-            flush, fetch = _round(Path(place), size)
-        flushes.append(flush.report())
-        fetches.append(fetch.report())
-    return {
+def measure_remote(
+    directory: Path, size: int, rounds: int, *, rtt_ms: float, codec: str, only: Collection[str]
+) -> dict[str, Any]:
+    """Takes each part of `PARTS` that `only` names `rounds` times with files of `size` bytes; the report, for JSON."""
+    report: dict[str, Any] = {
         "backends": BACKENDS,
         "code": f"{DATA_SHARDS}+{PARITY_SHARDS}",
+        "codec": codec,
         "size": size,
         "rounds": rounds,
-        "flush": flushes,
-        "fetch": fetches,
+        "rtt_ms": rtt_ms,
+        **{name: [] for name in PARTS if name in only},
     }
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(prefix="qsfs-bench-", dir=directory) as place:
+            for name, found in _round(Path(place), size, rtt_ms, codec, only):
+                report[name].append(found)
+    return report
 
 
-def remote_table(report: dict) -> str:
-    """The report for people: the median round of each."""
-    rows = []
-    for name, what in (("flush", "flush (qsfs sync)"), ("fetch", "sequential read from the backends")):
-        runs = sorted(report[name], key=lambda run: run["mb_per_second"])
-        run = runs[len(runs) // 2]
-        rows.append(
-            [
-                what,
-                f"{run['mb_per_second']:.0f}",
-                f"{run['mb_per_daemon_cpu_second']:.0f}",
-                f"{run['daemon']:.1f}",
-                f"{run['servers']:.1f}",
-            ]
-        )
-    headers = ["measure", "MB/s", "MB per CPU second of the daemon", "its CPU, s", "the servers', s"]
+def remote_table(report: dict[str, Any]) -> str:
+    """The report for people: the median round of each part."""
+    rates, latencies = [], []
+    for name, what in PARTS.items():
+        runs = report.get(name)
+        if not runs:
+            continue
+        key = "p50_ms" if "p50_ms" in runs[0] else "mb_per_second"
+        run = sorted(runs, key=lambda run: run[key])[len(runs) // 2]
+        if key == "p50_ms":
+            stream = run.get("stream_mb_per_second")
+            latencies.append(
+                [what, f"{run['p50_ms']:.1f}", f"{run['p99_ms']:.1f}", "" if stream is None else f"{stream:.0f}"]
+            )
+        else:
+            rates.append(
+                [
+                    what,
+                    f"{run['mb_per_second']:.0f}",
+                    f"{run['mb_per_daemon_cpu_second']:.0f}",
+                    f"{run['daemon']:.1f}",
+                    f"{run['servers']:.1f}",
+                ]
+            )
+    tables = []
+    if rates:
+        headers = ["measure", "MB/s", "MB per CPU second of the daemon", "its CPU, s", "the servers', s"]
+        tables.append(format_table(headers, rates))
+    if latencies:
+        tables.append(format_table(["measure", "p50, ms", "p99, ms", "the writer, MB/s"], latencies))
     return (
-        f"{report['backends']} backends on this machine, {report['code']}, {format_size(report['size'])} of "
-        f"random bytes, {report['rounds']} rounds\n\n{format_table(headers, rows)}"
+        f"{report['backends']} backends on this machine, {report['code']}, {report['codec']}, "
+        f"{format_size(report['size'])} of random bytes, {report['rounds']} rounds; "
+        f"delayed: a round trip of {report['rtt_ms']:g} ms\n\n" + "\n\n".join(tables)
     )
 
 
 def cpu_seconds(process: int) -> float:
     """User and system time that a process has used."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+    return time.clock_gettime(~process << 3 | 2)
 
 
-def _round(directory: Path, size: int) -> tuple[Stretch, Stretch]:
+def _round(
+    directory: Path, size: int, rtt_ms: float, codec: str, only: Collection[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
     with _servers(directory / "backends") as (process, first_port):
-        remote = Remote(directory, process, 2 * size + (1 << 30))
+        remote = Remote(directory, process, 4 * size + (1 << 30), codec)
         remote.create(first_port)
         remote.mount()
         try:
-            _write(remote.mountpoint / "file", size)
-            with remote.stretch(size) as flush:
-                remote.qsfs("sync")
-            remote.lose_cache()
-            with remote.stretch(size) as fetch:
-                _read(remote.mountpoint / "file", size)
+            yield from _undelayed(remote, size, only)
+            if "delayed_fetch" in only or "delayed_random" in only:
+                with _delayed(remote, first_port, rtt_ms):
+                    yield from _cold(remote, size, only, "delayed_")
+            if "quiet" in only or "flushing" in only:
+                yield from _foreground(remote, size, only)
         finally:
             subprocess.run([*QSFS, "-c", str(directory), "umount"], capture_output=True)
-    return flush[0], fetch[0]
+
+
+def _undelayed(remote: Remote, size: int, only: Collection[str]) -> Iterator[tuple[str, dict[str, float]]]:
+    _write(remote.mountpoint / "file", size)
+    with remote.stretch(size) as flush:
+        remote.qsfs("sync")
+    if "flush" in only:
+        yield "flush", flush[0].report()
+    yield from _cold(remote, size, only, "")
+
+
+def _cold(
+    remote: Remote, size: int, only: Collection[str], prefix: str
+) -> Iterator[tuple[str, dict[str, float]]]:
+    file = remote.mountpoint / "file"
+    if f"{prefix}fetch" in only:
+        remote.lose_cache()
+        with remote.stretch(size) as fetch:
+            _read(file, size)
+        yield f"{prefix}fetch", fetch[0].report()
+    if f"{prefix}random" in only:
+        remote.lose_cache()
+        yield f"{prefix}random", random_reads(file, size)
+
+
+def _foreground(remote: Remote, size: int, only: Collection[str]) -> Iterator[tuple[str, dict[str, float]]]:
+    for name, setting in (("quiet", _NEVER), ("flushing", _ALWAYS)):
+        if name in only:
+            remote.configure(r"^cut_seconds .*\nquiet_seconds .*$", setting)
+            remote.remount()
+            place = remote.mountpoint / name
+            place.mkdir()
+            yield name, durable_writes_beside_a_writer(place, size)
+
+
+@contextlib.contextmanager
+def _delayed(remote: Remote, first_port: int, rtt_ms: float) -> Iterator[None]:
+    """Puts a round trip between the daemon and its backends, which keep their identities."""
+    proxies = free_ports(BACKENDS)
+    script = Path(__file__).with_name("delay.py")
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(rtt_ms), str(proxies), str(first_port), str(BACKENDS)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            sys.exit("bench: the delaying proxy did not start; see above")
+        for i in range(BACKENDS):
+            remote.configure(f":{first_port + i}\\b", f":{proxies + i}")
+        yield
+        for i in range(BACKENDS):
+            remote.configure(f":{proxies + i}\\b", f":{first_port + i}")
+        remote.remount()
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @contextlib.contextmanager
