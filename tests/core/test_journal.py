@@ -241,7 +241,7 @@ def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monke
     journal = open_journal(tmp_path)
     whole = direct_module.os.pwrite
     monkeypatch.setattr(
-        direct_module.os, "pwrite", lambda file, data, offset: whole(file, data[:700], offset)
+        direct_module.os, "pwrite", lambda file, data, offset: min(700, whole(file, data[: 2 * SECTOR], offset))
     )
     append(journal, b"x" * 5000)
     monkeypatch.undo()

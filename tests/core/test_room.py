@@ -504,8 +504,8 @@ async def test_a_mount_that_finds_no_free_page_at_once_replays_all_the_same(
     right, full = Environment.write, []
 
     @contextmanager
-    def write(environment: Environment) -> Iterator[Any]:
-        with right(environment) as transaction:
+    def write(environment: Environment, **how: bool) -> Iterator[Any]:
+        with right(environment, **how) as transaction:
             yield transaction
             if not full:
                 full.append(True)
