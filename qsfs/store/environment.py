@@ -142,6 +142,7 @@ class ReadView:
     def __init__(self, environment: Environment, txn: Any) -> None:
         self._environment = environment
         self._databases = environment.databases
+        self._counts: dict[Table, int] = {}
         self.txn = txn
 
     def get(self, table: Table, key: bytes) -> memoryview | None:
@@ -182,7 +183,10 @@ class ReadView:
 
     def count(self, table: Table) -> int:
         """Number of rows in `table`."""
-        return int(self.txn.stat(self._databases[table])["entries"])
+        count = self._counts.get(table)
+        if count is None:
+            count = self._counts[table] = int(self.txn.stat(self._databases[table])["entries"])
+        return count
 
     def close(self) -> None:
         """Ends the transaction; views of its values are dead from here on."""
