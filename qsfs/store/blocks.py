@@ -117,9 +117,8 @@ class Blocks:
 
     def _count_holes(self, inode: Inode, number: int, bits: int) -> None:
         """Pages that ceased to be resident are holes now, unless an extent row holds them."""
-        for i in range(BLOCK_PAGES):
-            if bits & 1 << i and self._extents.at(inode.number, number * BLOCK_PAGES + i) is None:
-                inode.allocated -= 1
+        has_extents = self._extents.any(inode.number)
+        inode.allocated -= self._holes(inode.number, number, bits) if has_extents else bits.bit_count()
         self._inodes.touch(inode)
 
     def put(self, inode: Inode, first: int, data: Page, write_number: int) -> None:
@@ -416,12 +415,14 @@ class Blocks:
 
     def _work_off_block(self, inode: Inode, number: int) -> None:
         key = block_key(inode.number, number)
-        block = self._layers.open.blocks.get(key) or self._inherit(inode.number, number, key)
-        if block is not None and any(
-            block.resident & 1 << i and self.reader.is_cut(inode.number, number, i, block)
-            for i in range(BLOCK_PAGES)
-        ):
-            self.writable(inode, number)
+        group = self._layers.open
+        block = group.blocks.get(key) or self._inherit(inode.number, number, key)
+        bits = 0 if block is None else self._cut(inode.number, number, block)
+        if block is not None and bits:
+            if key not in group.blocks:
+                group.blocks[key] = block
+                group.blocks_of[inode.number].add(number)
+            self._count_holes(inode, number, bits)
 
     def _drop_extent(self, inode: Inode, row: ExtentRow, first: int) -> None:
         stop = row.first + row.pages
