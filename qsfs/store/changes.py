@@ -38,6 +38,8 @@ _fields_of = attrgetter(*_FIELDS)
 _DATA_FIELDS = _FIELDS.index("next_cookie")
 _FIELD_NUMBER = {name: number for number, name in enumerate(_FIELDS)}
 _PUT, _DELETE, _CREATE, _PATCH, _REMOVE = range(5)
+# To make a packer takes longer than to pack an operation.  Changes are made by one thread.
+_PACKER = msgpack.Packer()
 
 
 class Change:
@@ -90,7 +92,7 @@ class Change:
 
     def encode(self, write_number: int) -> bytes:
         """The journal record's body."""
-        packed: bytes = msgpack.packb([write_number, self.operations])
+        packed: bytes = _PACKER.pack((write_number, self.operations))
         return packed
 
 
