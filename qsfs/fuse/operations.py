@@ -94,7 +94,8 @@ class Operations(pyfuse3.Operations):
     async def readlink(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileNameT:
         """A symlink's target."""
         target = self._namespace.readlink(inode)
-        self._was_read(inode)
+        if self._relatime:
+            self._was_read(self._namespace.inode(inode))
         return target
 
     @request
@@ -298,8 +299,8 @@ class Operations(pyfuse3.Operations):
         """Reads; also through a write-only handle, which the kernel uses to fill its pages."""
         inode = self._namespace.inode(inode_of(fh))
         data = self._contents.read(inode, off, size)
-        if marks_access(fh) and self._state.writable:
-            self._namespace.accessed(inode)
+        if marks_access(fh):
+            self._was_read(inode)
         return data
 
     @request
@@ -359,8 +360,8 @@ class Operations(pyfuse3.Operations):
         gets the error, if it stays, when it asks for the next entry.
         """
         fill, looked_up = self._attributes.fill, self._references.looked_up
-        if not start_id:
-            self._was_read(inode_of(fh))
+        if self._relatime and not start_id:
+            self._was_read(self._namespace.inode(inode_of(fh)))
         answered = False
         try:
             for cookie, name, inode in self._namespace.list_directory(inode_of(fh), start_id):
@@ -403,10 +404,13 @@ class Operations(pyfuse3.Operations):
         handle = make_handle(inode.number, uncached=uncached, synced=synced, marks_access=marks_access)
         return pyfuse3.FileInfo(fh=handle, direct_io=uncached, keep_cache=not uncached)
 
-    def _was_read(self, number: int) -> None:
-        """Sets the access time of a directory or symlink where it is due; the kernel asks for it again."""
-        if self._relatime and self._state.writable:
-            self._namespace.accessed(self._namespace.inode(number))
+    def _was_read(self, inode: Inode) -> None:
+        """Sets the access time where it is due; the kernel asks for it again.
+
+        Not while the group is full: no read waits for room, and a later one sets it too.
+        """
+        if self._state.writable and not self._space.group_is_full():
+            self._namespace.accessed(inode)
 
     def _keeps_set_gid(self, number: InodeT, ctx: pyfuse3.RequestContext) -> bool:
         """Whether an ACL leaves the setgid bit; the flag by which the kernel says so is not passed on."""

@@ -127,6 +127,24 @@ def test_changes_that_are_never_refused_wait_while_a_group_is_full(make_mount, c
     assert mount.command("unexpected") == 0
 
 
+@pytest.mark.parametrize("stop", ["fill_group", "fence"])
+def test_reads_wait_for_no_access_time(make_mount, stop):
+    """While it cannot be set, the group being full or the mount read-only, it stays as it is."""
+    mount = make_mount(relatime=True)
+    mount.expected_log = "read-only from now on: planned" if stop == "fence" else ""
+    (mount.path / "d").mkdir()
+    (mount.path / "f").write_bytes(b"contents")
+    os.symlink("target", mount.path / "s")
+    hand_over(mount.path)
+    names = ("d", "f", "s")
+    before = [os.lstat(mount.path / name).st_atime_ns for name in names]
+    mount.command(stop)
+    assert os.listdir(mount.path / "d") == []
+    assert (mount.path / "f").read_bytes() == b"contents"
+    assert os.readlink(mount.path / "s") == "target"
+    assert [os.lstat(mount.path / name).st_atime_ns for name in names] == before
+
+
 def test_many_files_that_go_when_they_are_closed_wait_while_a_group_is_full(mount, root):
     """A close is answered at once; the removal goes on by itself when there is a new group."""
     for number in range(300):
