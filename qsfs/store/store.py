@@ -103,7 +103,12 @@ class Store:
         self.promised_since: Callable[[], float | None] = _never
         self.write_number = self.layers.committed_write_number
         self.used_bytes, self.tree_bytes = self.environment.usage()
-        self._replay()
+        try:
+            self._replay()
+        except BaseException:
+            # One environment is open in a process, and nobody else can close this one.
+            self.layers.close()
+            raise
 
     def _replay(self) -> None:
         """Replays the journal, takes a new journal number, and commits both in one transaction."""
