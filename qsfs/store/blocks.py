@@ -169,8 +169,6 @@ class Blocks:
 
     def _is_bare(self, inode: int, start: int, stop: int) -> bool:
         """Whether nothing is known of the blocks from `start` to `stop`: then none need be looked up."""
-        if inode in self.pending:
-            return False
         numbers = range(start, stop)
         for group in (self._layers.open, self._layers.committing):
             if group is not None and inode in group.blocks_of and not group.blocks_of[inode].isdisjoint(numbers):

@@ -57,14 +57,13 @@ def test_a_step_that_nobody_waited_for_serves_no_later_write() -> None:
     """Else each long write would pass by what the last one left."""
     turns = Turns()
     with turns:
-        turns.step_done()
-        thread = threading.Thread(target=turns.give_way, daemon=True)
-        thread.start()
-        while not turns.waited_for:
-            assert thread.is_alive()
-        turns.step_done()
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
+        for _ in range(2):
+            turns.step_done()
+            with giving_way(turns) as thread:
+                thread.start()
+                while not turns.waited_for:
+                    assert thread.is_alive()
+                turns.step_done()
 
 
 def test_a_commit_that_makes_no_step_holds_up_no_write() -> None:
