@@ -73,6 +73,14 @@ def test_only_programs_print(module):
     assert not calls, f"{name_of(module)} prints in line {calls}: log, or return it"
 
 
+def test_every_failpoint_is_met_by_some_test():
+    """A step that no test dies at is a step that nobody knows to be safe."""
+    source = "".join(module.read_text(encoding="utf-8") for module in MODULES)
+    named = set(re.findall(r'failpoints\.hit\("([^"]+)"\)', source))
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("*.py"))
+    assert named and not {name for name in named if name not in tests}
+
+
 def all_errors() -> list[type[errors.QsfsError]]:
     found = [errors.QsfsError]
     for kind in found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from qsfs.store.schema import PAGE, PackRow, Table
 from tests.remote.flush_machine import Crash, FlushMachine, crash, newest_head, restore
 from tests.remote.harness import World, make_world
 from tests.remote.test_flush_flusher import VirtualClock, flushing, until
+from tests.support.virtual_time import virtual_time
 
 POINTS = (
     "flush.cut.pack",
@@ -35,8 +37,9 @@ POINTS = (
 
 
 @pytest.fixture
-def clock() -> MockClock:
-    return MockClock(autojump_threshold=0.0005)
+def clock() -> Iterator[MockClock]:
+    with virtual_time() as clock:
+        yield clock
 
 
 @pytest.fixture
