@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+MOST_NAMED = 8
+"""So many names are all listed: somebody has to go to each.  Of more the first `NAMED`: one cause, likely."""
 NAMED = 3
-"""Names that a message lists; the rest are counted."""
 
 _PREFIX = "backend "
 
 
 def listed(names: Iterable[str]) -> str:
-    """`a, b, c` in order, each once; of more than four the first three and how many more."""
+    """`a, b, c` in order, each once; of more than `MOST_NAMED` some, and how many more."""
     found = sorted(set(names))
-    if len(found) <= NAMED + 1:
+    if len(found) <= MOST_NAMED:
         return ", ".join(found)
     return f"{', '.join(found[:NAMED])} and {len(found) - NAMED} more"
 

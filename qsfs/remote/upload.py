@@ -286,7 +286,7 @@ class Uploader:
     async def _pause(self, upload: Upload, attempt: int) -> None:
         """Waits, with jitter, before the missing shards are tried again."""
         reasons = summary(
-            f"backend {member.name}: has no room" if member.full else member.error
+            f"backend {member.name}: no room left" if member.full else member.error
             for member in self.members
             if member.full or member.error is not None
         )

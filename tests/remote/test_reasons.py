@@ -40,5 +40,5 @@ def test_a_backend_with_two_namespaces_in_one_trouble_counts_once():
 
 def test_names_are_listed_once_and_the_rest_counted():
     assert listed(["b", "a", "b"]) == "a, b"
-    assert listed("abcd") == "a, b, c, d"
-    assert listed("abcde") == "a, b, c and 2 more"
+    assert listed("abcdefgh") == "a, b, c, d, e, f, g, h"
+    assert listed("abcdefghi") == "a, b, c and 6 more"
