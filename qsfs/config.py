@@ -269,7 +269,7 @@ class Config:
                     f"{path}: [[backend]] {name} is listed {count} times; "
                     "each needs an address or a namespace of its own"
                 )
-        return cls(
+        config = cls(
             path=path,
             filesystem=_read_section(FilesystemConfig, "filesystem", document, path),
             cache=_read_section(CacheConfig, "cache", document, path),
@@ -281,6 +281,28 @@ class Config:
             policies=_read_list(PolicyRule, "policy", document, path),
             log=_read_section(LogConfig, "log", document, path),
         )
+        config._refuse_overlaps()
+        return config
+
+    def _refuse_overlaps(self) -> None:
+        """`ConfigError` if a mount would lie in its own cache, or hide what the daemon needs."""
+        mountpoint = _plain(self.filesystem.mountpoint)
+        needed = {
+            "[cache] directory": self.cache.directory,
+            "[filesystem] key_file": self.filesystem.key_file,
+            "[log] file": self.log.file,
+        }
+        for key, place in needed.items():
+            if place is not None and _plain(place).is_relative_to(mountpoint):
+                raise ConfigError(
+                    f"{self.path}: {key}: {place} lies below the mount point {mountpoint}, which would hide it; "
+                    "name another place"
+                )
+        if mountpoint.is_relative_to(_plain(self.cache.directory)):
+            raise ConfigError(
+                f"{self.path}: [filesystem] mountpoint: {mountpoint} lies in the cache directory; name another "
+                "place"
+            )
 
 
 def find(path: Path | str | None = None) -> Path:
@@ -292,9 +314,12 @@ def find(path: Path | str | None = None) -> Path:
     named = path or os.environ.get(ENVIRONMENT_VARIABLE)
     candidates = [Path(named)] if named else [Path(FILE_NAME), SYSTEM_FILE]
     for candidate in candidates:
-        file = candidate / FILE_NAME if named and candidate.is_dir() else candidate
-        if file.exists():
-            return file.absolute()
+        try:
+            file = candidate / FILE_NAME if named and candidate.is_dir() else candidate
+            if file.exists():
+                return file.absolute()
+        except PermissionError as error:
+            raise ConfigError(f"{candidate}: cannot be read: {error.strerror}") from error
     if named:
         raise ConfigError(f"{named}: no such configuration file; `qsfs init` writes one")
     raise ConfigError(
@@ -313,6 +338,11 @@ _SECTIONS: Mapping[str, type] = {
     "log": LogConfig,
 }
 _LISTS: Mapping[str, type] = {"backend": BackendConfig, "policy": PolicyRule}
+
+
+def _plain(path: Path) -> Path:
+    """The path without `..` and the like, as it is written: symlinks are not followed."""
+    return Path(os.path.normpath(path))
 
 
 def _bracketed(address: tuple[str, int]) -> tuple[str, int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qsfs.config import Config
+    from qsfs.remote.quorum import FleetAssessment
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,7 +19,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     actions.add_parser(
         "check",
         help="read it and say what is wrong",
-        description="Read the configuration; exit 3 when it cannot be used. Warnings do not change that.",
+        description="Read the configuration and say what a file system on its backends withstands; exit 3 "
+        "when it cannot be used. Warnings do not change that. No backend is asked.",
     )
     actions.add_parser(
         "show",
@@ -40,14 +42,39 @@ def run(args: argparse.Namespace) -> int:
             for line in _lines(settings(config)):
                 print(line)
         return 0
+    assessed = assessment(config)
+    sentences = () if assessed is None else assessed.sentences()
     found = warnings(config)
     if args.json:
-        print_json({"file": str(config.path), "backends": len(config.backends), "warnings": found})
+        print_json(
+            {
+                "file": str(config.path),
+                "backends": len(config.backends),
+                "sentences": sentences,
+                "warnings": found,
+            }
+        )
         return 0
+    for sentence in sentences:
+        print(sentence)
     for warning in found:
         print(f"warning: {warning}")
-    print(f"{config.path}: in order, {len(config.backends)} backends")
+    order = "can be used" if found else "in order"
+    print(f"{config.path}: {order}, {len(config.backends)} backends")
     return 0
+
+
+def assessment(config: Config) -> FleetAssessment | None:
+    """What a new file system on the listed backends withstands; None if they are too few for one."""
+    from qsfs.format.erasure import CodeParams
+    from qsfs.remote.quorum import assess_groups
+
+    code = CodeParams(
+        config.code.data_shards, config.code.data_shards + config.code.parity_shards, config.code.codec
+    )
+    if len(config.backends) < code.n:
+        return None
+    return assess_groups([backend.group for backend in config.backends], code)
 
 
 def warnings(config: Config) -> list[str]:
@@ -57,10 +84,9 @@ def warnings(config: Config) -> list[str]:
     count, shards = len(config.backends), k + m
     if count < shards:
         found.append(f"{k}+{m} shards need {shards} backends, {count} are listed: `qsfs format` will refuse")
-    elif count < k + m + (m + 1) // 2:
-        found.append(f"with {count} backends nothing can be flushed while {m} of them are down")
-    elif count < shards + m:
-        found.append(f"with {count} backends packs are not full while {m} are down; that takes {shards + m}")
+    assessed = assessment(config)
+    if assessed is not None:
+        found += assessed.warnings()
     for key, promised in (
         ("group", config.filesystem.redundant_groups),
         ("node", config.filesystem.redundant_nodes),
@@ -68,10 +94,13 @@ def warnings(config: Config) -> list[str]:
         if promised and any(not getattr(backend, key) for backend in config.backends):
             found.append(f"redundant_{key}s is {promised}, but some backends name no {key}")
     key_file = config.filesystem.key_file
-    if not key_file.exists():
-        found.append(f"key file {key_file} does not exist")
-    elif key_file.stat().st_mode & 0o077:
-        found.append(f"key file {key_file} can be read by others; run `chmod 600 {key_file}`")
+    try:
+        mode = key_file.stat().st_mode
+    except OSError as error:
+        found.append(f"key file {key_file} cannot be read: {error.strerror}")
+    else:
+        if mode & 0o077:
+            found.append(f"key file {key_file} can be read by others; run `chmod 600 {key_file}`")
     return found
 
 

@@ -93,7 +93,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"wrote {config_file} ({len(config.backends)} backends) and {key_file}")
     print("Keep a copy of the key file elsewhere: without it nothing can be restored.")
-    print(f"Next: qsfs -c {config_file} format")
+    if not args.addresses:
+        print(
+            f"Next: qsfs zdb serve --data {directory / 'backends'} --port {args.port} "
+            f"--instances {len(config.backends)}, which goes on serving; then in another terminal:"
+        )
+        print(f"      qsfs -c {config_file} format")
+    else:
+        print(f"Next: qsfs -c {config_file} format")
     return 0
 
 

@@ -10,7 +10,7 @@ Two quorums share 2Q - N backends, so 2Q - N - 1 of them may be stale or lie; N 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from qsfs.errors import QsfsBug
@@ -211,9 +211,14 @@ class FleetAssessment:
 
 def assess(fleet: Fleet, code: CodeParams) -> FleetAssessment:
     """What `fleet` withstands with `code`."""
-    groups = _groups(fleet)
-    largest = max(groups, default=0)
-    return FleetAssessment(code, fence_quorum(len(fleet.entries), code.m, largest), largest, len(groups))
+    return assess_groups([entry.group for entry in fleet.entries], code)
+
+
+def assess_groups(groups: Sequence[str], code: CodeParams) -> FleetAssessment:
+    """What as many backends as there are `groups`, the group of each, withstand with `code`."""
+    sizes = group_sizes(groups)
+    largest = max(sizes, default=0)
+    return FleetAssessment(code, fence_quorum(len(groups), code.m, largest), largest, len(sizes))
 
 
 def _groups(fleet: Fleet) -> list[int]:

@@ -83,6 +83,12 @@ class TestInit:
         assert (tmp_path / "var").is_dir()
         assert qsfs("init", "etc", "--name", "a/b").code == 3
 
+    def test_who_has_no_backends_yet_is_told_how_to_serve_them(self, qsfs, tmp_path):
+        said = qsfs("init", "a", "--port", "7000").out
+        assert f"qsfs zdb serve --data {tmp_path}/a/backends --port 7000 --instances 24" in said
+        named = [word for port in range(1, 21) for word in ("--backend", f"h:{port}")]
+        assert "zdb serve" not in qsfs("init", "b", *named).out
+
     def test_json(self, qsfs, tmp_path):
         assert qsfs("init", "--json").json["config"] == str(tmp_path / "qsfs.toml")
 
@@ -99,14 +105,25 @@ class TestConfig:
         ("count", "words"),
         [
             (19, "will refuse"),
-            (20, "nothing can be flushed"),
-            (22, "not full"),
+            (20, "flushing stops with more than 2 backends down"),
+            (22, "packs become full with at most 2 backends down"),
         ],
     )
     def test_check_says_what_too_few_backends_mean(self, qsfs, tmp_path, count, words):
         fleet = "".join(f"[[backend]]\naddress = 'h:{port}'\n" for port in range(1, count + 1))
         (tmp_path / "qsfs.toml").write_text(fleet)
         assert words in qsfs("config", "check").out
+
+    def test_check_says_what_the_fleet_withstands(self, qsfs):
+        qsfs("init", ".")
+        assert "Flushing goes on with 6 backends down" in qsfs("config", "check").out
+        assert len(qsfs("config", "check", "--json").json["sentences"]) == 3
+
+    def test_check_warns_of_a_key_that_is_not_there(self, qsfs, tmp_path):
+        qsfs("init", ".")
+        (tmp_path / "qsfs.key").unlink()
+        shown = qsfs("config", "check").out
+        assert "qsfs.key cannot be read: No such file" in shown and "in order" not in shown
 
     def test_check_warns_of_a_key_that_others_can_read(self, qsfs, tmp_path):
         qsfs("init", ".")

@@ -152,6 +152,24 @@ class TestRefusals:
     def test_a_bad_address_is_refused(self, address):
         assert "address" in complaint(f"[[backend]]\naddress = '{address}'")
 
+    @pytest.mark.parametrize(
+        ("content", "key"),
+        [
+            ("[filesystem]\nmountpoint = 'x'\n[cache]\ndirectory = 'x'", "directory"),
+            ("[filesystem]\nmountpoint = 'x'\n[cache]\ndirectory = 'y/../x/c'", "directory"),
+            ("[filesystem]\nmountpoint = 'x'\nkey_file = 'x/k'", "key_file"),
+            ("[filesystem]\nmountpoint = 'x'\n[log]\nfile = 'x/l'", "file"),
+            ("[filesystem]\nmountpoint = 'c/mnt'\n[cache]\ndirectory = 'c'", "mountpoint"),
+        ],
+    )
+    def test_a_mount_hides_nothing_that_it_needs_and_is_not_in_its_cache(self, content, key):
+        """The daemon would wait for itself, or lose its key at the next start."""
+        with pytest.raises(ConfigError, match=rf"\] {key}: .* lies (below the mount point|in the cache)"):
+            Config.parse(content, Path("/d/qsfs.toml"))
+
+    def test_neighbours_of_the_mount_point_are_not_below_it(self):
+        Config.parse("[filesystem]\nmountpoint = 'mnt'\n[cache]\ndirectory = 'mnt-cache'", Path("/d/q.toml"))
+
     def test_the_same_backend_twice_is_refused(self):
         twice = "[[backend]]\naddress = 'a:1'\n" * 2
         assert "a:1/qsfs" in complaint(twice)
