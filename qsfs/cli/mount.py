@@ -46,9 +46,11 @@ def run(args: argparse.Namespace) -> int:
 def _serve(config: Config, args: argparse.Namespace) -> int:
     from qsfs.clock import SystemClock
     from qsfs.daemon import log, service
+    from qsfs.daemon.lock import require_access
 
     report = _Report(args.report_fd)
     try:
+        require_access(config.cache.directory)
         log_file, most_bytes = config.log.file, 0
         if args.report_fd is not None and log_file is None and config.cache.directory.is_dir():
             log_file, most_bytes = config.cache.directory / "daemon.log", log.OWN_LOG_BYTES

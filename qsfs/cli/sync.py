@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 
-from qsfs.errors import MountError
+from qsfs.errors import MountError, QsfsError
+
+_TELL_SECONDS = 3.0
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,7 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="put everything written so far on the backends",
         description="Cut a generation and wait until its head is published. Prints its number, and whether "
         "its packs are full (any m backends may be lost) or only written (fewer). Waits while too few "
-        "backends answer. Of a file with atomic sync, everything up to its last sync is in it.",
+        "backends answer, and says so. Of a file with atomic sync, everything up to its last sync is in it.",
     )
 
 
@@ -28,12 +35,46 @@ def run(args: argparse.Namespace) -> int:
     config = Config.load(args.config)
     target = config.filesystem.mountpoint
     _hand_over(str(target))
-    result = control.ask(config.cache.directory, "sync")
+    with _waits_told(config.cache.directory):
+        result = control.ask(config.cache.directory, "sync")
     if args.json:
         print_json(result)
-    else:
-        print(f"generation {result['generation']} is published, its packs are {result['class']}")
+        return 0
+    worth = {
+        "full": "its packs are full",
+        "written": "its packs are written, and become full when more backends take shards",
+    }
+    print(f"generation {result['generation']} is published, {worth[result['class']]}")
     return 0
+
+
+@contextlib.contextmanager
+def _waits_told(cache: Path) -> Iterator[None]:
+    """Tells on standard error what flushing waits for, whenever that changes, for the time of the block."""
+    from qsfs.daemon import control
+
+    ended = threading.Event()
+
+    def tell() -> None:
+        told: list[str] = []
+        while not ended.wait(_TELL_SECONDS):
+            try:
+                found = control.ask(cache, "status", timeout=_TELL_SECONDS)
+            except QsfsError:
+                continue
+            waits = (found.get("flush") or {}).get("waiting") or list(filter(None, [found["waiting_for"]]))
+            if waits != told and not ended.is_set():
+                told = waits
+                for what in waits:
+                    print(f"waiting: {what}", file=sys.stderr, flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def _hand_over(target: str) -> None:

@@ -28,7 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Unmounts; a dead mount is cleared away."""
+    """Unmounts and says whether all is on the backends; a dead mount is cleared away."""
+    from qsfs.cli.output import print_json
     from qsfs.config import Config
     from qsfs.daemon import control, mountpoint
     from qsfs.daemon.lock import holder
@@ -38,15 +39,34 @@ def run(args: argparse.Namespace) -> int:
     if holder(directory) is None:
         if mountpoint.kind_of_mount(target) == "fuse.qsfs":
             mountpoint.clear(target)
-            print(f"{target}: the daemon had ended already; its dead mount is cleared")
+            if args.json:
+                print_json({"mounted": True, "published": False})
+            else:
+                print(f"{target}: the daemon had ended already; its dead mount is cleared")
             return 0
         raise NotRunning(f"{target}: not mounted")
-    control.ask(directory, "umount")
     until = time.monotonic() + args.wait
+    late = DeadlineExceeded(
+        f"{target}: the daemon has not ended within {args.wait:g} s; once unmounted it publishes and ends by "
+        "itself (see 'qsfs status')"
+    )
+    try:
+        result = control.ask(directory, "umount", timeout=args.wait)
+    except DeadlineExceeded:
+        raise late from None
     while holder(directory) is not None:
         if time.monotonic() > until:
-            raise DeadlineExceeded(
-                f"{target}: unmounted, but the daemon still publishes; it ends by itself (see 'qsfs status')"
-            )
+            raise late
         time.sleep(_LOOK_SECONDS)
+    if args.json:
+        print_json(result)
+        return 0
+    ended = "unmounted" if result["mounted"] else "the daemon ended before it was mounted"
+    if result["published"]:
+        print(f"{target}: {ended}; everything is on the backends")
+    else:
+        print(
+            f"{target}: {ended}; what is not on the backends yet is safe in {directory} and goes on from "
+            "there at the next mount"
+        )
     return 0

@@ -13,7 +13,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="End reads that wait for data on backends that do not answer: their processes get EIO "
         "(SIGBUS in mapped memory). They cannot be killed while they wait.",
     )
-    parser.add_argument("path", nargs="?", help="only of this file, given from the mount point")
+    parser.add_argument("path", metavar="PATH", nargs="?", help="only of this file, given from the mount point")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
     else:
-        print(f"{result['ended']} waits ended")
+        print(f"{result['ended']} {'wait' if result['ended'] == 1 else 'waits'} ended")
     return 0

@@ -70,7 +70,9 @@ def read_secret(config: Config) -> bytes:
         raise KeyFileError(f"{path}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise KeyFileError(f"{path}: the key file cannot be read: {reason}") from error
+        raise KeyFileError(
+            f"{path}: the key file cannot be read: {reason}; put a copy of it there"
+        ) from error
 
 
 def links(config: Config, clock: Clock) -> Links:

@@ -21,7 +21,8 @@ from typing import Any
 
 import trio
 
-from qsfs.errors import MountError, NotRunning, QsfsError, error_of
+from qsfs.daemon.lock import require_access
+from qsfs.errors import DeadlineExceeded, MountError, NotRunning, QsfsError, error_of
 
 _log = logging.getLogger(__name__)
 _LONGEST_LINE = 1 << 20
@@ -125,8 +126,10 @@ async def _read_line(stream: trio.SocketStream) -> bytes | None:
 def ask(cache: Path, command: str, *, timeout: float | None = None, **arguments: Any) -> Any:
     """Asks the daemon of the cache directory `cache`; blocks.
 
-    Raises `NotRunning` if none answers, or the typed error that the daemon reports.
+    Raises `NotRunning` if none runs, `CacheError` if it is another user's, `DeadlineExceeded` if it does
+    not answer within `timeout` seconds, or the typed error that the daemon reports.
     """
+    require_access(cache)
     path = cache / "control.sock"
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(timeout)
@@ -141,7 +144,15 @@ def ask(cache: Path, command: str, *, timeout: float | None = None, **arguments:
             with connection.makefile("rb") as lines:
                 line = lines.readline()
     except TimeoutError as error:
-        raise NotRunning(f"{path}: the daemon did not answer within {timeout} s; see its log") from error
+        raise DeadlineExceeded(
+            f"{path}: the daemon did not answer within {timeout:g} s; see its log"
+        ) from error
+    except FileNotFoundError as error:
+        raise NotRunning(f"{cache}: not mounted: no daemon runs here; 'qsfs mount' starts it") from error
+    except ConnectionRefusedError as error:
+        raise NotRunning(
+            f"{cache}: the daemon has died; see its log, 'qsfs mount' clears its dead mount and starts again"
+        ) from error
     except OSError as error:
         raise NotRunning(f"{path}: no daemon answers ({error.strerror}); is it mounted?") from error
     if not line:

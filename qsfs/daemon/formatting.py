@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import trio
@@ -17,7 +17,7 @@ from qsfs.clock import Clock
 from qsfs.config import Config
 from qsfs.daemon.connect import SUPERBLOCK_ROW, links, prepare_namespaces, read_secret
 from qsfs.daemon.host import host_name
-from qsfs.daemon.lock import CacheLock
+from qsfs.daemon.lock import CacheLock, require_access
 from qsfs.errors import CacheError
 from qsfs.filesystem.namespace import make_root
 from qsfs.format.erasure import Code, CodeParams
@@ -43,16 +43,17 @@ _FILES = ("journal.0", "journal.1", "data.mdb")
 
 @dataclass(frozen=True, slots=True)
 class _Root:
-    """Who owns the root directory of a new file system."""
+    """Who owns the root directory of a new file system: whoever makes it."""
 
-    uid: int = 0
-    gid: int = 0
+    uid: int = field(default_factory=os.geteuid)
+    gid: int = field(default_factory=os.getegid)
     umask: int = 0o22
     pid: int = 0
 
 
 def local_store_exists(directory: Path) -> bool:
-    """Whether the cache directory holds a local store."""
+    """Whether the cache directory holds a local store.  `CacheError` if this user may not know."""
+    require_access(directory)
     return (directory / "data.mdb").exists()
 
 
@@ -104,12 +105,13 @@ def _check_free(directory: Path, force: bytes | None, map_bytes: int) -> None:
     shutil.rmtree(directory / _FORMING, ignore_errors=True)
     if not local_store_exists(directory):
         return
-    if force is None:
-        raise CacheError(
-            f"{directory}: holds the local state of a file system; use another cache directory, or name that "
-            "file system with --force to lose it"
-        )
     mine = _local_file_system(directory, map_bytes)
+    if force is None:
+        which = "a file system" if mine is None else f"file system {mine.hex()}"
+        raise CacheError(
+            f"{directory}: holds the local state of {which}; use another cache directory, or give its id to "
+            "--force to lose it"
+        )
     if mine is not None and mine != force:
         raise CacheError(
             f"{directory}: holds the local state of file system {mine.hex()}, and --force names "

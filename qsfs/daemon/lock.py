@@ -9,11 +9,22 @@ from pathlib import Path
 from qsfs.errors import CacheError, MountError
 
 
+def require_access(directory: Path) -> None:
+    """Raises `CacheError` if the cache directory is there and this user may not work in it."""
+    try:
+        there = directory.is_dir()
+    except PermissionError:
+        there = True
+    if there and not os.access(directory, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+        raise CacheError(f"{directory}: permission denied; be the user who made it")
+
+
 class CacheLock:
     """An exclusive lock on `mount.lock`, held until `release` or the end of the process."""
 
     def __init__(self, directory: Path) -> None:
         """Takes the lock.  Raises `MountError` if another process has it, `CacheError` if it cannot."""
+        require_access(directory)
         path = directory / "mount.lock"
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -37,7 +48,8 @@ class CacheLock:
 
 
 def holder(directory: Path) -> int | None:
-    """The process that holds the lock of a cache directory, or None if nobody does."""
+    """The process that holds the lock of a cache directory, or None if nobody does.  `CacheError`."""
+    require_access(directory)
     try:
         file = os.open(directory / "mount.lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:

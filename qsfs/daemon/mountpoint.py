@@ -16,8 +16,25 @@ def check_dependencies() -> None:
     """Raises `DependencyMissing` if FUSE is not there, with what to install."""
     if not Path("/dev/fuse").exists():
         raise DependencyMissing("/dev/fuse is missing: load the fuse module ('modprobe fuse')")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK, effective_ids=True):
+        raise DependencyMissing("/dev/fuse: permission denied; be root, or let this user in ('chmod 666 /dev/fuse')")
     if shutil.which("fusermount3") is None:
         raise DependencyMissing("fusermount3 is missing: install it ('apt-get install fuse3')")
+
+
+def check_allow_other(configuration: Path = Path("/etc/fuse.conf")) -> None:
+    """Raises `MountError` if other users are to be let in and FUSE lets only root offer that."""
+    if os.geteuid() == 0:
+        return
+    try:
+        allowed = re.search(r"^\s*user_allow_other\s*$", configuration.read_text("utf-8", "replace"), re.MULTILINE)
+    except OSError:
+        allowed = None
+    if allowed is None:
+        raise MountError(
+            f"[mount] allow_other: who is not root needs the line user_allow_other in {configuration}; add it, "
+            "or set allow_other = false"
+        )
 
 
 def kind_of_mount(path: Path) -> str | None:

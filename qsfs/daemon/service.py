@@ -78,6 +78,8 @@ class Service:
         self._tell_waiting = waiting
         self._stopping = trio.Event()
         self._pending = control.Pending()
+        self._finished = trio.Event()
+        self._published = False
         self._lock: CacheLock | None = None
         self.store: Store
         self.contents: Contents
@@ -94,6 +96,8 @@ class Service:
     async def run(self) -> None:
         """Runs the mount until it is unmounted, told to stop, or fails to start."""
         mountpoint.check_dependencies()
+        if self.config.mount.allow_other:
+            mountpoint.check_allow_other()
         directory = self.config.cache.directory
         if not directory.is_dir():
             raise CacheError(f"{directory}: the cache directory does not exist; 'qsfs init' makes it")
@@ -252,11 +256,12 @@ class Service:
             await self._publish_the_last()
         if self.committer.failed is None:
             await self.committer.commit()
+        self._finished.set()
 
     async def _publish_the_last(self) -> None:
         deadline = self.config.flush.stop_deadline_seconds
         with trio.move_on_after(deadline) as scope:
-            await self.flushing.stop(deadline)
+            self._published = await self.flushing.stop(deadline)
         if scope.cancelled_caught:
             _log.warning(
                 "stopped before everything was on the backends; it is safe in the cache and goes on at the "
@@ -339,13 +344,16 @@ class Service:
         return await self.flushing.sync()
 
     async def _on_umount(self, _: Mapping[str, Any]) -> Any:
-        if self.operations is None:
+        """Answered at the end: `published` is whether all of it is on the backends."""
+        mounted = self.operations is not None
+        if not mounted:
             self.stop()
-            return {}
-        self.fetcher.unblock(None)
-        await trio.to_thread.run_sync(mountpoint.unmount, self.config.filesystem.mountpoint)
-        self._stopping.set()
-        return {}
+        else:
+            self.fetcher.unblock(None)
+            await trio.to_thread.run_sync(mountpoint.unmount, self.config.filesystem.mountpoint)
+            self._stopping.set()
+        await self._finished.wait()
+        return {"mounted": mounted, "published": self._published}
 
     async def _on_unblock(self, request: Mapping[str, Any]) -> Any:
         path = request.get("path")

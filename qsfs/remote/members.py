@@ -206,6 +206,10 @@ class Member:
 
     def _enter(self, state: State) -> None:
         if state is not self._state:
+            if state is State.DOWN:
+                _log.info("backend %s is down: %s", self.name, self._error)
+            elif self._state is State.DOWN:
+                _log.info("backend %s is up again", self.name)
             self._state = state
             self._since_ns = self._clock.time_ns()
 

@@ -44,6 +44,19 @@ def test_nothing_covers_while_the_application_runs(machine: Machine) -> None:
     assert machine.read(file) == page("m") + page("d")
 
 
+def test_what_is_uncovered_counts_as_not_durable_until_its_sync_is_committed(machine: Machine) -> None:
+    """No commit of other changes makes it durable, so none may end its exposure."""
+    file = machine.create("a", atomic=True)
+    machine.commit()
+    assert machine.store.undurable_seconds() is None
+    machine.write(file, 0, page("x"))
+    age_group(machine)
+    assert machine.store.undurable_seconds() is not None and machine.store.promised_bytes() >= PAGE
+    machine.fsync(file)
+    machine.commit()
+    assert machine.store.undurable_seconds() is None and machine.store.promised_bytes() == 0
+
+
 def test_another_files_sync_covers_nothing(machine: Machine) -> None:
     """An fsync of B, or of a directory, leaves uncovered what A wrote since its own."""
     file, other = machine.create("a", atomic=True), machine.create("b", atomic=True)

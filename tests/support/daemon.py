@@ -165,10 +165,11 @@ class FileSystem:
         self.process = process
         self._handle = os.pidfd_open(process)
 
-    def umount(self) -> None:
-        """Unmounts in order; returns when the daemon has ended."""
-        self.run("umount")
+    def umount(self) -> str:
+        """Unmounts in order; returns what the command said when the daemon has ended."""
+        said = self.run("umount").stdout
         self.wait_ended()
+        return said
 
     def status(self) -> dict[str, Any]:
         """What `status --json` prints."""

@@ -37,7 +37,8 @@ def test_an_unmount_publishes_what_was_written_last(fs: FileSystem, scratch: Pat
     store(fs, "after", MIB)
     with (fs.mountpoint / "never synced").open("w") as file:
         file.write("closed is enough")
-    fs.umount()
+    said = fs.umount()
+    assert said == f"{fs.mountpoint}: unmounted; everything is on the backends\n"
     assert not places.mounts_below(fs.mountpoint)
     with fs.another_machine(scratch / "other") as other:
         other.run("takeover")
@@ -92,7 +93,7 @@ def test_an_unmount_without_backends_keeps_everything_for_the_next_mount(fs: Fil
     fs.mount()
     store(fs, "local", MIB)
     fs.servers.kill()
-    fs.umount()
+    assert "safe in" in fs.umount()
     fs.servers.start()
     fs.mount()
     check(fs, "local")
@@ -150,5 +151,21 @@ def test_a_stop_while_silent_backends_are_asked_who_they_are_ends_the_start(fs: 
         code, printed = ended(process)
     fs.servers.resume()
     assert (code, printed) == (0, "")
+    fs.mount()
+    fs.umount()
+
+
+def test_an_unmount_before_the_mount_ends_the_start(fs: FileSystem) -> None:
+    """As a stop does, and it says that nothing was mounted yet."""
+    fs.umount()
+    fs.servers.pause()
+    try:
+        with running(fs, "mount", "--foreground") as process:
+            eventually(lambda: fs.run("status", code=None).returncode == 0, "the daemon answers")
+            assert "ended before it was mounted" in fs.run("umount").stdout
+            code, printed = ended(process)
+            assert code == 0, printed
+    finally:
+        fs.servers.resume()
     fs.mount()
     fs.umount()
