@@ -57,7 +57,7 @@ class Report:
         except BaseException:
             print(" failed", flush=True)
             raise
-        print(f"{time.monotonic() - started:7.1f} s   {', '.join(said)}", flush=True)
+        print(f"{time.monotonic() - started:7.1f} s   {', '.join(said)}".rstrip(), flush=True)
 
     def elapsed(self) -> float:
         return time.monotonic() - self.started
@@ -291,7 +291,7 @@ def lose_cache(demo: Demo, report: Report) -> None:
         demo.cache.mkdir(mode=0o700)
         demo.qsfs("restore")
         said.append("only the tree; contents come when they are read")
-    with report.step("take over: this machine owns the file system now"):
+    with report.step("take over: this machine owns it now"):
         demo.qsfs("takeover")
     with report.step("mount") as said:
         demo.qsfs("mount")
