@@ -85,6 +85,11 @@ def parse_address(value: object) -> tuple[str, int]:
     return host, int(port)
 
 
+def counted(number: int, what: str) -> str:
+    """`1 shard`, `1,200 shards`."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 def format_size(count: float) -> str:
     """A size for people: "512 B", "64.0 MiB"."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")

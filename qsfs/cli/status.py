@@ -84,7 +84,7 @@ def _alarms(found: dict[str, Any]) -> list[str]:
 
 def _exposure(found: dict[str, Any]) -> list[str]:
     from qsfs.cli.output import format_table
-    from qsfs.values import format_size
+    from qsfs.values import counted, format_size
 
     flush = found.get("flush")
     exposure = (flush or found).get("exposure")
@@ -96,7 +96,7 @@ def _exposure(found: dict[str, Any]) -> list[str]:
         lost_with = {
             "local": "the power, unless an fsync returned",
             "written": "this machine",
-            "full": f"more than {_count(spare, 'shard')} of a pack",
+            "full": f"more than {counted(spare, 'shard')} of a pack",
         }
         rows = [
             (name, format_size(entry["bytes"]), _age(entry["age"]), lost_with[name])
@@ -124,21 +124,23 @@ def _exposure(found: dict[str, Any]) -> list[str]:
 
 def _waits(waits: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each file that is waited for, the longest wait first."""
+    from qsfs.values import counted
+
     if not waits:
         return ["waits: none"]
     files: dict[int, list[dict[str, Any]]] = {}
     for wait in sorted(waits, key=lambda wait: -wait["seconds"]):
         files.setdefault(wait["inode"], []).append(wait)
-    out = [f"waits: {_count(len(waits), 'read')} of {_count(len(files), 'file')}; 'qsfs unblock' ends them"]
+    out = [f"waits: {counted(len(waits), 'read')} of {counted(len(files), 'file')}; 'qsfs unblock' ends them"]
     for inode, of in list(files.items())[:_MOST_FILES]:
         first = of[0]
         until = "until the data come" if first["until_data"] else "until the deadline"
         out.append(
-            f"  {first['path'] or f'inode {inode}'}: {_count(len(of), 'read')}, for {_age(first['seconds'])} "
+            f"  {first['path'] or f'inode {inode}'}: {counted(len(of), 'read')}, for {_age(first['seconds'])} "
             f"({until}): {first['why']}"
         )
     if len(files) > _MOST_FILES:
-        out.append(f"  and {_count(len(files) - _MOST_FILES, 'file')} more")
+        out.append(f"  and {counted(len(files) - _MOST_FILES, 'file')} more")
     return out
 
 
@@ -192,7 +194,3 @@ def _age(seconds: float | None) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" + ("" if number == 1 else "s")

@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from qsfs.cli.output import print_json
     from qsfs.config import Config
     from qsfs.daemon import control
+    from qsfs.values import counted
 
     config = Config.load(args.config)
     path = args.path
@@ -31,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
     else:
-        print(f"{result['ended']} {'wait' if result['ended'] == 1 else 'waits'} ended")
+        print(f"{counted(result['ended'], 'wait')} ended")
     return 0

@@ -70,9 +70,8 @@ def read_secret(config: Config) -> bytes:
         raise KeyFileError(f"{path}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise KeyFileError(
-            f"{path}: the key file cannot be read: {reason}; put a copy of it there"
-        ) from error
+        advice = "; put a copy of it there" if isinstance(error, FileNotFoundError) else ""
+        raise KeyFileError(f"{path}: the key file cannot be read: {reason}{advice}") from error
 
 
 def links(config: Config, clock: Clock) -> Links:

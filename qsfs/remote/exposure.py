@@ -75,6 +75,7 @@ class Exposure:
             )
             total += size
         self._from_before = total
+        self.look()
 
     @property
     def uploaded(self) -> int:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from qsfs.errors import QsfsBug
 from qsfs.format.erasure import CodeParams
 from qsfs.format.head import Fleet
+from qsfs.values import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +139,11 @@ class FleetAssessment:
         code, quorum = self.code, self.quorum
         return (
             f"{quorum.backends} backends, {code.k} data and {code.m} parity shards ({code.codec}): a full "
-            "pack "
-            f"survives the loss of {code.m} shards, one that is only written of "
+            f"pack survives the loss of {counted(code.m, 'shard')}, one that is only written of "
             f"{code.write_quorum - code.k}.",
             f"The fence quorum is {quorum.needed} of {quorum.backends}: {quorum.may_be_down} may be down, "
             f"{quorum.may_be_stale} may be stale or lie.",
-            f"Flushing goes on with {max(0, self.down_while_publishing)} backends down; packs become full "
+            f"Flushing goes on with {counted(max(0, self.down_while_publishing), 'backend')} down; packs become full "
             f"with up to {max(0, self.down_while_full)} down.",
         )
 

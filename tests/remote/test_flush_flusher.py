@@ -202,6 +202,19 @@ async def test_what_an_earlier_mount_uploaded_ahead_is_exposed_until_a_head_name
         assert flusher.status()["exposure"]["written"]["bytes"] == 0
 
 
+async def test_what_is_written_right_after_a_mount_is_not_as_old_as_the_last_generation(
+    machine: FlushMachine, clock
+):
+    """Where nothing was exposed when the mount began, nothing is older than the mount."""
+    async with flushing(machine, cut_seconds=86400) as flusher:
+        await flusher.sync()
+    await trio.sleep(5000)
+    async with flushing(machine, cut_seconds=86400) as flusher:
+        machine.create("a")
+        exposure = flusher.status()["exposure"]["written"]
+        assert exposure["bytes"] > 0 and exposure["age"] < 100
+
+
 async def test_what_no_commit_has_is_exposed_at_home_with_its_age(machine: FlushMachine, clock):
     """A power cut takes what no fsync covered; a commit makes it durable, names and data alike."""
     async with flushing(machine, cut_seconds=86400) as flusher:
