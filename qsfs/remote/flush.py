@@ -161,6 +161,10 @@ class Flusher:
             )
             context.ledger.take(read)
             position = read.resume
+        known = len(context.ledger.metadata)
+        self._generations.take_chain()
+        if len(context.ledger.metadata) > known:
+            await context.committer.commit()
         if self.phase == "reading pack rows":
             self.phase = "running"
         self._knows_packs.set()
@@ -311,7 +315,9 @@ class Flusher:
 
     def _start_snapshot(self, nursery: trio.Nursery) -> None:
         generations = self._generations
-        if generations.fresh is None and generations.chain.wants_snapshot(self._config.snapshot_ratio):
+        if not self.knows_packs or generations.fresh is not None:
+            return
+        if generations.chain.wants_snapshot(self._config.snapshot_ratio):
             generations.fresh = FreshSnapshot()
             nursery.start_soon(self._snapshot, generations.fresh)
 
@@ -344,12 +350,15 @@ class Flusher:
 
     def _named_packs(self) -> frozenset[bytes]:
         """Metadata packs that the base or a head that may have been sent lists."""
-        named = {pack.ref.pack_id for pack in self._generations.chain.all_packs()}
+        keys = self.context.sealer.keys
         # A copy: a worker thread may store a head meanwhile.
-        for sealed in list(self.context.spool.heads.values()):
-            head = open_head(sealed.key, sealed.value, self.context.sealer.keys)
-            named.update(pack.ref.pack_id for packs in (head.snapshot, *head.deltas) for pack in packs)
-        return frozenset(named)
+        sent = [open_head(sealed.key, sealed.value, keys) for sealed in list(self.context.spool.heads.values())]
+        return frozenset(
+            pack.ref.pack_id
+            for head in (self._generations.base.head, *sent)
+            for packs in (head.snapshot, *head.deltas)
+            for pack in packs
+        )
 
     @property
     def short_of_room(self) -> bool:

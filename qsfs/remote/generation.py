@@ -92,9 +92,20 @@ class Generations:
         self.fresh: FreshSnapshot | None = None
         self._recording = False
         self._context = context
-        self.chain = Chain.of_head(base.head, self._number_of)
+        self._chain: Chain | None = None
         self._kept = first.kept
         self._published = [KeptGeneration(publisher.published, first.time_ns, ())]
+
+    def take_chain(self) -> None:
+        """Looks up the packs that the base lists, once the ledger is complete: one that it lacks gets a row."""
+        self._chain = Chain.of_head(self.base.head, self._number_of)
+
+    @property
+    def chain(self) -> Chain:
+        """What the base lists."""
+        if self._chain is None:
+            raise QsfsBug("the packs of the base generation are not known yet")
+        return self._chain
 
     # sealing
 
@@ -303,7 +314,7 @@ class Generations:
                 self.fresh = None
             else:
                 self.fresh.since.append(written.delta)
-        self.chain = written.chain
+        self._chain = written.chain
         self.pre_delta = None
         self.base = LocalHead(sealed, head, True)
         self._kept = head.kept

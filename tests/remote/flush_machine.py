@@ -239,6 +239,7 @@ class FlushMachine:
         base = local_head(self.store, BASE_KEY, self.world.keys)
         assert base is not None
         self.generations = Generations(self.context, self.publisher, base, self.first)
+        self.generations.take_chain()
         self.precopier = PreCopier(
             self.context,
             lambda *page: self.generations.cut is not None and self.generations.cut.taken(*page),

@@ -486,6 +486,19 @@ async def test_a_start_and_an_idle_stop_do_not_wait_for_the_rows_of_all_packs(
     assert waits
 
 
+async def test_a_start_gives_no_pack_a_second_row(machine: FlushMachine):
+    """The packs that the base lists have theirs, which nobody has read yet when a mount begins."""
+    async with flushing(machine) as flusher:
+        machine.write(machine.create("a"), 0, page("a"))
+        await flusher.sync()
+    for _ in range(3):
+        async with flushing(machine) as flusher:
+            await flusher.sync()
+        machine.committer.commit_now()
+    rows = [PackRow.decode(bytes(row)).pack_id for _, row in machine.store.scan(Table.PACKS, b"", None)]
+    assert len(rows) == len(set(rows)) > 1
+
+
 async def test_shards_that_nobody_took_are_completed_when_backends_return(
     world: World, machine: FlushMachine, clock
 ):
