@@ -123,7 +123,10 @@ class FetchConfig:
 
 @dataclass(frozen=True)
 class MountConfig:
-    """`[mount]`: options of the FUSE mount."""
+    """`[mount]`: options of the FUSE mount.
+
+    Each of `max_background` requests may be a WRITE of 1 MiB that waits for room, and is held in memory meanwhile.
+    """
 
     xattr: bool = _key(False, flag)
     relatime: bool = _key(True, flag)
@@ -131,7 +134,7 @@ class MountConfig:
     default_permissions: bool = _key(True, flag)
     max_tasks: int = _key(5000, number(10, 100_000))
     read_ahead_kb: int = _key(1024, number(0, 65536))
-    max_background: int = _key(64, number(1, 65535))
+    max_background: int = _key(32, number(1, 65535))
     short_loop: bool = _key(True, flag)
 
 
