@@ -145,7 +145,7 @@ def test_the_kernel_is_tuned(mount, root):
     with tuning._connections(usual, device) as connections:
         connection = connections / str(device.minor)
         assert (connection / "max_background").read_text().strip() == "32"
-        assert (connection / "congestion_threshold").read_text().strip() == "48"
+        assert (connection / "congestion_threshold").read_text().strip() == "24"
     if not (usual / str(device.minor)).exists():
         assert "fusectl" not in Path("/proc/self/mounts").read_text(), "a mount of the control files stayed"
 
