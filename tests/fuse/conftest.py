@@ -21,7 +21,7 @@ def make_mount(scratch: Path) -> Iterator[Callable[..., FuseMount]]:
 
 @pytest.fixture
 def mount(make_mount: Callable[..., Any]) -> FuseMount:
-    """A mount with the settings of a default configuration."""
+    """A mount with the settings of a default configuration, but without access times."""
     return make_mount()
 
 

@@ -35,12 +35,14 @@ def test_a_tree_is_made_listed_and_removed(root):
     assert os.listdir(root) == []
 
 
-def test_the_type_of_a_mount_names_qsfs(root):
+@pytest.mark.parametrize("relatime", [True, False])
+def test_the_type_of_a_mount_names_qsfs(make_mount, relatime):
+    root = make_mount(relatime=relatime).path
     line = next(x for x in Path("/proc/self/mounts").read_text().splitlines() if f" {root} " in x)
     assert line.split()[0] == "qsfs"
     assert line.split()[2] == "fuse.qsfs"
     options = set(line.split()[3].split(","))
-    assert {"relatime", "default_permissions", "allow_other"} <= options
+    assert {"relatime" if relatime else "noatime", "default_permissions", "allow_other"} <= options
     assert not {"nodev", "nosuid"} & options
 
 
