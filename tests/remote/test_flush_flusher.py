@@ -20,9 +20,11 @@ from qsfs.format.head import Head, Owner
 from qsfs.format.shard import open_shard, parse_shard_key, shard_key
 from qsfs.remote import flush
 from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, local_head
+from qsfs.remote.context import FlushContext
 from qsfs.remote.control import Records
 from qsfs.remote.exposure import ROW_BYTES
 from qsfs.remote.flush import Flusher
+from qsfs.remote.ledger import Ledger
 from qsfs.remote.mount_check import LocalState, accept_for_mount
 from qsfs.remote.ownership import own
 from qsfs.remote.publish import NotYet, Published
@@ -80,13 +82,17 @@ def machine(world: World, clock: MockClock, tmp_path: Path) -> FlushMachine:
 
 
 @contextlib.asynccontextmanager
-async def flushing(machine: FlushMachine, **settings: float) -> AsyncIterator[Flusher]:
+async def flushing(
+    machine: FlushMachine,
+    context_of: Callable[[FlushMachine], FlushContext] = lambda machine: machine.context,
+    **settings: float,
+) -> AsyncIterator[Flusher]:
     """A flusher at work on a mounted machine."""
     config = FlushConfig(**{"cut_seconds": 30.0, "quiet_seconds": 5.0, **settings})  # type: ignore[arg-type]
     fenced: list[Fenced] = []
     async with machine.mounted(), trio.open_nursery() as nursery:
         flusher = Flusher(
-            machine.context,
+            context_of(machine),
             config,
             machine.publisher,
             machine.first,
@@ -487,16 +493,21 @@ async def test_a_start_and_an_idle_stop_do_not_wait_for_the_rows_of_all_packs(
 
 
 async def test_a_start_gives_no_pack_a_second_row(machine: FlushMachine):
-    """The packs that the base lists have theirs, which nobody has read yet when a mount begins."""
+    """The packs that the base lists have theirs, which a daemon has not read yet when it begins to flush."""
     async with flushing(machine) as flusher:
         machine.write(machine.create("a"), 0, page("a"))
         await flusher.sync()
     for _ in range(3):
-        async with flushing(machine) as flusher:
+        async with flushing(machine, as_a_daemon) as flusher:
             await flusher.sync()
-        machine.committer.commit_now()
-    rows = [PackRow.decode(bytes(row)).pack_id for _, row in machine.store.scan(Table.PACKS, b"", None)]
-    assert len(rows) == len(set(rows)) > 1
+            machine.committer.commit_now()
+            packs = [PackRow.decode(bytes(row)).pack_id for _, row in machine.store.scan(Table.PACKS, b"", None)]
+            assert len(packs) == len(set(packs)) > 1
+
+
+def as_a_daemon(machine: FlushMachine) -> FlushContext:
+    """What it begins with: the rows of packs are not read."""
+    return dataclasses.replace(machine.context, ledger=Ledger(machine.clock, machine.look_seconds))
 
 
 async def test_shards_that_nobody_took_are_completed_when_backends_return(
