@@ -106,8 +106,12 @@ def _exposure(found: dict[str, Any]) -> list[str]:
         ]
         out.append("exposure: not durable yet, at most")
         out.append(format_table(("class", "bytes", "oldest", "lost with"), rows))
+    elif not found["packs_known"]:
+        out.append("exposure: local 0 B, written 0 B")
     else:
         out.append("exposure: none (local 0 B, written 0 B, full 0 B): all of it is in full packs")
+    if not found["packs_known"]:
+        out.append("full: not all packs of before this mount have been looked at yet; more of them may not be full")
     if flush is not None:
         published = flush["published_ns"]
         age = None if published is None else found["time"] - published / 1e9

@@ -226,6 +226,7 @@ class Flushing:
         found: dict[str, Any] = {
             "owner": self.flusher is not None and self.fenced is None,
             "failure": self.failure,
+            "packs_known": self.flusher is not None and self.flusher.knows_packs,
             "backends": backends_of(self.members, now_ns),
         }
         if self.flusher is not None:

@@ -42,6 +42,7 @@ def status(**fields: Any) -> dict[str, Any]:
         "reason": "",
         "failure": "",
         "owner": True,
+        "packs_known": True,
         "code": {"data_shards": 16, "parity_shards": 4, "write_quorum": 18},
         "cache": cache | {"waiting_for_room": 0, "oldest_uncovered_seconds": None},
         "flush": {
@@ -95,6 +96,16 @@ def test_exposure_is_told_by_class_with_its_age_and_what_it_is_lost_with():
     assert "written  1.0 MiB     6 s  this machine" in table
     assert "full     3.0 MiB   3 min  more than 2 shards of a pack" in table
     assert "2 packs are not full yet" in shown
+
+
+def test_nothing_passes_for_full_before_it_was_looked_at():
+    """Not even at the start of a mount, or without an owner, when nobody has read of which packs."""
+    shown = lines(status(packs_known=False))
+    assert shown[2:4] == [
+        "exposure: local 0 B, written 0 B",
+        "full: not all packs of before this mount have been looked at yet; more of them may not be full",
+    ]
+    assert not [line for line in shown if "all of it is in full packs" in line]
 
 
 def test_what_must_be_acted_on_comes_first():
