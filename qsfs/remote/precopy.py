@@ -9,6 +9,7 @@ or a cache too full of what cannot be evicted) it takes everything.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
 
 import trio
@@ -28,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 STEP_SECONDS = 0.1
 LEAST_IDLE_SECONDS = 0.5
+_Pages = list[tuple[int, int, tuple[int, ...]]]
 _WORTH_A_PACK = 2
 """A pass without pressure leaves what is less than a pack's bytes divided by this."""
 
@@ -51,6 +53,7 @@ class PreCopier:
         self._elsewhere = elsewhere
         self._position = b""
         self._in_flight: dict[int, int] = {}
+        self._recorded: deque[tuple[int, _Pages]] = deque()
         self._idle_seconds = max(quiet_seconds, LEAST_IDLE_SECONDS)
         self._wake = trio.Event()
 
@@ -91,6 +94,7 @@ class PreCopier:
         """The runs of the next pack, read in as many transactions as it takes."""
         context = self._context
         target = context.sealer.pack_bytes
+        self._forget_committed()
         runs: list[DirtyRun] = []
         size = 0
         while size < target:
@@ -145,7 +149,13 @@ class PreCopier:
             for index, write_number in enumerate(run.writes):
                 self._in_flight[base + index] = write_number
 
-    def _unmark(self, pages: list[tuple[int, int, tuple[int, ...]]]) -> None:
+    def _forget_committed(self) -> None:
+        """Lets go of pages that are clean in the last commit too: it is what pre-copy reads."""
+        committed = self._context.store.layers.committed_number
+        while self._recorded and self._recorded[0][0] <= committed:
+            self._unmark(self._recorded.popleft()[1])
+
+    def _unmark(self, pages: _Pages) -> None:
         for inode, first, writes in pages:
             base = inode << 64 | first
             for index, write_number in enumerate(writes):
@@ -156,7 +166,7 @@ class PreCopier:
         """Seals, uploads and records one pack."""
         context = self._context
         number = reserve_numbers(context.store, 1)[0]
-        pages = [(run.inode, run.first, run.writes) for run in runs]
+        pages: _Pages = [(run.inode, run.first, run.writes) for run in runs]
         try:
             sealing = _Sealing(context.sealer, runs, number)
             del runs
@@ -166,6 +176,8 @@ class PreCopier:
             failpoints.hit("flush.precopy.written")
             await context.committer.room()
             self._record(number, sealing, upload)
+            self._recorded.append((context.store.layers.open.number, pages))
+            pages = []
             failpoints.hit("flush.precopy.recorded")
         except CacheError as error:
             # The local store has failed: whoever commits says so, and nothing of this pack is lost.

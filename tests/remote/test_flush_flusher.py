@@ -190,6 +190,27 @@ async def test_quiet_pages_leave_before_any_cut(machine: FlushMachine, clock):
         assert flusher.status()["exposure"]["written"]["bytes"] == 0
 
 
+async def test_what_was_uploaded_ahead_is_not_uploaded_again_before_that_is_committed(machine: FlushMachine, clock):
+    """Backends may never free what lies there for nothing, so a group that takes its time costs nothing."""
+    async with flushing(machine, quiet_seconds=1, cut_seconds=3600) as flusher:
+        a = machine.create("a")
+        machine.write(a, 0, page("x") * 40)
+        await machine.context.committer.commit()
+        await until(lambda: flusher.uploaded_ahead)
+        stored = sum(call == "set" for backend in machine.backends for call, _ in backend.calls)
+        assert stored and not machine.store.layers.open.empty
+        await trio.sleep(60)
+        assert not machine.store.layers.open.empty
+        machine.write(a, 0, page("y"))
+        await machine.context.committer.commit()
+        await trio.sleep(60)
+        assert sum(call == "set" for backend in machine.backends for call, _ in backend.calls) == stored
+        assert flusher.uploaded_ahead == 40 * PAGE
+        machine.write(a, 0, page("z") * 40)
+        await machine.context.committer.commit()
+        await until(lambda: flusher.uploaded_ahead == 80 * PAGE)
+
+
 async def test_what_an_earlier_mount_uploaded_ahead_is_exposed_until_a_head_names_it(
     machine: FlushMachine, clock
 ):
