@@ -131,7 +131,8 @@ class Keeper:
         evicted of themselves, as may what is dirty; as long as that is much, waiting is enough.
         """
         store, limits = self._store, self._store.limits
-        dirty = store.layers.view.count(Table.DIRTY) * BLOCK_SIZE
+        groups = (store.layers.open, store.layers.committing)
+        dirty = store.layers.view.count(Table.DIRTY) * BLOCK_SIZE + sum(g.bytes for g in groups if g is not None)
         largest = self._contents.largest_uncovered()
         if largest is None or dirty + later_bytes > limits.full_bytes // _MUCH:
             return
