@@ -56,6 +56,7 @@ def test_the_size_is_what_the_backends_can_hold(top: Path) -> None:
 def test_what_is_written_is_missed_at_once(fs: FileSystem, top: Path) -> None:
     """Also before it is uploaded, and no less after it was."""
     size = 8 * MIB
+    fs.sync()
     before = os.statvfs(top)
     (top / "data").write_bytes(os.urandom(size))
     for sync in (partial(syncfs, top), fs.sync):
