@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from qsfs.clock import FixedClock
 from qsfs.config import CacheConfig
@@ -28,6 +29,7 @@ from qsfs.store.schema import BLOCK_PAGES, PAGE, ExtentRow, PackRow, PackState, 
 from qsfs.store.snapshot import CommittedState
 from qsfs.store.store import NEXT_INODE, NEXT_PACK
 from tests.core.machine import Machine, page
+from tests.support.virtual_time import virtual_time
 
 
 class TrioClock(FixedClock):
@@ -38,13 +40,13 @@ class TrioClock(FixedClock):
 
 
 SMALLEST = Limits.of(CacheConfig(size_bytes=32 << 20), 8 << 20)
-SMALL = Limits.of(CacheConfig(size_bytes=64 << 20), 8 << 20)
 
 
-@pytest.fixture(autouse=True)
-def _alarms_may_come(expect_log: Callable[..., None]) -> None:
-    """Virtual time runs on while a commit is under way, so a wait may look long."""
-    expect_log(r"packs do not become full on the backends", optional=True)
+@pytest.fixture
+def clock() -> Iterator[MockClock]:
+    """Time that runs ahead only while nothing is at work."""
+    with virtual_time() as clock:
+        yield clock
 
 
 class Running:
@@ -109,15 +111,15 @@ class Running:
     async def upload(self) -> None:
         """Backends: what is dirty in the last commit becomes clean, for ever."""
         while True:
-            done = self._upload_some(256)
-            if done:
+            if self.store.layers.view.count(Table.DIRTY):
+                self._upload_some(256)
                 await self.committer.commit()
             else:
                 await trio.sleep(1)
 
-    def _upload_some(self, most: int) -> int:
+    def _upload_some(self, most: int) -> None:
         store = self.store
-        pack, count = store.next_number(NEXT_PACK), 0
+        pack = store.next_number(NEXT_PACK)
         add_pack(store, pack, PackRow(bytes(16), bytes(32), 1, 1, 1, 0, 0, 0, 0, 0, 0, int(SAFE), ()))
         parts: list[bytes] = []
         for key, _ in list(itertools.islice(store.layers.view.scan(Table.DIRTY, b"", None), most)):
@@ -136,9 +138,7 @@ class Running:
                 assert store.blocks.clean(inode, index, write_number)
                 row = ExtentRow(index, write_number, 1, len(parts) - 1, pack, 0, 0, 0, 0, 0)
                 store.extents.insert(number, row)
-                count += 1
         self.machine.remote[pack] = b"".join(parts)
-        return count
 
 
 SAFE = PackState.FULL | PackState.LOOKED
@@ -172,7 +172,7 @@ async def test_a_full_group_is_sealed_at_once_and_bounds_memory(tmp_path: Path) 
         assert live.committer.commits - before >= 40 * 64 * PAGE // limits.group_bytes - 2
 
 
-async def test_more_than_the_cache_holds_passes_through_it(tmp_path: Path, autojump_clock: object) -> None:
+async def test_more_than_the_cache_holds_passes_through_it(tmp_path: Path, clock: MockClock) -> None:
     """Several writers write five times the cache's size; every byte is there, and LMDB never outgrew its map."""
     source = random.Random(3)
     async with running(tmp_path) as live:
@@ -198,7 +198,7 @@ async def test_more_than_the_cache_holds_passes_through_it(tmp_path: Path, autoj
 
 
 async def test_writers_wait_while_backends_are_away_and_go_on_when_they_return(
-    tmp_path: Path, autojump_clock: object
+    tmp_path: Path, clock: MockClock
 ) -> None:
     """A cache full of dirty data: a WRITE waits, reads and fsyncs do not, and nothing is dropped."""
     async with running(tmp_path, backends=False) as live:
@@ -233,15 +233,15 @@ async def test_writers_wait_while_backends_are_away_and_go_on_when_they_return(
 
 
 async def test_a_copy_larger_than_the_cache_onto_an_atomic_name_joins_with_an_alarm(
-    tmp_path: Path, autojump_clock: object, expect_log: Callable[..., None]
+    tmp_path: Path, clock: MockClock, expect_log: Callable[..., None]
 ) -> None:
     """cp of a database larger than the cache: its sync could never come, so it is covered, and says so."""
     expect_log(r"the cache is full of what inode \d+ wrote since its last sync")
-    async with running(tmp_path, SMALL) as live:
+    async with running(tmp_path) as live:
         small = live.machine.create("small", atomic=True)
         await live.write(small, 0, page("s") * 30)
         copy = live.machine.create("copy", atomic=True)
-        pages = 2 * SMALL.full_bytes // PAGE
+        pages = 2 * SMALLEST.full_bytes // PAGE
         for first in range(0, pages, 64):
             await live.write(copy, first, bytes([1 + first // 64 % 250]) * (64 * PAGE))
         assert live.keeper.joined >= 1
@@ -251,12 +251,10 @@ async def test_a_copy_larger_than_the_cache_onto_an_atomic_name_joins_with_an_al
         live.machine.contents.closed(live.machine.inode(copy))
         await live.committer.commit()
         assert await live.read(copy) == wanted
-        assert (tmp_path / "data.mdb").stat().st_size <= SMALL.map_bytes
+        assert (tmp_path / "data.mdb").stat().st_size <= SMALLEST.map_bytes
 
 
-async def test_uncovered_data_do_not_join_while_waiting_makes_room(
-    tmp_path: Path, autojump_clock: object
-) -> None:
+async def test_uncovered_data_do_not_join_while_waiting_makes_room(tmp_path: Path, clock: MockClock) -> None:
     """A large uncovered file and as much of other dirty data: uploads make room, so it stays uncovered."""
     async with running(tmp_path) as live:
         atomic = live.machine.create("atomic", atomic=True)
@@ -286,7 +284,7 @@ def test_room_is_kept_for_what_uncovered_writes_will_take(tmp_path: Path) -> Non
 
 
 async def test_background_work_overfills_no_group(
-    tmp_path: Path, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was spilled and is covered moves to its file in groups that are not larger than others."""
     async with running(tmp_path, backends=False) as live:
@@ -350,7 +348,7 @@ async def test_what_is_never_refused_fits_beside_as_many_names_as_may_be_made(tm
 
 
 async def test_a_write_that_waits_since_names_fill_the_cache_says_so(
-    tmp_path: Path, autojump_clock: object, expect_log: Callable[..., None]
+    tmp_path: Path, clock: MockClock, expect_log: Callable[..., None]
 ) -> None:
     """Neither backends nor eviction can make that room: what helps is a larger cache."""
     expect_log(r"the cache is full: \d+ bytes of it are names", count=1)
@@ -369,7 +367,7 @@ async def test_a_write_that_waits_since_names_fill_the_cache_says_so(
 
 
 async def test_a_failed_disk_ends_every_wait_with_its_error(
-    tmp_path: Path, autojump_clock: object, expect_log: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clock: MockClock, expect_log: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the local disk fails, whoever waits for room or a commit gets the error; the keeper goes on."""
     expect_log("read-only from here on")
@@ -458,7 +456,7 @@ async def test_what_an_unexpected_error_kept_from_the_journal_is_not_acknowledge
 
 
 async def test_a_commit_waits_for_as_long_as_a_reader_holds_what_was_freed(
-    tmp_path: Path, autojump_clock: object, expect_log: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clock: MockClock, expect_log: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slow disk may keep a cut's reading open; that is told, and never the end of the mount."""
     expect_log(r"waiting for pages that are being read", count=1)

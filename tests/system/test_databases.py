@@ -57,8 +57,16 @@ class Postgres:
         return self.call("pg_ctl", "--wait", "--timeout=120", "-D", self.data, *words)
 
     def start(self) -> None:
+        # A crashed server leaves its lock files; who it was may still be a process that nobody waits for.
+        for lock in (self.data / "postmaster.pid", self.sockets / ".s.PGSQL.5432.lock"):
+            lock.unlink(missing_ok=True)
         options = " ".join(f"-c {name}='{value}'" for name, value in SETTINGS.items())
-        self.control("start", "-l", self.sockets / "log", "-o", f"-k {self.sockets} {options}")
+        log = self.sockets / "log"
+        try:
+            self.control("start", "-l", log, "-o", f"-k {self.sockets} {options}")
+        except AssertionError as error:
+            error.add_note(log.read_text(errors="replace") if log.exists() else "It wrote no log.")
+            raise
 
     def end(self) -> None:
         """As a crash does, also where the mount is dead."""
@@ -130,7 +138,6 @@ def test_postgresql_recovers_from_a_crash_of_the_mount_under_load(shared: FileSy
             load.wait()
         if end == "mount":
             shared.mount()
-        (postgres.data / "postmaster.pid").unlink(missing_ok=True)
         postgres.start()
         accounts, branches, tellers, history = postgres.sql(COUNTS).split("|")
         assert accounts == branches == tellers == history
