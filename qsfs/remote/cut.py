@@ -7,6 +7,7 @@ extents of those data packs laid over it as if they had been recorded already.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -20,6 +21,7 @@ from qsfs.store.extents import Extents
 from qsfs.store.packs import SealedRun
 from qsfs.store.schema import PackRow, Table, u64
 from qsfs.store.snapshot import CommittedState, DirtyRun, ImageRows, Want
+from qsfs.store.versions import PageVersions
 
 MOST_EXTENTS = 32_768
 """Extents that one cut may seal: they are held in memory until it is recorded."""
@@ -85,11 +87,11 @@ class SealedCut:
     own: dict[int, PackRow] = field(default_factory=dict)
     ordinals: int = 0
     bytes: int = 0
-    pages: dict[int, int] = field(default_factory=dict)
+    pages: PageVersions = field(default_factory=PageVersions)
 
-    def taken(self, inode: int, page: int, write_number: int) -> bool:
-        """Whether this cut has sealed this page with this write number."""
-        return self.pages.get(inode << 64 | page) == write_number
+    def taken(self, block: int, writes: Sequence[int]) -> int:
+        """Which pages of a block (bits) this cut has sealed with these write numbers."""
+        return self.pages.held(block, writes)
 
 
 def seal_cut(
@@ -107,9 +109,7 @@ def seal_cut(
             return NoCut.UNCHANGED
         if state.dirty_bytes(order.most_bytes, Want(1)) > order.most_bytes:
             return NoCut.TOO_MUCH
-        cut = SealedCut(
-            order.generation, state.commit_number, state.write_number, clock.time_ns(), state.counters()
-        )
+        cut = SealedCut(order.generation, state.commit_number, state.write_number, clock.time_ns(), state.counters())
         cut.rest = RowPacker(sealer.pack_bytes)
         try:
             image = _seal_data(state, spool, sealer, clock, order, cut)
@@ -166,9 +166,7 @@ def _seal_data(
     return image
 
 
-def _spool_data(
-    runs: tuple[DirtyRun, ...], number: int, spool: Spool, sealer: Sealer, cut: SealedCut
-) -> SealedData:
+def _spool_data(runs: tuple[DirtyRun, ...], number: int, spool: Spool, sealer: Sealer, cut: SealedCut) -> SealedData:
     pack = sealer.data_pack(runs)
     spool.write_pack(cut.generation, cut.ordinals, pack.ref, pack.body)
     sealed = SealedData(cut.ordinals, number, pack.ref, tuple(sealed_runs(pack, runs, number)))
@@ -176,9 +174,7 @@ def _spool_data(
     cut.data.append(sealed)
     for run in runs:
         cut.bytes += len(run.data)
-        base = run.inode << 64 | run.first
-        for index, write_number in enumerate(run.writes):
-            cut.pages[base + index] = write_number
+        cut.pages.add(run.inode, run.first, run.writes)
     return sealed
 
 

@@ -7,7 +7,7 @@ they are back; only a fence ends it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,9 +100,7 @@ class Flusher:
         self._news = trio.Event()
         self._stopping = False
         self._fenced: QsfsError | None = None
-        self.exposure = exposure or Exposure(
-            context.store, context.ledger, context.clock, lambda: self.uploaded_ahead
-        )
+        self.exposure = exposure or Exposure(context.store, context.ledger, context.clock, lambda: self.uploaded_ahead)
         self._alarmed = False
         self._scope = trio.CancelScope()
         self._knows_packs = trio.Event()
@@ -185,9 +183,9 @@ class Flusher:
             await trio.sleep(max(self._config.quiet_seconds, _POLL_SECONDS))
             self.context.store.blocks.written.turn()
 
-    def _in_cut(self, inode: int, page: int, write_number: int) -> bool:
+    def _in_cut(self, block: int, writes: Sequence[int]) -> int:
         cut = self.generations.cut if self.generations is not None else None
-        return cut is not None and cut.taken(inode, page, write_number)
+        return 0 if cut is None else cut.taken(block, writes)
 
     # cuts
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -24,6 +24,7 @@ from qsfs.store.packs import SealedRun, record_run, reserve_numbers
 from qsfs.store.reading import LocalDamage
 from qsfs.store.schema import BLOCK_PAGES, PAGE, u64_pair
 from qsfs.store.snapshot import CommittedState, DirtyPart, DirtyRun, Want
+from qsfs.store.versions import PageVersions
 
 _log = logging.getLogger(__name__)
 
@@ -37,12 +38,13 @@ _WORTH_A_PACK = 2
 class PreCopier:
     """Uploads quiet dirty pages.  `run` is a task; `pressed` says why it should take everything ("": not).
 
-    `elsewhere` says of a page whether a cut has sealed it.  `bytes_recorded` counts bytes that turned
-    clean since the start; `garbage` holds packs of which nothing was of use when they were written.
+    `elsewhere` says of a block which of its pages a cut has sealed, as `Want.taken`.  `bytes_recorded`
+    counts bytes that turned clean since the start; `garbage` holds packs of which nothing was of use when
+    they were written.
     """
 
     def __init__(
-        self, context: FlushContext, elsewhere: Callable[[int, int, int], bool], quiet_seconds: float
+        self, context: FlushContext, elsewhere: Callable[[int, Sequence[int]], int], quiet_seconds: float
     ) -> None:
         self.pressed = ""
         self.orphans_too = False
@@ -52,7 +54,7 @@ class PreCopier:
         self._context = context
         self._elsewhere = elsewhere
         self._position = b""
-        self._in_flight: dict[int, int] = {}
+        self._in_flight = PageVersions()
         self._recorded: deque[tuple[int, _Pages]] = deque()
         self._idle_seconds = max(quiet_seconds, LEAST_IDLE_SECONDS)
         self._wake = trio.Event()
@@ -130,10 +132,8 @@ class PreCopier:
         # Called on a worker thread: membership of a set is one step for the interpreter.
         return block not in self._context.store.blocks.written
 
-    def _taken(self, inode: int, page: int, write_number: int) -> bool:
-        return self._in_flight.get(inode << 64 | page) == write_number or self._elsewhere(
-            inode, page, write_number
-        )
+    def _taken(self, block: int, writes: Sequence[int]) -> int:
+        return self._in_flight.held(block, writes) | self._elsewhere(block, writes)
 
     def _skip(self, error: Corrupt) -> None:
         """Goes on behind a damaged page; a cut will not leave it out."""
@@ -145,9 +145,7 @@ class PreCopier:
 
     def _mark(self, runs: tuple[DirtyRun, ...]) -> None:
         for run in runs:
-            base = run.inode << 64 | run.first
-            for index, write_number in enumerate(run.writes):
-                self._in_flight[base + index] = write_number
+            self._in_flight.add(run.inode, run.first, run.writes)
 
     def _forget_committed(self) -> None:
         """Lets go of pages that are clean in the last commit too: it is what pre-copy reads."""
@@ -157,10 +155,7 @@ class PreCopier:
 
     def _unmark(self, pages: _Pages) -> None:
         for inode, first, writes in pages:
-            base = inode << 64 | first
-            for index, write_number in enumerate(writes):
-                if self._in_flight.get(base + index) == write_number:
-                    del self._in_flight[base + index]
+            self._in_flight.discard(inode, first, writes)
 
     async def _send(self, runs: tuple[DirtyRun, ...]) -> None:
         """Seals, uploads and records one pack."""

@@ -7,7 +7,7 @@ also the daemon's own work (clean marks, installs, evictions, truncations worked
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -54,8 +54,7 @@ class Blocks:
         self.written = RecentSet()
         self._under_work: dict[int, _Work] = {}
         self.pending: dict[int, tuple[Truncation, ...]] = {
-            split_u64(key): decode_truncations(row)
-            for key, row in layers.scan(Table.TRUNCATIONS, b"", None)
+            split_u64(key): decode_truncations(row) for key, row in layers.scan(Table.TRUNCATIONS, b"", None)
         }
         self.reader = PageReader(layers, self.pending)
 
@@ -83,8 +82,7 @@ class Blocks:
         encoded = self._layers.view.get(Table.BLOCKS, u64_pair(inode, number))
         if encoded is None:
             return None
-        fields = unpack_block(encoded)
-        return Block(fields[0], fields[1], list(fields[6:10]))
+        return _block_of(encoded)
 
     def _cut(self, inode: int, number: int, block: Block) -> int:
         """Clears the pages of `block` that a pending truncation cuts; returns their bits."""
@@ -186,9 +184,7 @@ class Blocks:
     def _holes(self, inode: int, number: int, bits: int) -> int:
         """How many of the pages `bits` of a block no extent row holds."""
         first = number * BLOCK_PAGES
-        return sum(
-            bool(bits & 1 << i) and self._extents.at(inode, first + i) is None for i in range(BLOCK_PAGES)
-        )
+        return sum(bool(bits & 1 << i) and self._extents.at(inode, first + i) is None for i in range(BLOCK_PAGES))
 
     def move_in(self, inode: Inode, page: int, data: bytes, write_number: int) -> None:
         """Makes a page of the file's own that was kept elsewhere in the store; nothing for the journal."""
@@ -285,15 +281,45 @@ class Blocks:
             return None
         return row
 
-    def clean(self, inode: Inode, page: int, write_number: int) -> bool:
-        """Marks a page clean if it is resident dirty with this write number; returns whether."""
-        number, index = divmod(page, BLOCK_PAGES)
-        bit = 1 << index
-        state = self.state(inode.number, number)
-        if state is None or not state.dirty & bit or state.writes[index] != write_number:
-            return False
-        self.writable(inode, number).dirty &= ~bit
-        return True
+    def clean(self, inode: Inode, first: int, writes: Sequence[int]) -> list[int]:
+        """Marks those pages from `first` on clean that are resident dirty with these write numbers; returns them."""
+        stop = first + len(writes)
+        numbers = range(first // BLOCK_PAGES, (stop - 1) // BLOCK_PAGES + 1)
+        group = self._layers.open
+        stored = self._stored_blocks(inode.number, numbers)
+        cleaned: list[int] = []
+        for number in numbers:
+            key = block_key(inode.number, number)
+            block = group.blocks.get(key)
+            known = block is not None
+            if block is None:
+                block = stored.get(number) or self._inherit(inode.number, number, key)
+                if block is None:
+                    continue
+            if inode.number in self.pending:
+                block, known = self.writable(inode, number), True
+            base = number * BLOCK_PAGES
+            bits = 0
+            for page in range(max(first, base), min(stop, base + BLOCK_PAGES)):
+                index = page - base
+                if block.dirty & 1 << index and block.writes[index] == writes[page - first]:
+                    bits |= 1 << index
+                    cleaned.append(page)
+            if bits:
+                block.dirty &= ~bits
+                if not known:
+                    group.blocks[key] = block
+                    group.blocks_of[inode.number].add(number)
+        return cleaned
+
+    def _stored_blocks(self, inode: int, numbers: range) -> dict[int, Block]:
+        """Those of some blocks that LMDB has and no group, as `_inherit` gives them."""
+        wanted = set(numbers)
+        for group in (self._layers.open, self._layers.committing):
+            if group is not None and inode in group.blocks_of:
+                wanted -= group.blocks_of[inode]
+        rows = self._layers.view.get_all(Table.BLOCKS, [u64_pair(inode, number) for number in sorted(wanted)])
+        return {int.from_bytes(key[8:], "big"): _block_of(row) for key, row in rows}
 
     def mark_all(self, inode: Inode, *, dirty: bool) -> None:
         """Marks every resident page dirty, or not: for a file that leaves or enters `local_only`."""
@@ -432,6 +458,12 @@ class Blocks:
                     inode.allocated -= 1
         self._extents.take(inode.number, first, stop)
         self._inodes.touch(inode)
+
+
+def _block_of(row: Page) -> Block:
+    """What a stored row says of a block."""
+    fields = unpack_block(row)
+    return Block(fields[0], fields[1], list(fields[6:10]))
 
 
 @dataclass(slots=True)

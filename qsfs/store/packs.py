@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from qsfs.store.schema import BLOCK_PAGES, ExtentRow, PackRow, PackState, Table, u64
+from qsfs.store.schema import ExtentRow, PackRow, PackState, Table, u64
 from qsfs.store.store import NEXT_PACK, Store
 
 WORTH_A_STEP = 1024
@@ -83,25 +83,7 @@ def record_run(store: Store, run: SealedRun) -> int:
     inode = store.inode(run.inode)
     if inode is None:
         return 0
-    blocks = store.blocks
-    first = run.extent.first
-    cleaned: list[int] = []
-    for number in range(first // BLOCK_PAGES, (first + len(run.writes) - 1) // BLOCK_PAGES + 1):
-        state = blocks.state(run.inode, number)
-        if state is None:
-            continue
-        bits = 0
-        for index in range(BLOCK_PAGES):
-            page = number * BLOCK_PAGES + index
-            if (
-                first <= page < first + len(run.writes)
-                and state.dirty & 1 << index
-                and state.writes[index] == run.writes[page - first]
-            ):
-                bits |= 1 << index
-                cleaned.append(page)
-        if bits:
-            blocks.writable(inode, number).dirty &= ~bits
+    cleaned = store.blocks.clean(inode, run.extent.first, run.writes)
     for start, stop in _stretches(cleaned):
         store.extents.insert(run.inode, run.extent.part(start, stop - start))
     return len(cleaned)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -22,7 +22,7 @@ from sortedcontainers import SortedDict
 from xxhash import xxh3_64_intdigest
 
 from qsfs.clock import Clock
-from qsfs.store.block import block_key
+from qsfs.store.block import ALL_PAGES, block_key
 from qsfs.store.environment import Environment
 from qsfs.store.group import COMMIT_KEY, WRITE_NUMBER_KEY
 from qsfs.store.layers import merge_rows, overlay_rows
@@ -52,6 +52,9 @@ Row = tuple[int, bytes, bytes | None]
 
 EXTENT_PAGES = 64
 """Pages in the largest extent; runs are cut where page numbers are multiples of it."""
+
+_Piece = tuple[int, tuple[int, ...], tuple[bytes | memoryview, ...]]
+"""Pages of one block: the first one, the write number of each, and their bytes in parts."""
 
 _REMOTE = sorted(REMOTE_TABLES)
 _KNOWN_OWNERS = 4096
@@ -102,8 +105,8 @@ class _Owner:
 class Want:
     """Which dirty pages are wanted, and how much at a time.
 
-    `quiet` says of a block (its `block_key`) whether it may be read now, `taken` of a page (inode,
-    page, write number) whether somebody else has it; both are called on the reading thread.
+    `quiet` says of a block (its `block_key`) whether it may be read now, `taken` of a block and its
+    write numbers which pages (bits) somebody else has; both are called on the reading thread.
     `orphans` takes the pages of unlinked open files too.  A part ends after about `most_bytes`, or
     once the clock says `until`; it always gets on by a block.
     """
@@ -111,7 +114,7 @@ class Want:
     most_bytes: int
     until: float = float("inf")
     quiet: Callable[[int], bool] | None = None
-    taken: Callable[[int, int, int], bool] | None = None
+    taken: Callable[[int, Sequence[int]], int] | None = None
     orphans: bool = False
 
 
@@ -170,16 +173,16 @@ class CommittedState:
             if row is None:
                 continue
             try:
-                pages = self._read_block(key, row, bits)
+                pieces = self._read_block(key, row, bits)
             except LocalDamage:
                 if not size:
                     raise
                 resume = key
                 break
             inode = split_u64(key)
-            for page, write_number, data in pages:
-                run.add(inode, page, write_number, data, runs)
-            size += len(pages) * PAGE
+            for piece in pieces:
+                run.add(inode, *piece, runs)
+            size += bits.bit_count() * PAGE
         run.end(runs)
         return DirtyPart(tuple(runs), resume)
 
@@ -210,28 +213,20 @@ class CommittedState:
                     yield key, None, 0
                     continue
                 row = BlockRow.decode(encoded)
-                bits = self._wanted(inode, number, row, owner, want)
+                bits = row.dirty & row.resident
+                if owner.pending:
+                    bits &= ~_cut_bits(owner.pending, number, row.writes)
+                if want.taken is not None:
+                    bits &= ~want.taken(block_key(inode, number), row.writes)
                 yield key, row if bits else None, bits
 
-    @staticmethod
-    def _wanted(inode: int, number: int, row: BlockRow, owner: _Owner, want: Want) -> int:
-        bits = row.dirty & row.resident
-        if not owner.pending and want.taken is None:
-            return bits
-        for index in range(BLOCK_PAGES):
-            page, write_number = number * BLOCK_PAGES + index, row.writes[index]
-            if bits & 1 << index and (
-                (owner.pending and is_cut(owner.pending, page, write_number))
-                or (want.taken is not None and want.taken(inode, page, write_number))
-            ):
-                bits &= ~(1 << index)
-        return bits
-
-    def _read_block(self, key: bytes, row: BlockRow, bits: int) -> list[tuple[int, int, bytes | memoryview]]:
-        """The wanted pages of a block, verified: page, write number, bytes."""
+    def _read_block(self, key: bytes, row: BlockRow, bits: int) -> list[_Piece]:
+        """The wanted pages of a block, verified: in one piece if it is wanted whole."""
         inode, number = split_u64_pair(key)
         value = self.view.get(Table.VALUES, key)
-        found: list[tuple[int, int, bytes | memoryview]] = []
+        if bits == ALL_PAGES and value is not None and _is_whole(value, row):
+            return [(number * BLOCK_PAGES, row.writes, (value, row.tail))]
+        found: list[_Piece] = []
         for index in range(BLOCK_PAGES):
             if not bits & 1 << index:
                 continue
@@ -243,7 +238,7 @@ class CommittedState:
                 page = bytes(page) + row.tail
             if xxh3_64_intdigest(page) != row.sums[index]:
                 raise LocalDamage(inode, page_number, "its local bytes fail their checksum")
-            found.append((page_number, row.writes[index], page))
+            found.append((page_number, (row.writes[index],), (page,)))
         return found
 
     def _owner(self, inode: int) -> _Owner:
@@ -283,9 +278,7 @@ class CommittedState:
     def changed(self, start: bytes, floor: int, most_bytes: int, until: float = float("inf")) -> RowsPart:
         """Rows marked as changed by a commit above `floor`, from mark `start` on, as they are now."""
         lowest = u64(floor)
-        marks = (
-            (name, bytes(mark) > lowest) for name, mark in self.view.scan(Table.CHANGED, start, None)
-        )
+        marks = ((name, bytes(mark) > lowest) for name, mark in self.view.scan(Table.CHANGED, start, None))
         return self._rows(marks, most_bytes, until, self._changed_rows)
 
     def everything(self, start: bytes, most_bytes: int, until: float = float("inf")) -> RowsPart:
@@ -368,47 +361,66 @@ class CommittedState:
         return Table.TRUNCATIONS, u64(inode), encode_truncations(owner.pending) or None
 
 
+def _cut_bits(pending: tuple[Truncation, ...], number: int, writes: Sequence[int]) -> int:
+    """The pages of a block that a pending truncation cuts."""
+    pages = enumerate(writes, number * BLOCK_PAGES)
+    return sum(1 << i for i, (page, write) in enumerate(pages) if is_cut(pending, page, write))
+
+
+def _is_whole(value: memoryview, row: BlockRow) -> bool:
+    """Whether every page of a block matches its checksum."""
+    return len(value) == VALUE_SIZE and row.sums == (
+        xxh3_64_intdigest(value[:PAGE]),
+        xxh3_64_intdigest(value[PAGE : 2 * PAGE]),
+        xxh3_64_intdigest(value[2 * PAGE : 3 * PAGE]),
+        xxh3_64_intdigest(b"".join((value[3 * PAGE :], row.tail))),
+    )
+
+
 _OF_INODES = frozenset((Table.INODES, Table.XATTRS, Table.SYMLINKS, Table.EXTENTS, Table.TRUNCATIONS))
 
 
 class _Run:
-    """Pages being joined to runs."""
+    """Pages being joined to runs: their write numbers, and their bytes in parts of any length."""
 
     def __init__(self) -> None:
         self.inode = 0
         self.first = 0
         self.writes: list[int] = []
-        self.pages: list[bytes | memoryview] = []
+        self.parts: list[bytes | memoryview] = []
 
     def goes_on(self, key: bytes) -> bool:
         """Whether a block may belong to the same extent as the last page."""
         inode, number = split_u64_pair(key)
         page = number * BLOCK_PAGES
         return (
-            bool(self.pages)
+            bool(self.writes)
             and inode == self.inode
-            and page == self.first + len(self.pages)
+            and page == self.first + len(self.writes)
             and page % EXTENT_PAGES != 0
         )
 
     def add(
-        self, inode: int, page: int, write_number: int, data: bytes | memoryview, runs: list[DirtyRun]
+        self,
+        inode: int,
+        page: int,
+        writes: tuple[int, ...],
+        parts: tuple[bytes | memoryview, ...],
+        runs: list[DirtyRun],
     ) -> None:
-        """Takes the next page; what does not go on with it becomes a run of its own."""
-        if self.pages and (
-            inode != self.inode or page != self.first + len(self.pages) or page % EXTENT_PAGES == 0
-        ):
+        """Takes the next pages, all of one block; what does not go on with them becomes a run of its own."""
+        if self.writes and (inode != self.inode or page != self.first + len(self.writes) or page % EXTENT_PAGES == 0):
             self.end(runs)
-        if not self.pages:
+        if not self.writes:
             self.inode, self.first = inode, page
-        self.writes.append(write_number)
-        self.pages.append(data)
+        self.writes += writes
+        self.parts += parts
 
     def end(self, runs: list[DirtyRun]) -> None:
         """Ends the run."""
-        if self.pages:
-            runs.append(DirtyRun(self.inode, self.first, tuple(self.writes), b"".join(self.pages)))
-            self.writes, self.pages = [], []
+        if self.writes:
+            runs.append(DirtyRun(self.inode, self.first, tuple(self.writes), b"".join(self.parts)))
+            self.writes, self.parts = [], []
 
 
 class ImageRows:

@@ -225,7 +225,7 @@ class History:
             self.application_step()
         for inode_number, page, write_number, data in found[: self.random.randrange(1, 20)]:
             inode = self.store.inode(inode_number)
-            if inode is None or not self.store.blocks.clean(inode, page, write_number):
+            if inode is None or not self.store.blocks.clean(inode, page, (write_number,)):
                 continue
             self.packs += 1
             self.remote[self.packs, 0] = data

@@ -207,7 +207,7 @@ class Machine:
         """What a written pack does to the tables; None if no page of it could be marked clean."""
         inode = self.inode(number)
         cleaned = [
-            self.store.blocks.clean(inode, first + i, write_number)
+            self.store.blocks.clean(inode, first + i, (write_number,))
             for i, (write_number, _) in enumerate(read)
         ]
         if not any(cleaned):

@@ -135,7 +135,7 @@ class Running:
                 assert data is not None
                 write_number = state.writes[i]
                 parts.append(bytes(data))
-                assert store.blocks.clean(inode, index, write_number)
+                assert store.blocks.clean(inode, index, (write_number,))
                 row = ExtentRow(index, write_number, 1, len(parts) - 1, pack, 0, 0, 0, 0, 0)
                 store.extents.insert(number, row)
         self.machine.remote[pack] = b"".join(parts)

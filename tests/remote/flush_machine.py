@@ -242,7 +242,7 @@ class FlushMachine:
         self.generations.take_chain()
         self.precopier = PreCopier(
             self.context,
-            lambda *page: self.generations.cut is not None and self.generations.cut.taken(*page),
+            lambda *block: 0 if self.generations.cut is None else self.generations.cut.taken(*block),
             quiet_seconds=5.0,
         )
 

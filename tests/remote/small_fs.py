@@ -228,7 +228,7 @@ class SmallFs:
                 ),
             )
         for page, write in writes.items():
-            assert self.store.blocks.clean(inode, page, write)
+            assert self.store.blocks.clean(inode, page, (write,))
         return row
 
     def put_pack(self, kind: PackKind, extents: list[PlainExtent]) -> tuple[Pack, tuple[int, ...]]:
