@@ -29,7 +29,7 @@ class Block:
     where LMDB has no row of it when the group is committed; `filled` is whether it counts for the bound.
     """
 
-    __slots__ = ("_pages", "_whole", "dirty", "filled", "resident", "stored", "writes")
+    __slots__ = ("_pages", "_sums", "_whole", "dirty", "filled", "resident", "stored", "writes")
 
     def __init__(
         self, resident: int = 0, dirty: int = 0, writes: list[int] | None = None, *, stored: bool = True
@@ -40,7 +40,8 @@ class Block:
         self.stored = stored
         self.filled = False
         self._pages: list[Page | None] | None = None
-        self._whole: bytes | None = None
+        self._whole: Page | None = None
+        self._sums: list[int] | None = None
 
     def page(self, index: int) -> Page | None:
         """The bytes of a page, None where the block does not hold them."""
@@ -52,9 +53,12 @@ class Block:
         """Gives one page new bytes."""
         self._own_pages()[index] = data
 
-    def set_whole(self, data: bytes) -> None:
-        """Gives all pages new bytes, `BLOCK_SIZE` of them."""
-        self._whole, self._pages = data, None
+    def set_whole(self, data: Page, sums: list[int] | None = None) -> None:
+        """Gives all pages new bytes, `BLOCK_SIZE` of them, which must not change later.
+
+        `sums` are the pages' checksums, for who has the bytes at hand before `encode` needs them.
+        """
+        self._whole, self._sums, self._pages = data, sums, None
 
     def drop_page(self, index: int) -> None:
         """Lets go of the bytes of one page."""
@@ -86,8 +90,8 @@ class Block:
         """
         if self._whole is not None:
             view = memoryview(self._whole)
-            sums = [xxh3_64_intdigest(view[at : at + PAGE]) for at in range(0, BLOCK_SIZE, PAGE)]
-            return self._row(sums, self._whole[VALUE_SIZE:]), view[:VALUE_SIZE]
+            sums = checksums(view) if self._sums is None else self._sums
+            return self._row(sums, bytes(view[VALUE_SIZE:])), view[:VALUE_SIZE]
         if self._pages is None or not any(self._pages):
             assert old is not None, "a resident block without pages must be in LMDB already"
             return self._row(old.sums, old.tail), None
@@ -106,6 +110,16 @@ class Block:
 
     def _row(self, sums: Sequence[int], tail: bytes) -> bytes:
         return pack_block(self.resident, self.dirty, sums, self.writes, tail)
+
+
+def checksums(block: memoryview) -> list[int]:
+    """The checksum of each page of a block."""
+    return [
+        xxh3_64_intdigest(block[:PAGE]),
+        xxh3_64_intdigest(block[PAGE : 2 * PAGE]),
+        xxh3_64_intdigest(block[2 * PAGE : 3 * PAGE]),
+        xxh3_64_intdigest(block[3 * PAGE :]),
+    ]
 
 
 def _checksum(page: Page) -> int:

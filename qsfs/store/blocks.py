@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from qsfs.store.block import ALL_PAGES, Block, block_key
+from qsfs.store.block import ALL_PAGES, Block, block_key, checksums
 from qsfs.store.extents import Extents
 from qsfs.store.group import InodeLog
 from qsfs.store.inodes import Inodes
@@ -135,7 +135,9 @@ class Blocks:
         local = bool(inode.flags & _LOCAL_ONLY)
         has_extents = self._extents.any(inode.number)
         start, stop = first // BLOCK_PAGES, (first + count - 1) // BLOCK_PAGES + 1
-        bare = stop - start >= _A_RUN and self._is_bare(inode.number, start, stop)
+        view = memoryview(data)
+        new = stop - start >= _A_RUN and group.blocks_of[inode.number].isdisjoint(range(start, stop))
+        bare = new and self._is_bare(inode.number, start, stop)
         page, offset = first, 0
         for number in range(start, stop):
             index = page % BLOCK_PAGES
@@ -146,16 +148,22 @@ class Blocks:
                     group.streamed_blocks += 1
                 bits = ALL_PAGES
                 block.writes = [write_number] * BLOCK_PAGES
-                block.set_whole(bytes(data[offset : offset + BLOCK_SIZE]))
+                whole = view[offset : offset + BLOCK_SIZE]
+                if new and whole.readonly:
+                    # Such blocks are rarely rewritten, so their checksums need not wait for the commit.  And
+                    # uncopied they hold on to all of `data`, so a group may hold twice what it counts for.
+                    block.set_whole(whole, checksums(whole))
+                else:
+                    block.set_whole(bytes(whole))
             else:
                 bits = ((1 << here) - 1) << index
                 for i in range(here):
                     block.writes[index + i] = write_number
-                    block.set_page(index + i, bytes(data[offset + i * PAGE : offset + (i + 1) * PAGE]))
+                    block.set_page(index + i, bytes(view[offset + i * PAGE : offset + (i + 1) * PAGE]))
             group.fill(block)
-            new = bits & ~block.resident
-            if new:
-                inode.allocated += self._holes(inode.number, number, new) if has_extents else new.bit_count()
+            added = bits & ~block.resident
+            if added:
+                inode.allocated += self._holes(inode.number, number, added) if has_extents else added.bit_count()
                 block.resident |= bits
             if not local:
                 block.dirty |= bits
@@ -166,11 +174,11 @@ class Blocks:
         self._inodes.touch(inode)
 
     def _is_bare(self, inode: int, start: int, stop: int) -> bool:
-        """Whether nothing is known of the blocks from `start` to `stop`: then none need be looked up."""
+        """Whether the layers below the open group know nothing of some blocks: then none need be looked up."""
         numbers = range(start, stop)
-        for group in (self._layers.open, self._layers.committing):
-            if group is not None and inode in group.blocks_of and not group.blocks_of[inode].isdisjoint(numbers):
-                return False
+        committing = self._layers.committing
+        if committing is not None and not committing.blocks_of.get(inode, set()).isdisjoint(numbers):
+            return False
         rows = self._layers.view.scan(Table.BLOCKS, u64_pair(inode, start), u64_pair(inode, stop))
         return next(rows, None) is None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lmdb
 
@@ -23,6 +23,16 @@ _TURN_KEY = b"turn"
 
 class StoreFull(CacheError):
     """LMDB found no free page within its map: pages freed lately may not be reused yet."""
+
+
+class Usage(NamedTuple):
+    """Bytes of LMDB pages that hold something, the free list not counted: all, and those of the trees.
+
+    The rest are the pages of values, which a commit never copies.
+    """
+
+    all: int
+    trees: int
 
 
 class Environment:
@@ -118,18 +128,19 @@ class Environment:
             with self.write() as txn:
                 txn.put(_TURN_KEY, bytes((turn,)), db=self.databases[Table.LOCAL])
 
-    def usage(self) -> tuple[int, int]:
-        """Bytes of LMDB pages that hold something, the free list not counted: all, and those of the trees.
-
-        The rest are the pages of values, which a commit never copies.
-        """
+    def usage(self) -> Usage:
+        """What the last commit uses."""
         with self.env.begin() as txn:
-            trees = values = 0
-            for database in self.databases.values():
-                stat = txn.stat(database)
-                trees += stat["branch_pages"] + stat["leaf_pages"]
-                values += stat["overflow_pages"]
-            return (trees + values) * PAGE, trees * PAGE
+            return self.usage_in(txn)
+
+    def usage_in(self, txn: Any) -> Usage:
+        """What a transaction uses, with its own changes."""
+        trees = values = 0
+        for database in self.databases.values():
+            stat = txn.stat(database)
+            trees += stat["branch_pages"] + stat["leaf_pages"]
+            values += stat["overflow_pages"]
+        return Usage((trees + values) * PAGE, trees * PAGE)
 
     def close(self) -> None:
         """Closes the environment; every view must be closed before."""

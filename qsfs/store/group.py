@@ -9,15 +9,16 @@ group was sealed, and the sequence number of the first journal append after that
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from sortedcontainers import SortedDict
 
 from qsfs import failpoints
 from qsfs.store.block import Block
-from qsfs.store.environment import Environment
+from qsfs.store.environment import Environment, Usage
 from qsfs.store.schema import (
     BLOCK_SIZE,
     REMOTE_TABLES,
@@ -34,7 +35,7 @@ WRITE_NUMBER_KEY = b"write-number"
 JOURNAL_START_KEY = b"journal-start"
 Key = bytes
 RowValue = bytes | None
-_MARKS_AT_ONCE = 10_000
+_ROWS_AT_ONCE = 256
 _BLOCKS_AT_ONCE = 64
 
 
@@ -123,45 +124,61 @@ def commit(
     group: Group,
     local: Mapping[bytes, bytes],
     turns: Turns,
-) -> None:
-    """Applies a sealed group durably, in one transaction, with pages in the steps of `turns`.
+) -> Usage:
+    """Applies a sealed group durably, in one transaction, in the steps of `turns`; what is used then.
 
     `local` rows go into LOCAL with it.  Raises `CacheError` with nothing applied.
     """
     with environment.write(buffers=True) as txn:
         mark = u64(group.number)
-        changed = environment.databases[Table.CHANGED]
-        for table, overlay in group.rows.items():
-            database = environment.databases[table]
-            remote = table in REMOTE_TABLES
-            prefix = bytes((table,))
-            for key, value in overlay.items():
-                if value is None:
-                    txn.delete(key, db=database)
-                else:
-                    txn.put(key, value, db=database)
-                if remote:
-                    txn.put(prefix + key, mark, db=changed)
         databases = environment.databases
         with turns:
+            for table, overlay in group.rows.items():
+                _apply_rows(txn, overlay, databases[table], turns)
+                if table in REMOTE_TABLES:
+                    marks = ((bytes((table,)) + key, mark) for key in overlay)
+                    _put_all(txn, marks, databases[Table.CHANGED], turns)
             rows, values, dirty = databases[Table.BLOCKS], databases[Table.VALUES], databases[Table.DIRTY]
             _apply_blocks(txn, group.blocks, rows, values, dirty, turns)
             rows, values = databases[Table.SPILL_BLOCKS], databases[Table.SPILL_VALUES]
             _apply_blocks(txn, group.spill, rows, values, None, turns)
-        if group.published is not None:
-            _settle_marks(txn, environment, group.published, mark)
-        failpoints.hit("commit.applied")
-        database = databases[Table.LOCAL]
-        txn.put(COMMIT_KEY, plain_u64(group.number), db=database)
-        txn.put(WRITE_NUMBER_KEY, plain_u64(group.sealed_at), db=database)
-        txn.put(JOURNAL_START_KEY, plain_u64(group.journal_start), db=database)
-        for key, value in local.items():
-            txn.put(key, value, db=database)
+            if group.published is not None:
+                _settle_marks(txn, environment, group.published, mark, turns)
+            failpoints.hit("commit.applied")
+            last = [
+                (COMMIT_KEY, plain_u64(group.number)),
+                (WRITE_NUMBER_KEY, plain_u64(group.sealed_at)),
+                (JOURNAL_START_KEY, plain_u64(group.journal_start)),
+                *local.items(),
+            ]
+            _put_all(txn, last, databases[Table.LOCAL], turns)
+            usage = environment.usage_in(txn)
         failpoints.hit("commit.before")
     failpoints.hit("commit.done")
+    return usage
 
 
-def _settle_marks(txn: Any, environment: Environment, published: Publication, mark: bytes) -> None:
+def _apply_rows(txn: Any, overlay: SortedDict, database: Any, turns: Turns) -> None:
+    """Sets and deletes rows of one table."""
+    _put_all(txn, ((key, value) for key, value in overlay.items() if value is not None), database, turns)
+    for count, key in enumerate((key for key, value in overlay.items() if value is None), 1):
+        txn.delete(key, db=database)
+        if not count % _ROWS_AT_ONCE:
+            turns.step_done()
+
+
+def _put_all(txn: Any, rows: Iterable[tuple[bytes, bytes]], database: Any, turns: Turns) -> None:
+    """Stores rows, best in the order of their keys."""
+    left = iter(rows)
+    while some := list(islice(left, _ROWS_AT_ONCE)):
+        with txn.cursor(database) as cursor:
+            cursor.putmulti(some)
+        turns.step_done()
+
+
+def _settle_marks(
+    txn: Any, environment: Environment, published: Publication, mark: bytes, turns: Turns
+) -> None:
     """Clears the change marks that a published generation contained, and those of rows that equal its own.
 
     A row of its image that differs from the table's is marked as changed: the next generation must
@@ -178,12 +195,13 @@ def _settle_marks(txn: Any, environment: Environment, published: Publication, ma
                 if bytes(value) <= contained:
                     position = bytes(name)
                     gone.append(position)
-                    if len(gone) >= _MARKS_AT_ONCE:
+                    if len(gone) >= _ROWS_AT_ONCE:
                         break
             else:
                 more = False
         for key in gone:
             txn.delete(key, db=changed)
+        turns.step_done()
         if not more:
             break
     for (table, key), row in published.image.items():

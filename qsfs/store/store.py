@@ -298,8 +298,12 @@ class Store:
 
     def commit(self, group: Group) -> None:
         """Makes a sealed group durable.  Raises `CacheError` with the group unapplied: try again."""
-        commit(self.environment, group, self._sealed_local, self.turns)
-        self.used_bytes, self.tree_bytes = self.environment.usage()
+        self.turns.expect()
+        try:
+            used = commit(self.environment, group, self._sealed_local, self.turns)
+        finally:
+            self.turns.end()
+        self.used_bytes, self.tree_bytes = used
 
     def committed(self, group: Group) -> None:
         """Takes note of a finished commit."""

@@ -3,49 +3,58 @@
 While the thread that commits applies a group, it gives the interpreter up for each row and wants it
 back at once.  A thread that keeps wanting it too makes each of these a wake-up of the other, which
 takes longer than the row: both get on at a fraction of their speed.  So a long write first lets the
-commit do one step undisturbed.  Short requests do not: to wait for a step would cost them more.
+commit work undisturbed for a moment, and then has the interpreter for itself: the commit does not go
+on before the next long write, unless that takes long.  Short requests neither wait nor stop a commit.
 """
 
 from __future__ import annotations
 
 import threading
 
-LONGEST_WAIT_SECONDS = 2e-3
+COMMIT_SECONDS = 2e-3
+WRITE_SECONDS = 2e-3
 
 
 class Turns:
-    """Steps of one applying thread (in a `with` block), for which one other thread may wait."""
+    """The turns of one applying thread (in a `with` block) and one other thread."""
 
     def __init__(self) -> None:
         self._applying = False
-        self._wanted = False
-        self._done = threading.Event()
+        self._over = threading.Event()
+        self._turn = threading.Event()
+        self._turn.set()
+
+    def expect(self) -> None:
+        """The applying thread is about to begin: so that it can, long writes give way to it already.
+
+        `end` must follow, also if it does not begin.
+        """
+        self._over.clear()
+        self._applying = True
 
     def __enter__(self) -> Turns:
         """The applying thread begins."""
-        self._applying = True
+        self.expect()
         return self
 
     def __exit__(self, *_: object) -> None:
         """The applying thread has done all, or failed."""
+        self.end()
+
+    def end(self) -> None:
+        """Nothing is applied any more."""
         self._applying = False
-        self.step_done()
+        self._turn.set()
+        self._over.set()
 
     def step_done(self) -> None:
-        """The applying thread has done a step."""
-        if self._wanted:
-            self._wanted = False
-            self._done.set()
-
-    @property
-    def waited_for(self) -> bool:
-        """Whether a thread waits for a step."""
-        return self._wanted
+        """The applying thread may be stopped here, between two of its steps, while a long write is served."""
+        if not self._turn.is_set() and not self._turn.wait(WRITE_SECONDS):
+            self._turn.set()
 
     def give_way(self) -> None:
-        """Returns once the applying thread, if there is one, has done a step, or soon in any case."""
+        """Returns once all is applied, or the applying thread has had its turn."""
         if self._applying:
-            self._done.clear()
-            self._wanted = True
-            self._done.wait(LONGEST_WAIT_SECONDS)
-            self._wanted = False
+            self._turn.set()
+            if not self._over.wait(COMMIT_SECONDS):
+                self._turn.clear()

@@ -1,9 +1,9 @@
-"""A long write lets a commit do a step first, and is never held up for more than a moment."""
+"""A long write and a commit let each other work, and neither waits for more than a moment."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,59 +18,79 @@ PATIENCE = 60.0
 
 
 @contextmanager
-def giving_way(turns: Turns) -> Iterator[threading.Thread]:
-    """A thread that waits for a step, started within the block."""
-    thread = threading.Thread(target=turns.give_way, daemon=True)
+def doing(what: Callable[[], object]) -> Iterator[threading.Thread]:
+    """A thread that does `what`, which has ended by the end of the block."""
+    thread = threading.Thread(target=what, daemon=True)
     yield thread
     thread.join(PATIENCE)
     assert not thread.is_alive()
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns_module, "LONGEST_WAIT_SECONDS", PATIENCE)
+def commit_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn of the commit is long: what returns sooner was told to."""
+    monkeypatch.setattr(turns_module, "COMMIT_SECONDS", PATIENCE)
 
 
-@pytest.mark.usefixtures("patient")
-def test_a_write_goes_on_after_a_step() -> None:
-    """Not only when all is applied: a group of 64 MiB takes long."""
-    turns = Turns()
-    with turns, giving_way(turns) as thread:
-        thread.start()
-        while thread.is_alive():
-            turns.step_done()
+@pytest.fixture
+def write_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn of a write is long."""
+    monkeypatch.setattr(turns_module, "WRITE_SECONDS", PATIENCE)
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("commit_patient")
 def test_a_write_goes_on_when_all_is_applied_or_the_commit_failed() -> None:
     turns = Turns()
-    with giving_way(turns) as thread, pytest.raises(OSError, match="full"), turns:
+    with doing(turns.give_way) as thread, pytest.raises(OSError, match="full"), turns:
         thread.start()
-        while not turns.waited_for:
-            pass
         raise OSError("full")
     turns.give_way()
 
 
-@pytest.mark.usefixtures("patient")
-def test_a_step_that_nobody_waited_for_serves_no_later_write() -> None:
-    """Else each long write would pass by what the last one left."""
+@pytest.mark.usefixtures("commit_patient")
+def test_a_write_waits_for_a_commit_that_is_about_to_begin_and_not_for_one_that_never_did() -> None:
     turns = Turns()
-    with turns:
-        for _ in range(2):
-            turns.step_done()
-            with giving_way(turns) as thread:
-                thread.start()
-                while not turns.waited_for:
-                    assert thread.is_alive()
-                turns.step_done()
+    turns.expect()
+    with doing(turns.give_way) as thread:
+        thread.start()
+        turns.end()
+    turns.give_way()
 
 
 def test_a_commit_that_makes_no_step_holds_up_no_write() -> None:
     """It may wait for the disk, or apply a hundred thousand names."""
     turns = Turns()
-    with turns, giving_way(turns) as thread:
+    with turns, doing(turns.give_way) as thread:
         thread.start()
+
+
+@pytest.mark.usefixtures("write_patient")
+def test_after_its_turn_a_commit_waits_for_the_next_long_write() -> None:
+    turns = Turns()
+    with turns:
+        turns.step_done()
+        turns.give_way()
+        with doing(turns.step_done) as thread:
+            thread.start()
+            thread.join(0.05)
+            assert thread.is_alive()
+            turns.give_way()
+
+
+def test_a_commit_goes_on_by_itself_when_no_long_write_comes() -> None:
+    turns = Turns()
+    with turns:
+        turns.give_way()
+        turns.step_done()
+
+
+@pytest.mark.usefixtures("write_patient")
+def test_a_commit_that_begins_does_not_wait_for_what_the_last_one_left() -> None:
+    turns = Turns()
+    with turns:
+        turns.give_way()
+    with turns:
+        turns.step_done()
 
 
 def test_a_commit_makes_steps_and_its_flush_is_no_part_of_them(
