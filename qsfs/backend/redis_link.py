@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import inspect
 import select
 import socket
 from dataclasses import dataclass
@@ -25,6 +26,14 @@ MAX_REPLY_BYTES = 16 * 1024 * 1024
 """More than any honest reply; a longer one breaks the connection instead of filling the memory."""
 
 _READ_BYTES = 256 * 1024
+
+
+# Only the handshake that is not used here says who the client is; to find out takes longer than connecting.
+_WITHOUT_NAME: dict[str, Any] = (
+    {"driver_info": None}
+    if "driver_info" in inspect.signature(redis.connection.AbstractConnection.__init__).parameters
+    else {"lib_name": None, "lib_version": None}
+)
 
 
 class LinkBroken(Exception):
@@ -58,6 +67,7 @@ class Link:
     def __init__(self, target: Target, *, connect_timeout: float, call_timeout: float) -> None:
         self._target = target
         self._connection = _Connection(  # type: ignore[no-untyped-call]
+            **_WITHOUT_NAME,
             host=target.host,
             port=target.port,
             protocol=2,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
 
 import trio
 
+from qsfs.backend.hop import in_thread
 from qsfs.backend.redis_link import Link, LinkBroken, Refusal, Reply, Target
 from qsfs.clock import Clock
 from qsfs.errors import BackendError, BackendFull, BackendRefused, BackendUnavailable, WrongBackend
@@ -73,10 +74,14 @@ class LinkPool:
     async def call(self, *arguments: Argument) -> Reply:
         """One request on any link; raises `Refusal`, or what connecting raises."""
         with trio.move_on_after(self._call_timeout):
-            async with self._slots:
+            try:
+                self._slots.acquire_nowait()
+            except trio.WouldBlock:
+                await self._slots.acquire()
+            try:
                 link = await self._take()
                 try:
-                    reply = await self._in_thread(link, lambda: link.call(*arguments), self._threads)
+                    reply = await self._ask(link, *arguments)
                 except Refusal as refusal:
                     if _NAMESPACE_GONE in str(refusal):
                         link.close()
@@ -85,6 +90,8 @@ class LinkPool:
                     raise
                 self._give_back(link)
                 return reply
+            finally:
+                self._slots.release()
         raise self._late()
 
     @contextlib.asynccontextmanager
@@ -96,7 +103,7 @@ class LinkPool:
             link = await self._connect(threads)
         if link is None:
             raise self._late()
-        dedicated = DedicatedLink(self, link, threads)
+        dedicated = DedicatedLink(self, link)
         try:
             yield dedicated
         finally:
@@ -150,8 +157,9 @@ class LinkPool:
             )
         link = Link(self._target, connect_timeout=self._connect_timeout, call_timeout=self._call_timeout)
         try:
-            await self._in_thread(link, link.connect, threads)
-            await self._recognise(link, threads)
+            # Nothing can cut short the search for an address: such threads may not become many.
+            await self._guarded(link, trio.to_thread.run_sync(link.connect, abandon_on_cancel=True, limiter=threads))
+            await self._recognise(link)
         except Refusal as refusal:
             error = backend_error(self.name, str(refusal))
             self._note_failure(error)
@@ -163,13 +171,13 @@ class LinkPool:
         self._last_failure = None
         return link
 
-    async def _recognise(self, link: Link, threads: trio.CapacityLimiter) -> None:
+    async def _recognise(self, link: Link) -> None:
         """Raises `WrongBackend` unless the link leads to what is expected."""
         if self._expected is None:
             return
         key, value = self._expected
         try:
-            found = await self._in_thread(link, lambda: link.call("GET", key), threads)
+            found = await self._ask(link, "GET", key)
         except Refusal:
             link.close()
             raise
@@ -180,10 +188,13 @@ class LinkPool:
                 f"backend {self.name}: {what}: it was re-created, emptied or swapped since it was asked last"
             )
 
-    async def _in_thread(self, link: Link, action: Callable[[], T], threads: trio.CapacityLimiter) -> T:
+    async def _ask(self, link: Link, *arguments: Argument) -> Reply:
+        return await self._guarded(link, in_thread(lambda: link.call(*arguments)))
+
+    async def _guarded(self, link: Link, call: Awaitable[T]) -> T:
         self._busy.add(link)
         try:
-            return await trio.to_thread.run_sync(action, abandon_on_cancel=True, limiter=threads)
+            return await call
         except trio.Cancelled:
             link.abort()
             raise
@@ -207,10 +218,9 @@ class LinkPool:
 class DedicatedLink:
     """One link that is not replaced: after a break, or a call that was cut short, every call fails."""
 
-    def __init__(self, pool: LinkPool, link: Link, threads: trio.CapacityLimiter) -> None:
+    def __init__(self, pool: LinkPool, link: Link) -> None:
         self._pool = pool
         self._link = link
-        self._threads = threads
         self._turn = trio.Lock()
         self._broken = False
 
@@ -223,7 +233,7 @@ class DedicatedLink:
                     raise BackendUnavailable(f"backend {pool.name}: this session's connection is lost")
                 self._broken = True
                 try:
-                    reply = await pool._in_thread(link, lambda: link.call(*arguments), self._threads)
+                    reply = await pool._ask(link, *arguments)
                 except Refusal:
                     self._broken = False
                     raise

@@ -261,7 +261,11 @@ class Uploader:
         key = shard_key(self._fsid, upload.ref.owner_epoch, upload.ref.pack_id, number)
         limit = self._limits.setdefault(member.number, trio.CapacityLimiter(SETS_PER_BACKEND))
         try:
-            async with limit:
+            try:
+                limit.acquire_nowait()
+            except trio.WouldBlock:
+                await limit.acquire()
+            try:
                 if not member.writable:
                     return False
                 start = trio.current_time()
@@ -276,6 +280,8 @@ class Uploader:
                     raise BackendUnavailable(
                         f"backend {member.name}: a shard was not acknowledged within {seconds:.0f} s"
                     )
+            finally:
+                limit.release()
         except BackendError as error:
             member.failed(error)
             _log.debug("shard %d of pack %s: %s", number, upload.ref.pack_id.hex(), error)

@@ -27,8 +27,8 @@ class PageVersions:
         """Adds the pages from `first` on; they replace other versions of them."""
         blocks = self._blocks
         for key, part in _parts(inode, first, writes):
-            if 0 in part:
-                old = blocks.get(key, _NONE)
+            old = blocks.get(key)
+            if old is not None and 0 in part:
                 part = tuple(new or before for new, before in zip(part, old, strict=True))
             blocks[key] = part
 
@@ -38,6 +38,9 @@ class PageVersions:
         for key, part in _parts(inode, first, writes):
             old = blocks.get(key)
             if old is None:
+                continue
+            if old == part:
+                del blocks[key]
                 continue
             left = tuple(0 if gone == before else before for gone, before in zip(part, old, strict=True))
             if any(left):
@@ -57,13 +60,8 @@ class PageVersions:
 
 def _parts(inode: int, first: int, writes: Sequence[int]) -> Iterator[tuple[int, _Writes]]:
     """The blocks of some pages with the write number of each page, 0 where it is none of them."""
-    number, index = divmod(first, BLOCK_PAGES)
-    position = -index
-    while position < len(writes):
-        part = tuple(writes[max(position, 0) : position + BLOCK_PAGES])
-        if len(part) < BLOCK_PAGES:
-            before = max(-position, 0)
-            part = (0,) * before + part + (0,) * (BLOCK_PAGES - before - len(part))
-        yield block_key(inode, number), part
-        number += 1
-        position += BLOCK_PAGES
+    number, before = divmod(first, BLOCK_PAGES)
+    behind = -(before + len(writes)) % BLOCK_PAGES
+    padded = (*_NONE[:before], *writes, *_NONE[:behind])
+    parts = zip(*(iter(padded),) * BLOCK_PAGES, strict=True)
+    return enumerate(parts, block_key(inode, number))
