@@ -68,7 +68,7 @@ class CacheConfig:
     directory: Path = _key(Path("cache"), file_path)
     size_bytes: int = _key(20 << 30, size(16 << 20), "size")
     group_seconds: float = _key(5.0, duration(0.01, 600))
-    group_bytes: int = _key(64 << 20, size(1 << 20), "group_size")
+    group_bytes: int = _key(32 << 20, size(1 << 20), "group_size")
     journal_bytes: int = _key(64 << 20, size(1 << 20), "journal_size")
     uncovered_bytes: int = _key(64 << 20, size(1 << 20), "uncovered_size")
     high_watermark: float = _key(0.90, fraction)
