@@ -170,8 +170,9 @@ class Keeper:
             )
             return
         _log.warning(
-            "the cache is full and packs do not become full on the backends; what is only written "
-            "is evicted too; bring the missing backends back"
+            "the cache is full and packs do not become full on the backends, or wait for their second look "
+            "([cache] second_look_seconds); what is only written is evicted too; bring missing backends back, "
+            "or give [cache] size more"
         )
 
     @property

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.mount
 
 # Groups commit, pages are uploaded and generations are cut between the power cuts too.
 EAGER = {
+    "cache.second_look_seconds": 0,
     "cache.group_seconds": 0.3,
     "flush.quiet_seconds": 0.2,
     "flush.cut_seconds": 1,

@@ -1,0 +1,51 @@
+"""When a written pack is looked at a second time."""
+
+from __future__ import annotations
+
+from qsfs.clock import FixedClock
+from qsfs.format.extent import PackKind, PackRef
+from qsfs.remote.ledger import Ledger
+from qsfs.remote.packing import row_of
+from qsfs.store.schema import PackRow
+
+DELAY = 120.0
+WRITTEN_NS = 1_700_000_000 * 10**9
+
+
+class At(FixedClock):
+    """A machine that has just been started, at a wall time in seconds after the pack was written."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(7)
+        self.seconds = seconds
+        self.running = 0.0
+
+    def time_ns(self) -> int:
+        return WRITTEN_NS + int(self.seconds * 1e9)
+
+    def monotonic(self) -> float:
+        return self.running
+
+
+def written() -> PackRow:
+    ref = PackRef(bytes(16), bytes(32), PackKind.DATA, 1, 1, 100, 100)
+    return row_of(ref, (0, 1, 2), WRITTEN_NS)
+
+
+def due_after(clock: At) -> float:
+    ledger = Ledger(clock, DELAY)
+    ledger.note(1, written())
+    while not ledger.due(1, written_too=False):
+        clock.running += 1
+    return clock.running
+
+
+def test_the_wait_goes_on_over_a_restart() -> None:
+    """Else a cache full of what was written before it stands still for all of the wait, after each."""
+    assert due_after(At(0)) == DELAY
+    assert due_after(At(100)) == DELAY - 100
+    assert due_after(At(100_000)) == 0
+
+
+def test_a_clock_that_was_set_back_makes_the_wait_no_longer() -> None:
+    assert due_after(At(-100_000)) == DELAY
