@@ -70,7 +70,7 @@ def _alarms(found: dict[str, Any]) -> list[str]:
     if found.get("failure"):
         out.append(f"FLUSHING ENDED: {found['failure']}")
     if found["cache"]["waiting_for_room"]:
-        out.append(f"CACHE FULL: {found['cache']['waiting_for_room']} writes wait for room")
+        out.append(f"CACHE FULL: {found['cache']['waiting_for_room']} writes wait for room{_second_looks(found)}")
     flush = found.get("flush")
     if flush is not None:
         out += [f"FLUSHING WAITS: {what}" for what in flush["waiting"]]
@@ -80,6 +80,18 @@ def _alarms(found: dict[str, Any]) -> list[str]:
             out.append(f"last error: {flush['last_error']}")
     out += [f"warning: {warning}" for warning in found.get("warnings", ())]
     return out
+
+
+def _second_looks(found: dict[str, Any]) -> str:
+    """What holds up eviction where no pack is incomplete."""
+    flush = found.get("flush")
+    if flush is None or flush["packs_not_full"] or not flush["packs_not_looked_at"]:
+        return ""
+    soon = _age(flush["next_look_seconds"])
+    return (
+        f"; {flush['packs_not_looked_at']} packs are to be looked at a second time before their pages may go, "
+        f"the next in {soon} ([cache] second_look_seconds)"
+    )
 
 
 def _exposure(found: dict[str, Any]) -> list[str]:

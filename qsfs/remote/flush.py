@@ -464,6 +464,7 @@ class Flusher:
             "pressure": self._precopier.pressed,
             "packs_not_full": len(ledger.incomplete),
             "packs_not_looked_at": len(ledger.looks),
+            "next_look_seconds": ledger.next_look_seconds,
             "shards_found_missing": self._upkeep.found_missing,
             "spool_bytes": context.spool.used_bytes,
             "last_error": self.last_error or self._precopier.problem or self._upkeep.problem,

@@ -97,6 +97,11 @@ class Ledger:
                     break
         return found
 
+    @property
+    def next_look_seconds(self) -> float | None:
+        """In how long the next pack is due for its second look; None if all were looked at."""
+        return max(0.0, min(self.looks.values()) - self._clock.monotonic()) if self.looks else None
+
     def later(self, number: int, seconds: float) -> None:
         """Puts a look off."""
         if number in self.looks:

@@ -53,6 +53,8 @@ def status(**fields: Any) -> dict[str, Any]:
             "waiting": [],
             "pressure": "",
             "packs_not_full": 0,
+            "packs_not_looked_at": 0,
+            "next_look_seconds": None,
             "last_error": "",
         },
         "backends": [backend(number) for number in (1, 2, 3)],
@@ -125,6 +127,20 @@ def test_what_must_be_acted_on_comes_first():
         "warning: 2 of 3 backends do not answer",
         "",
     ]
+
+
+def test_a_full_cache_that_waits_for_second_looks_says_so():
+    """Else an operator looks for a backend in trouble, and there is none."""
+    shown = lines(
+        status(
+            flush=flush(packs_not_looked_at=526, next_look_seconds=62.4),
+            cache=status()["cache"] | {"waiting_for_room": 5},
+        )
+    )
+    assert shown[1] == (
+        "CACHE FULL: 5 writes wait for room; 526 packs are to be looked at a second time before their pages may go, "
+        "the next in 62 s ([cache] second_look_seconds)"
+    )
 
 
 def test_only_backends_in_trouble_are_listed_unless_all_are_asked_for():
