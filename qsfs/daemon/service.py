@@ -78,6 +78,7 @@ class Service:
         self._tell_waiting = waiting
         self._stopping = trio.Event()
         self._pending = control.Pending()
+        self._unmounts = control.Pending()
         self._finished = trio.Event()
         self._published = False
         self._lock: CacheLock | None = None
@@ -149,6 +150,8 @@ class Service:
                 if not scope.cancelled_caught:
                     await self._mounted(nursery)
                 await self._finish()
+                # The kernel may still forget names, millions of them, after the session has ended.
+                await self._unmounts.answered()
                 with trio.move_on_after(_ANSWER_SECONDS):
                     await self._pending.answered()
                 nursery.cancel_scope.cancel()
@@ -350,7 +353,8 @@ class Service:
             self.stop()
         else:
             self.fetcher.unblock(None)
-            await trio.to_thread.run_sync(mountpoint.unmount, self.config.filesystem.mountpoint)
+            with self._unmounts:
+                await trio.to_thread.run_sync(mountpoint.unmount, self.config.filesystem.mountpoint)
             self._stopping.set()
         await self._finished.wait()
         return {"mounted": mounted, "published": self._published}

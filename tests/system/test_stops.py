@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,17 @@ def test_an_unmount_publishes_what_was_written_last(fs: FileSystem, scratch: Pat
         check(other, "after")
         assert (other.mountpoint / "never synced").read_text() == "closed is enough"
         other.umount()
+
+
+def test_an_unmount_that_takes_the_kernel_long_is_answered(fs: FileSystem, scratch: Path) -> None:
+    """The session may end long before: the kernel forgets names by the million after it."""
+    fs.umount()
+    slow = scratch / "bin" / "fusermount3"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\n{shutil.which("fusermount3")} "$@"\nstatus=$?\nsleep 5\nexit $status\n')
+    slow.chmod(0o755)
+    fs.mount(PATH=f"{slow.parent}:{os.environ['PATH']}")
+    assert fs.umount() == f"{fs.mountpoint}: unmounted; everything is on the backends\n"
 
 
 def test_an_unmount_is_refused_while_the_mount_is_in_use(fs: FileSystem) -> None:
