@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from drift import run_drift
 from measures import MEASURES, MIB, Measure
 from remote import PARTS, measure_remote, remote_table
 from watch import Watch, daemon_of
@@ -39,6 +40,11 @@ def main() -> int:
         )
         print(json.dumps(report, indent=2) if arguments.json else remote_table(report))
         return 0
+    if arguments.drift:
+        output = Path(arguments.output or Path(arguments.directory) / "drift")
+        return run_drift(
+            Path(arguments.directory), arguments.minutes, arguments.size, output, as_json=arguments.json
+        )
     chosen = select(arguments.only)
     with contextlib.ExitStack() as stack:
         targets = {"DIR": stack.enter_context(workspace(Path(arguments.directory)))}
@@ -76,6 +82,9 @@ def parse() -> argparse.Namespace:
     add("--floor", action="store_true", help="compare with the floor")
     add("--floor-disk", metavar="PATH", help="where the floor's fsync appends (default: OTHERDIR, else DIR)")
     add("--remote", action="store_true", help="instead: make a file system on 24 backends below DIR; flush it, read it")
+    add("--drift", action="store_true", help="instead: mixed load on a file system below DIR; does anything drift?")
+    add("--minutes", type=float, default=30.0, metavar="N", help="--drift: how long; default: 30")
+    add("--output", metavar="PREFIX", help="--drift: writes PREFIX.json and PREFIX.svg; default: DIR/drift")
     add("--rounds", type=int, default=0, metavar="N", help="default: 1, or 3 when comparing")
     add("--size", type=parse_size, default=256 * MIB, metavar="SIZE", help="of the files; default: 256MiB")
     add("--only", metavar="NAME,...", help=f"only these measures; with --remote of {', '.join(PARTS)}")
@@ -85,8 +94,10 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.size < MIB:
         parser.error("--size: at least 1MiB")
-    if arguments.remote and (arguments.against or arguments.floor):
-        parser.error("--remote compares with nothing: it goes with neither --against nor --floor")
+    if (arguments.remote or arguments.drift) and (arguments.against or arguments.floor):
+        parser.error("--remote and --drift compare with nothing: they go with neither --against nor --floor")
+    if arguments.drift and (arguments.size < 16 * MIB or arguments.minutes <= 0):
+        parser.error("--drift: --size of at least 16MiB, and --minutes above 0")
     if not Path(arguments.directory).is_dir():
         parser.error(f"{arguments.directory} is not a directory")
     return arguments

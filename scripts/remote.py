@@ -198,7 +198,7 @@ def cpu_seconds(process: int) -> float:
 def _round(
     directory: Path, size: int, rtt_ms: float, codec: str, only: Collection[str]
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    with _servers(directory / "backends") as (process, first_port):
+    with servers(directory / "backends") as (process, first_port):
         remote = Remote(directory, process, 4 * size + (1 << 30), codec)
         remote.create(first_port)
         remote.mount()
@@ -271,7 +271,7 @@ def _delayed(remote: Remote, first_port: int, rtt_ms: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _servers(directory: Path) -> Iterator[tuple[int, int]]:
+def servers(directory: Path) -> Iterator[tuple[int, int]]:
     """The process of 24 embedded backends, and their first port."""
     directory.mkdir()
     first = free_ports(BACKENDS)
