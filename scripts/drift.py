@@ -73,8 +73,8 @@ def _run(remote: Remote, seconds: float, size: int) -> dict[str, Any]:
             SequentialWrites(ring),
             EvictedReads(ring),
             DurableWrites(remote.mountpoint / "durable", size // 16),
-            Commits(remote.mountpoint / "store.lmdb"),
             DiskWrites(remote.directory / "on-disk", size // 16),
+            Commits(remote.mountpoint / "store.lmdb"),
         ]
         for program in programs:
             stack.callback(program.close)

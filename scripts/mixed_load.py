@@ -202,7 +202,7 @@ class DiskWrites(DurableWrites):
     """The same on the local disk: tells drift of the machine from that of qsfs."""
 
     name = "disk"
-    what = "the same on the local disk"
+    what = "4 KiB written and synced on the local disk"
     seconds = 0.5
 
 
