@@ -30,8 +30,9 @@ def svg():
 
 
 @pytest.mark.mount
+@pytest.mark.timeout(600)
 def test_a_short_run_fetches_what_was_evicted_and_leaves_only_its_report(scratch):
-    done = script("bench", "--drift", scratch, "--minutes", 0.1, "--size", "16MiB", "--json")
+    done = script("bench", "--drift", scratch, "--minutes", 0.1, "--size", "16MiB", "--json", timeout=600)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["wrong"] == []

@@ -38,9 +38,9 @@ def quickstart():
     return load("quickstart")
 
 
-def script(name: str, *words: object) -> subprocess.CompletedProcess:
+def script(name: str, *words: object, timeout: float = 120) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 class TestBench:

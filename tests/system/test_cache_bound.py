@@ -36,8 +36,9 @@ SMALL = {
 class Watch:
     """Looks from outside, all the time, at the disk use of the cache and the memory of the daemon."""
 
-    def __init__(self, fs: FileSystem, cache: int = CACHE) -> None:
+    def __init__(self, fs: FileSystem, cache: int = CACHE, most_memory: int = MEMORY) -> None:
         self.cache = cache
+        self.most_memory = most_memory
         self.disk = 0
         self.memory = 0
         self._fs = fs
@@ -55,7 +56,7 @@ class Watch:
         self._thread.join()
         if error is None:
             assert 0 < self.disk <= self.cache, f"the cache took {self.disk} bytes of {self.cache}"
-            assert 0 < self.memory < MEMORY, f"the daemon took {self.memory} bytes of memory"
+            assert 0 < self.memory < self.most_memory, f"the daemon took {self.memory} bytes of memory"
 
     def _run(self) -> None:
         while not self._stop.is_set():
