@@ -1,7 +1,7 @@
 """One blocking call on a worker thread, at as little cost to the event loop as trio allows.
 
-`trio.to_thread.run_sync` gives each call a name of its own thread, a copied context and a limiter's
-turn; that costs about as much as sending a shard.
+`trio.to_thread.run_sync` gives each call's thread a name, a copied context and a limiter's turn: of the
+CPU that a small call to a backend takes, a sixth (docs/performance.md).
 """
 
 from __future__ import annotations

@@ -150,7 +150,8 @@ class Service:
                 if not scope.cancelled_caught:
                     await self._mounted(nursery)
                 await self._finish()
-                # The kernel may still forget names, millions of them, after the session has ended.
+                # The kernel may still drop names and pages, for seconds, after the session has ended.  The thread
+                # that waits for it cannot be cut short, so a deadline here would only lose its answer.
                 await self._unmounts.answered()
                 with trio.move_on_after(_ANSWER_SECONDS):
                     await self._pending.answered()

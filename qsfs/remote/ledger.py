@@ -69,7 +69,8 @@ class Ledger:
         if row.state & PackState.LOOKED:
             self.looks.pop(number, None)
         else:
-            # The wait goes on over a restart: a cache that is full of what is due would stand still meanwhile.
+            # The wait goes on over a restart, by the wall clock: a cache that is full of what is due would stand
+            # still meanwhile.
             age = (self._clock.time_ns() - row.written_at_ns) / 1e9
             self.looks[number] = self._clock.monotonic() + self._delay - min(max(age, 0.0), self._delay)
 

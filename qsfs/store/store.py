@@ -298,11 +298,7 @@ class Store:
 
     def commit(self, group: Group) -> None:
         """Makes a sealed group durable.  Raises `CacheError` with the group unapplied: try again."""
-        self.turns.expect()
-        try:
-            used = commit(self.environment, group, self._sealed_local, self.turns)
-        finally:
-            self.turns.end()
+        used = commit(self.environment, group, self._sealed_local, self.turns)
         self.used_bytes, self.tree_bytes = used
 
     def committed(self, group: Group) -> None:

@@ -24,25 +24,14 @@ class Turns:
         self._turn = threading.Event()
         self._turn.set()
 
-    def expect(self) -> None:
-        """The applying thread is about to begin: so that it can, long writes give way to it already.
-
-        `end` must follow, also if it does not begin.
-        """
-        self._over.clear()
-        self._applying = True
-
     def __enter__(self) -> Turns:
         """The applying thread begins."""
-        self.expect()
+        self._over.clear()
+        self._applying = True
         return self
 
     def __exit__(self, *_: object) -> None:
         """The applying thread has done all, or failed."""
-        self.end()
-
-    def end(self) -> None:
-        """Nothing is applied any more."""
         self._applying = False
         self._turn.set()
         self._over.set()

@@ -47,16 +47,6 @@ def test_a_write_goes_on_when_all_is_applied_or_the_commit_failed() -> None:
     turns.give_way()
 
 
-@pytest.mark.usefixtures("commit_patient")
-def test_a_write_waits_for_a_commit_that_is_about_to_begin_and_not_for_one_that_never_did() -> None:
-    turns = Turns()
-    turns.expect()
-    with doing(turns.give_way) as thread:
-        thread.start()
-        turns.end()
-    turns.give_way()
-
-
 def test_a_commit_that_makes_no_step_holds_up_no_write() -> None:
     """It may wait for the disk, or apply a hundred thousand names."""
     turns = Turns()

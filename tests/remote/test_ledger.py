@@ -34,9 +34,13 @@ def written() -> PackRow:
 
 def due_after(clock: At) -> float:
     ledger = Ledger(clock, DELAY)
+    assert ledger.next_look_seconds is None
     ledger.note(1, written())
+    told = ledger.next_look_seconds
     while not ledger.due(1, written_too=False):
         clock.running += 1
+    assert told == clock.running
+    assert ledger.next_look_seconds == 0
     return clock.running
 
 
