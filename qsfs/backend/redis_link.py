@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import select
 import socket
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ MAX_REPLY_BYTES = 16 * 1024 * 1024
 """More than any honest reply; a longer one breaks the connection instead of filling the memory."""
 
 _READ_BYTES = 256 * 1024
+_HEAD_BYTES = 64
+_TOO_LONG = "the reply is longer than any that was asked for"
 
 
 # Only the handshake that is not used here says who the client is; to find out took half a millisecond a link.
@@ -127,11 +130,13 @@ class Link:
         self._connection.disconnect()
 
     def _exchange(self, arguments: tuple[bytes | memoryview | str, ...]) -> Reply:
-        if self._connection.wire is None:
+        wire = self._connection.wire
+        if wire is None:
             raise LinkBroken("the connection is closed")
-        self._connection.wire.budget = MAX_REPLY_BYTES
+        wire.budget = MAX_REPLY_BYTES
         self._connection.send_command(*arguments)  # type: ignore[no-untyped-call]
-        return self._connection.read_response()
+        value = wire.take_value()
+        return self._connection.read_response() if value is None else value
 
     def _digest(self, password: str) -> str:
         nonce = self.call("AUTH", "SECURE", "CHALLENGE")
@@ -171,16 +176,66 @@ class Link:
 
 
 class _Wire(socket.socket):
-    """A socket that gives up on replies longer than any honest one."""
+    """A socket that gives up on replies longer than any honest one, and takes a value in two system calls.
+
+    With each system call a thread gives the interpreter up and has to get it back, which among many threads
+    costs more than the call.  A socket with a time limit of Python's makes two of one, and redis-py makes
+    them for each piece as it arrives.  So the kernel keeps the time, and waits for the whole value.
+    """
 
     budget = MAX_REPLY_BYTES
+    _unread = b""
+
+    def limit_time(self, seconds: float | None) -> None:
+        """From now on a call that gets nowhere for so long raises `TimeoutError`; None: never."""
+        self.settimeout(None)
+        whole, part = divmod(round((seconds or 0) * 1_000_000), 1_000_000)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", whole, part))
+
+    def take_value(self) -> bytes | None:
+        """The reply, if it is a value of some length; None if it is anything else: then it is still to be read."""
+        head = self.recv(_HEAD_BYTES)
+        start = head.find(b"\r\n") + 2
+        if start > 3 and head[:1] == b"$" and head[1 : start - 2].isdigit():
+            missing = int(head[1 : start - 2]) + 2 - (len(head) - start)
+            if missing >= 2:
+                rest = self._exactly(missing)
+                if rest[-2:] != b"\r\n":
+                    raise OSError(errno.EBADMSG, "the reply is malformed")
+                return b"".join((head[start:], memoryview(rest)[:-2]))
+        self._unread = head
+        return None
+
+    def _exactly(self, count: int) -> bytes:
+        if count > self.budget:
+            raise OSError(errno.EMSGSIZE, _TOO_LONG)
+        content = self.recv(count, socket.MSG_WAITALL)
+        while content and len(content) < count:
+            more = self.recv(count - len(content), socket.MSG_WAITALL)
+            content = content + more if more else b""
+        if not content:
+            raise OSError(errno.ECONNRESET, "the connection was closed in the middle of a reply")
+        return content
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
-        content = super().recv(size, flags)
+        if self._unread:
+            content, self._unread = self._unread, b""
+            return content
+        try:
+            content = super().recv(size, flags)
+        except BlockingIOError:
+            raise TimeoutError from None
         self.budget -= len(content)
         if self.budget < 0:
-            raise OSError(errno.EMSGSIZE, "the reply is longer than any that was asked for")
+            raise OSError(errno.EMSGSIZE, _TOO_LONG)
         return content
+
+    def sendall(self, data: Buffer, flags: int = 0, /) -> None:
+        try:
+            super().sendall(data, flags)
+        except BlockingIOError:
+            raise TimeoutError from None
 
 
 class _Connection(redis.Connection):
@@ -192,7 +247,7 @@ class _Connection(redis.Connection):
         plain = super()._connect()  # type: ignore[no-untyped-call]
         timeout = plain.gettimeout()
         self.wire = _Wire(fileno=plain.detach())
-        self.wire.settimeout(timeout)
+        self.wire.limit_time(timeout)
         return self.wire
 
     def disconnect(self, *args: Any, **kwargs: Any) -> None:
@@ -205,8 +260,10 @@ def _begin(connection: Any) -> None:
 
 
 def _reason(failure: Exception) -> str:
-    if isinstance(failure, redis.TimeoutError):
+    if isinstance(failure, redis.TimeoutError | TimeoutError):
         return "no answer in time"
+    if isinstance(failure, OSError) and failure.strerror:
+        return failure.strerror
     # redis-py adds the address, which whoever reports this names already.
     cause = failure.__context__
     if isinstance(failure, redis.ConnectionError) and isinstance(cause, OSError) and cause.strerror:

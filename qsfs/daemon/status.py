@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ def status_of(service: Service) -> dict[str, Any]:
             for wait in service.fetcher.waits
         ]
         found["fetched_bytes"] = service.fetcher.fetched_pages * PAGE
+        found["reads"] = dataclasses.asdict(service.fetcher.reader.counts)
     if service.operations is not None:
         counts = service.operations.counts
         found["requests"] = {

@@ -43,6 +43,11 @@ class Block:
         self._whole: Page | None = None
         self._sums: list[int] | None = None
 
+    @property
+    def whole(self) -> Page | None:
+        """The bytes of all pages where the block holds them in one piece, else None."""
+        return self._whole
+
     def page(self, index: int) -> Page | None:
         """The bytes of a page, None where the block does not hold them."""
         if self._whole is not None:

@@ -8,6 +8,7 @@ also the daemon's own work (clean marks, installs, evictions, truncations worked
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
+from typing import cast
 from dataclasses import dataclass
 from itertools import islice
 
@@ -212,31 +213,37 @@ class Blocks:
     def install(self, inode: Inode, first: int, data: bytes | memoryview, source: ExtentRow) -> int:
         """Makes fetched pages from page `first` on resident clean; returns how many that were.
 
-        Only those become so that are still remote only by the extent that they came from.
+        Only those become so that are still remote only by the extent that they came from.  `data` must not
+        change later: where half of it or more is installed, the blocks refer to it.
         """
         stop = first + len(data) // PAGE
-        view = memoryview(data)
         absent = self._absent(inode.number, first, stop)
+        wanted = [
+            found
+            for row in self._extents.overlapping(inode.number, first, stop)
+            if (row.pack, row.ordinal) == (source.pack, source.ordinal)
+            for found in self._remote_blocks(inode.number, row, first, stop, absent)
+        ]
+        view = memoryview(data)
+        keep = 2 * len(wanted) * BLOCK_SIZE >= len(cast("bytes", view.obj))
         installed = 0
-        for row in list(self._extents.overlapping(inode.number, first, stop)):
-            if (row.pack, row.ordinal) != (source.pack, source.ordinal):
-                continue
-            for number, bits in self._remote_blocks(inode.number, row, first, stop, absent):
-                block = self._bare_block(inode.number, number) if number in absent else self.writable(inode, number)
-                absent.discard(number)
-                block.resident |= bits
-                start = (number * BLOCK_PAGES - first) * PAGE
-                if bits == ALL_PAGES:
-                    block.writes = [source.write_number] * BLOCK_PAGES
-                    block.set_whole(bytes(view[start : start + BLOCK_SIZE]))
-                else:
-                    for i in range(BLOCK_PAGES):
-                        if bits & 1 << i:
-                            block.writes[i] = source.write_number
-                            block.set_page(i, bytes(view[start + i * PAGE : start + (i + 1) * PAGE]))
-                self._layers.open.fill(block)
-                self.reader.used.add(block_key(inode.number, number))
-                installed += bits.bit_count()
+        for number, bits in wanted:
+            block = self._bare_block(inode.number, number) if number in absent else self.writable(inode, number)
+            absent.discard(number)
+            block.resident |= bits
+            start = (number * BLOCK_PAGES - first) * PAGE
+            if bits == ALL_PAGES:
+                block.writes = [source.write_number] * BLOCK_PAGES
+                whole = view[start : start + BLOCK_SIZE]
+                block.set_whole(whole if keep else bytes(whole))
+            else:
+                for i in range(BLOCK_PAGES):
+                    if bits & 1 << i:
+                        block.writes[i] = source.write_number
+                        block.set_page(i, bytes(view[start + i * PAGE : start + (i + 1) * PAGE]))
+            self._layers.open.fill(block)
+            self.reader.used.add(block_key(inode.number, number))
+            installed += bits.bit_count()
         return installed
 
     def remote_blocks(self, inode: int, row: ExtentRow, first: int, stop: int) -> list[tuple[int, int]]:

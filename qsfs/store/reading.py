@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from xxhash import xxh3_64_intdigest
 
 from qsfs.errors import Corrupt
-from qsfs.store.block import Block, DamagedPage, block_key
+from qsfs.store.block import ALL_PAGES, Block, DamagedPage, block_key
 from qsfs.store.layers import Layers
 from qsfs.store.prefetch import read_ahead
 from qsfs.store.recency import RecentSet
@@ -65,31 +65,62 @@ class PageReader:
         return found
 
     def run(self, inode: int, first: int, count: int) -> bytes | None:
-        """All bytes of the pages from `first` on, if LMDB alone has their blocks, wholly resident and intact.
+        """All bytes of the pages from `first` on, if every block is wholly resident, intact, and in one piece.
 
-        None calls for `pages`.  Reads that follow each other are read ahead from the disk.
+        None calls for `pages`.  Reads of LMDB that follow each other are read ahead from the disk.
         """
         if count < _RUN_PAGES or inode in self._pending:
             return None
         start, stop = first // BLOCK_PAGES, (first + count - 1) // BLOCK_PAGES + 1
-        blocks = range(start, stop)
-        for group in (self._layers.open, self._layers.committing):
-            if group is not None and inode in group.blocks_of and not group.blocks_of[inode].isdisjoint(blocks):
+        parts: list[Page] = []
+        behind = start
+        for number in self._in_groups(inode, start, stop):
+            block = self._newest(block_key(inode, number))
+            if block is None or block.whole is None or block.resident != ALL_PAGES:
                 return None
-        view = self._layers.view
-        keys = u64_pairs(inode, blocks)
-        value = view.get(Table.VALUES, keys[0])
-        if value is None:
-            return None
-        self._read_ahead(value, inode, start, stop)
-        whole = whole_blocks(view.get_all(Table.BLOCKS, keys), view.get_all(Table.VALUES, keys))
-        if whole is None or len(whole) != len(blocks) * BLOCK_SIZE:
+            if behind < number and not self._add_stored(parts, inode, behind, number):
+                return None
+            parts.append(block.whole)
+            behind = number + 1
+        if behind < stop and not self._add_stored(parts, inode, behind, stop):
             return None
         self.used.add_all(range(block_key(inode, start), block_key(inode, stop)))
-        if len(whole) == count * PAGE:
-            return whole
         skipped = (first - start * BLOCK_PAGES) * PAGE
-        return whole[skipped : skipped + count * PAGE]
+        surplus = (stop - start) * BLOCK_SIZE - skipped - count * PAGE
+        if surplus:
+            parts[-1] = memoryview(parts[-1])[:-surplus]
+        if skipped:
+            parts[0] = memoryview(parts[0])[skipped:]
+        whole = parts[0]
+        return whole if len(parts) == 1 and isinstance(whole, bytes) else b"".join(parts)
+
+    def _in_groups(self, inode: int, start: int, stop: int) -> list[int]:
+        """The blocks of [start, stop) that a group has something of, in order."""
+        found: set[int] = set()
+        for group in (self._layers.open, self._layers.committing):
+            if group is not None and inode in group.blocks_of:
+                found |= group.blocks_of[inode].intersection(range(start, stop))
+        return sorted(found)
+
+    def _newest(self, key: int) -> Block | None:
+        """A block of the open group, else of the committing one."""
+        block = self._layers.open.blocks.get(key)
+        committing = self._layers.committing
+        return block if block is not None or committing is None else committing.blocks.get(key)
+
+    def _add_stored(self, parts: list[Page], inode: int, start: int, stop: int) -> bool:
+        """Adds the bytes of blocks that LMDB alone has; False if they are not all whole and intact."""
+        view = self._layers.view
+        keys = u64_pairs(inode, range(start, stop))
+        value = view.get(Table.VALUES, keys[0])
+        if value is None:
+            return False
+        self._read_ahead(value, inode, start, stop)
+        whole = whole_blocks(view.get_all(Table.BLOCKS, keys), view.get_all(Table.VALUES, keys))
+        if whole is None or len(whole) != (stop - start) * BLOCK_SIZE:
+            return False
+        parts.append(whole)
+        return True
 
     def _read_ahead(self, value: memoryview, inode: int, start: int, stop: int) -> None:
         """Has the kernel read what a run and the one behind it take; `value` is the first of the run."""
@@ -107,7 +138,7 @@ class PageReader:
         self.used.add(key)
         committing = self._layers.committing
         lower = committing.blocks.get(key) if committing is not None else None
-        top = self._layers.open.blocks.get(key) or lower
+        top = self._newest(key)
         if top is None:
             found += self._stored_pages(key, index, count)[index : index + count]
             return
@@ -164,9 +195,7 @@ class PageReader:
         """Whether a page lies in this store as of now."""
         number, index = divmod(page, BLOCK_PAGES)
         key = block_key(inode, number)
-        block = self._layers.open.blocks.get(key)
-        if block is None and self._layers.committing is not None:
-            block = self._layers.committing.blocks.get(key)
+        block = self._newest(key)
         if block is not None:
             return bool(block.resident & 1 << index) and not self.is_cut(inode, number, index, block)
         encoded = self._layers.view.get(Table.BLOCKS, u64_pair(inode, number))
