@@ -16,9 +16,12 @@ import select
 import socket
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 Reply = Any
 """bytes, int, None or a list of replies."""
@@ -231,7 +234,7 @@ class _Wire(socket.socket):
             raise OSError(errno.EMSGSIZE, _TOO_LONG)
         return content
 
-    def sendall(self, data: Buffer, flags: int = 0, /) -> None:
+    def sendall(self, data: ReadableBuffer, flags: int = 0, /) -> None:
         try:
             super().sendall(data, flags)
         except BlockingIOError:

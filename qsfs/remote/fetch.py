@@ -61,9 +61,10 @@ class _Job:
     """One extent on its way; `readers` counts who waits for it.
 
     It is `held` if it is to stay with the reader of packs, not installed, while no page is needed.
+    `stream` is set while it takes a place among what is fetched ahead.
     """
 
-    __slots__ = ("done", "error", "held", "inode", "needed", "pack", "readers", "row", "scope")
+    __slots__ = ("done", "error", "held", "inode", "needed", "pack", "readers", "row", "scope", "stream")
 
     def __init__(self, inode: int, row: ExtentRow, *, held: bool) -> None:
         self.inode = inode
@@ -72,6 +73,7 @@ class _Job:
         self.needed: set[int] = set()
         self.readers = 0
         self.pack: StoredPack | None = None
+        self.stream: _Stream | None = None
         self.error: QsfsError | None = None
         self.done = trio.Event()
         self.scope = trio.CancelScope()
@@ -301,6 +303,7 @@ class Fetcher:
             if not finished and job.error is None:
                 job.error = Unavailable("reading from the backends ended: the daemon stops")
             job.done.set()
+            self._end_ahead(job)
             if self._jobs.get(key) is job:
                 del self._jobs[key]
 
@@ -389,9 +392,25 @@ class Fetcher:
             log.exception("inode %d: fetching ahead failed unexpectedly", inode)
 
     async def _fetch_stream(self, inode: int, first: int, stop: int) -> None:
-        """Fetches the extents of [first, stop); the first is not installed, so that reading it shows here."""
+        """Fetches the extents of [first, stop); the first is not installed, so that reading it shows here.
+
+        Gives each up after a deadline: nobody waits for it.
+        """
         stream = _Stream()
-        held = True
+        begun: list[tuple[float, _Job]] = []
+        try:
+            await self._begin_stream(stream, begun, inode, first, stop)
+            for until, job in begun:
+                with trio.move_on_at(until):
+                    await job.done.wait()
+                self._end_ahead(job)
+        finally:
+            for _, job in begun:
+                self._end_ahead(job)
+
+    async def _begin_stream(
+        self, stream: _Stream, begun: list[tuple[float, _Job]], inode: int, first: int, stop: int
+    ) -> None:
         while first < stop:
             rows = list(islice(self._store.extents.overlapping(inode, first, stop), AHEAD_AT_ONCE))
             for row in rows:
@@ -400,30 +419,40 @@ class Fetcher:
                 key = (inode, row.pack, row.ordinal)
                 if key in self._jobs or not self._worth_fetching(inode, row):
                     continue
-                await self._ahead_slots.acquire()
-                if stream.failed or self._nursery is None:
-                    self._ahead_slots.release()
+                placed = await self._place_ahead()
+                if stream.failed or self._nursery is None or not placed:
+                    if placed:
+                        self._ahead_slots.release()
                     return
-                self._nursery.start_soon(self._end_ahead, self._job(key, row, set(), held=held), stream)
-                held = False
+                job = self._job(key, row, set(), held=not begun)
+                job.stream = stream
+                begun.append((trio.current_time() + self._deadline, job))
             if len(rows) < AHEAD_AT_ONCE:
                 return
             first = rows[-1].first + rows[-1].pages
+
+    async def _place_ahead(self) -> bool:
+        """Takes a place among what is fetched ahead; False if none came free in time."""
+        try:
+            self._ahead_slots.acquire_nowait()
+        except trio.WouldBlock:
+            with trio.move_on_after(self._deadline) as scope:
+                await self._ahead_slots.acquire()
+            return not scope.cancelled_caught
+        return True
+
+    def _end_ahead(self, job: _Job) -> None:
+        """Gives back the place that a job took, if it still has one; without an end it was too slow."""
+        if job.stream is not None:
+            job.stream.failed |= job.error is not None or not job.done.is_set()
+            job.stream = None
+            self._ahead_slots.release()
+            self._leave(job)
 
     def _worth_fetching(self, inode: int, row: ExtentRow) -> bool:
         """Whether the first or the last page of an extent is only remote: it was not fetched lately."""
         ends = (row.first, row.first + row.pages - 1)
         return any(self._store.blocks.remote_blocks(inode, row, page, page + 1) for page in ends)
-
-    async def _end_ahead(self, job: _Job, stream: _Stream) -> None:
-        """Gives up after a deadline: nobody waits for it."""
-        try:
-            with trio.move_on_after(self._deadline):
-                await job.done.wait()
-            stream.failed |= job.error is not None or not job.done.is_set()
-        finally:
-            self._ahead_slots.release()
-            self._leave(job)
 
 
 def _runs(pages: Iterable[int], most: int) -> Iterator[tuple[int, int]]:

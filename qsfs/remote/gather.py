@@ -9,7 +9,8 @@ then still lacks waits for backends to come back (`Watch`), or is positively los
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import trio
@@ -28,25 +29,27 @@ LONGEST_CALL = 60.0
 """Seconds after which a question counts as unanswered, whatever the backend's own limit is."""
 
 _HUNTS = 32
+_HOPE_SECONDS = 1.0
+"""How long after it is late an answer is still hoped for before all backends are asked for the shard."""
 _NAMED_IN_MESSAGES = 8
 
 
 class _Get:
     """One question under way.  `began` once it has its place among those of its backend."""
 
-    __slots__ = ("began", "late_at", "scope")
+    __slots__ = ("began", "hopeless_at", "late_at", "scope")
 
     def __init__(self, late_at: float) -> None:
         self.began = False
         self.late_at = late_at
+        self.hopeless_at = late_at + _HOPE_SECONDS
         self.scope = trio.CancelScope()
 
 
 class Gathering:
     """One pack being read, for as many readers as want something of it.
 
-    `found` has the payloads that are here; readers wait for `news` and look.  `asleep` is whether it
-    waits for backends to come back.
+    `found` has the payloads that are here.  `asleep` is whether it waits for backends to come back.
     """
 
     def __init__(self, reader: PackReader, pack: StoredPack) -> None:
@@ -57,8 +60,8 @@ class Gathering:
         self.failure: QsfsError | None = None
         self.finished = False
         self.asleep = False
-        self.news = trio.Event()
         self._reader = reader
+        self._waiting: dict[trio.Event, set[int]] = {}
         self._answers: dict[tuple[int, int], Answer] = {}
         self._running: dict[tuple[int, int], _Get] = {}
         self._sources: dict[int, int] = {}
@@ -66,10 +69,33 @@ class Gathering:
         self._poked = trio.Event()
         self._decoding = False
 
-    def want(self, numbers: Iterable[int]) -> None:
-        """Adds data shards to what is wanted."""
+    async def payloads(self, numbers: Collection[int]) -> dict[int, memoryview]:
+        """The payloads of these data shards; raises what ends the gathering without them."""
+        self.readers += 1
         self.wanted.update(numbers)
         self.poke()
+        try:
+            while lacking := {number for number in numbers if number not in self.found}:
+                if self.failure is not None:
+                    raise self.failure
+                if self.finished:
+                    raise QsfsBug(f"pack {self.pack.name}: reading it ended without what was wanted")
+                here = trio.Event()
+                self._waiting[here] = lacking
+                try:
+                    await here.wait()
+                finally:
+                    del self._waiting[here]
+            return {number: self.found[number] for number in numbers}
+        finally:
+            self.readers -= 1
+            self.poke()
+
+    def end(self, failure: QsfsError) -> None:
+        """Ends it for all who wait, unless it has ended already."""
+        self.failure = self.failure or failure
+        self.finished = True
+        self._wake_all()
 
     def poke(self) -> None:
         """Makes the gathering look again at what there is to do."""
@@ -91,7 +117,7 @@ class Gathering:
             for get in self._running.values():
                 if not get.began:
                     get.scope.cancel()
-            self._publish()
+            self._wake_all()
 
     async def _gather(self) -> None:
         while self.readers and not self.wanted <= self.found.keys():
@@ -105,8 +131,9 @@ class Gathering:
                 self._refuse_lost()
                 await self._sleep()
                 continue
-            deadline = min((get.late_at for get in self._running.values() if not _late(get)), default=None)
-            with trio.move_on_at(float("inf") if deadline is None else deadline):
+            now = trio.current_time()
+            times = (at for get in self._running.values() for at in (get.late_at, get.hopeless_at) if at > now)
+            with trio.move_on_at(min(times, default=math.inf)):
                 await self._poked.wait()
 
     async def _decode(self) -> None:
@@ -115,8 +142,7 @@ class Gathering:
         self._reader.counts.decoded += 1
         data = await self._reader.decode(have)
         for number, payload in enumerate(data):
-            self.found[number] = memoryview(payload)
-        self._publish()
+            self._arrived(number, memoryview(payload))
 
     # asking
 
@@ -139,9 +165,20 @@ class Gathering:
             return bool(self._start_some(iter(kept.items()), lacking))
         wanting = lacking - len(kept)
         started = self._start_some(self._placed(pending | kept.keys()), wanting)
-        if not started:
+        if not started and self._hoped_for(pending) < wanting:
             started = self._start_some(self._elsewhere(pending | kept.keys()), _HUNTS)
+        elif not started:
+            return True
         return bool(started)
+
+    def _hoped_for(self, pending: set[int]) -> int:
+        """How many shards besides `pending` may still come from where they were placed, though late.
+
+        Where this machine itself is slow all answers are: to ask every backend for every shard makes it slower.
+        """
+        now = trio.current_time()
+        late = {number for (number, _), get in self._running.items() if now < get.hopeless_at}
+        return len(late - pending - self.found.keys())
 
     def _ask_directly(self, number: int) -> bool:
         """Whether the backend where data shard `number` was placed is being asked and is not late."""
@@ -205,14 +242,21 @@ class Gathering:
 
     async def _get(self, member: Member, number: int, get: _Get) -> None:
         answer: Answer | None = None
+        limit = self._reader.limit(member.number)
         try:
             with get.scope:
-                async with self._reader.limit(member.number):
+                try:
+                    limit.acquire_nowait()
+                except trio.WouldBlock:
+                    await limit.acquire()
+                try:
                     get.began = True
                     began = trio.current_time()
                     answer = await self._question(member, number)
                     if answer.finding is not Finding.UNKNOWN:
                         self._reader.latencies.note(member.number, trio.current_time() - began)
+                finally:
+                    limit.release()
         except Exception as error:
             log.exception("backend %s: asking it failed unexpectedly", member.name)
             answer = Answer(number, member.number, Finding.UNKNOWN, why=f"backend {member.name}: {error!r}")
@@ -231,20 +275,28 @@ class Gathering:
 
     def _take(self, answer: Answer) -> None:
         if answer.payload is not None:
-            self.found.setdefault(answer.number, answer.payload)
+            self._arrived(answer.number, answer.payload)
             self._sources[answer.number] = answer.member
             self._dropped.pop(answer.number, None)
             self._reader.watch.progress(self)
-            self._publish()
+            if not self._decoding and not self.asleep and not self.wanted <= self.found.keys():
+                return
         else:
             if self._dropped.get(answer.number) == answer.member:
                 del self._dropped[answer.number]
             self._answers[answer.number, answer.member] = answer
         self.poke()
 
-    def _publish(self) -> None:
-        self.news.set()
-        self.news = trio.Event()
+    def _arrived(self, number: int, payload: memoryview) -> None:
+        self.found.setdefault(number, payload)
+        for here, lacking in self._waiting.items():
+            lacking.discard(number)
+            if not lacking:
+                here.set()
+
+    def _wake_all(self) -> None:
+        for here in self._waiting:
+            here.set()
 
     # waiting
 

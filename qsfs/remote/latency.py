@@ -6,6 +6,8 @@ from collections import deque
 
 LEAST_SECONDS = 0.05
 """No answer is late before this."""
+MOST_SECONDS = 3.0
+"""Every answer is late after this: a backend that is always slow must not use up a reader's deadline."""
 UNKNOWN_SECONDS = 0.25
 """When an answer of a backend that has not answered often enough is late."""
 
@@ -26,14 +28,14 @@ class Latencies:
         self._late.pop(member, None)
 
     def late_after(self, member: int) -> float:
-        """The 95th percentile of its answers, at least `LEAST_SECONDS`: then others are asked too."""
+        """The 95th percentile of its answers within `LEAST_SECONDS` and `MOST_SECONDS`: then others are asked too."""
         known = self._late.get(member)
         if known is None:
             samples = sorted(self._samples.get(member, ()))
             if len(samples) < _ENOUGH:
                 known = UNKNOWN_SECONDS
             else:
-                known = max(LEAST_SECONDS, samples[(len(samples) * 95) // 100])
+                known = min(MOST_SECONDS, max(LEAST_SECONDS, samples[(len(samples) * 95) // 100]))
             self._late[member] = known
         return known
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 import trio
 
-from qsfs.errors import Corrupt, QsfsBug, Unavailable
+from qsfs.errors import Corrupt, Unavailable
 from qsfs.format.erasure import Code
 from qsfs.format.extent import ExtentEntry
 from qsfs.format.keys import KeyRing
@@ -102,11 +102,9 @@ class PackReader:
         finally:
             self._nursery = None
             for gathering in list(self._gatherings.values()):
-                gathering.failure = gathering.failure or Unavailable(
-                    f"pack {gathering.pack.name}: reading ended because the daemon stops"
+                gathering.end(
+                    Unavailable(f"pack {gathering.pack.name}: reading ended because the daemon stops")
                 )
-                gathering.finished = True
-                gathering.news.set()
             self._gatherings.clear()
 
     @asynccontextmanager
@@ -129,20 +127,7 @@ class PackReader:
         ready = {number: found for number in wanted if (found := self._kept(pack, number)) is not None}
         if len(ready) == len(wanted):
             return ready
-        gathering = self._gathering(pack)
-        gathering.readers += 1
-        gathering.want(wanted)
-        try:
-            while not all(number in gathering.found for number in wanted):
-                if gathering.failure is not None:
-                    raise gathering.failure
-                if gathering.finished:
-                    raise QsfsBug(f"pack {pack.name}: reading it ended without what was wanted")
-                await gathering.news.wait()
-            return {number: gathering.found[number] for number in wanted}
-        finally:
-            gathering.readers -= 1
-            gathering.poke()
+        return await self._gathering(pack).payloads(wanted)
 
     async def extent(self, pack: StoredPack, entry: ExtentEntry) -> bytes:
         """The plain bytes of one extent.

@@ -8,9 +8,9 @@ also the daemon's own work (clean marks, installs, evictions, truncations worked
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from typing import cast
 from dataclasses import dataclass
 from itertools import islice
+from typing import cast
 
 from qsfs.store.block import ALL_PAGES, Block, block_key, checksums
 from qsfs.store.extents import Extents

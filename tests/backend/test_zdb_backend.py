@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from qsfs.backend.open import (
     open_backend,
     open_control,
 )
+from qsfs.backend.redis_link import Link, LinkBroken, Target
 from qsfs.backend.zdb import ZdbBackend
 from qsfs.backend.zdb_pool import backend_error
 from qsfs.clock import FixedClock
@@ -212,6 +214,64 @@ async def test_whatever_a_backend_answers_ends_as_our_error(reply):
         with pytest.raises(BackendUnavailable):
             await backend.get(b"k")
         await backend.aclose()
+
+
+@pytest.mark.parametrize("size", [0, 1, 60, 61, 62, 63, 64, 65, 1000, 300_000])
+@pytest.mark.parametrize("piece", [1, 7, 64, 100_000])
+async def test_a_value_comes_whole_however_it_is_cut(size, piece):
+    """Each value is what was sent, byte for byte, and so is the next one over the same connection."""
+    value = random.Random(size).randbytes(size)
+    reply = b"$%d\r\n%b\r\n" % (size, value)
+    piece = max(piece, len(reply) // 500)
+
+    async def answer(stream: trio.SocketStream) -> None:
+        for first in (b"+OK\r\n", b"$0\r\n\r\n"):
+            await stream.receive_some()
+            await stream.send_all(first)
+        while await stream.receive_some():
+            for start in range(0, len(reply), piece):
+                await stream.send_all(reply[start : start + piece])
+                await trio.lowlevel.checkpoint()
+
+    async with scripted(answer) as port:
+        backend = client(port)
+        assert await backend.get(b"k") == value
+        assert await backend.get(b"k") == value
+        await backend.aclose()
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [(b"$300\r\n" + bytes(302), "malformed"), (b"$300\r\n" + bytes(100), "middle of a reply")],
+)
+async def test_a_value_that_does_not_end_as_it_should_is_no_value(reply, why):
+    async def answer(stream: trio.SocketStream) -> None:
+        for first in (b"+OK\r\n", b"$0\r\n\r\n", reply):
+            await stream.receive_some()
+            await stream.send_all(first)
+        await stream.aclose()
+
+    async with scripted(answer) as port:
+        backend = client(port)
+        with pytest.raises(BackendUnavailable, match=why):
+            await backend.get(b"k")
+        await backend.aclose()
+
+
+async def test_a_value_that_stops_coming_is_given_up_in_time():
+    """The kernel keeps the time of a connection: a thread does not wait for ever for the rest of a value."""
+
+    async def answer(stream: trio.SocketStream) -> None:
+        for first in (b"+OK\r\n", b"$0\r\n\r\n", b"$300000\r\n" + bytes(70_000)):
+            await stream.receive_some()
+            await stream.send_all(first)
+        await trio.sleep_forever()
+
+    async with scripted(answer) as port:
+        link = Link(Target("127.0.0.1", port, "qsfs"), connect_timeout=5.0, call_timeout=0.3)
+        await trio.to_thread.run_sync(link.connect)
+        with pytest.raises(LinkBroken, match="no answer in time"):
+            await trio.to_thread.run_sync(link.call, "GET", "k")
 
 
 async def test_an_endless_reply_is_given_up():

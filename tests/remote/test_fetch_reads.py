@@ -287,6 +287,45 @@ async def test_a_late_answer_is_hedged(fs, autojump_clock):
     assert b"".join(fs.read(number, 0, 8)) == data
 
 
+async def test_where_all_answers_are_late_nothing_is_asked_of_backends_that_were_given_nothing(
+    fs, autojump_clock
+):
+    """A machine that is slow itself is not made slower by asking 8 backends for each of 6 shards."""
+    data = noise(8 * PAGE)
+    number = fs.write("a", data)
+    fs.commit()
+    (pack,) = fs.upload(number)
+    fs.evict(number)
+    asked = []
+
+    def slow(call: str) -> float:
+        asked.append(call)
+        return 1.1
+
+    for backend in fs.backends.values():
+        backend.delay = slow
+    async with fs.fetching() as fetcher:
+        await fetcher.fetch(number, 0, 8)
+    assert asked.count("get") <= len(fs.shard_keys(pack))
+    assert b"".join(fs.read(number, 0, 8)) == data
+
+
+async def test_a_backend_that_is_always_slow_does_not_use_up_a_readers_time(fs, autojump_clock):
+    """Its usual 40 s count for nothing: others are asked long before the reader's 30 s are over."""
+    number = fs.write("a", noise(8 * PAGE))
+    fs.commit()
+    (pack,) = fs.upload(number)
+    fs.evict(number)
+    slow = fs.shard_keys(pack)[0][0]
+    fs.backends[slow].delay = lambda call: 100.0
+    async with fs.fetching() as fetcher:
+        for _ in range(64):
+            fetcher.reader.latencies.note(slow, 40.0)
+        began = trio.current_time()
+        await fetcher.fetch(number, 0, 8)
+        assert trio.current_time() - began < 5
+
+
 async def test_backends_that_hang_do_not_keep_those_that_returned_from_being_seen(fs, autojump_clock):
     """Two backends count as down and have returned, two others answer nothing: four of six are needed."""
     data = noise(8 * PAGE)
