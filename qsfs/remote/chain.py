@@ -72,3 +72,8 @@ class FreshSnapshot:
     def chain(self, delta: Packs) -> Chain:
         """The chain of the first generation that lists this snapshot; its cut began after it was written."""
         return Chain(self.packs or (), ()).followed_by(*self.since, delta)
+
+
+def listed_ids(head: Head) -> frozenset[bytes]:
+    """The ids of the metadata packs that a head lists."""
+    return frozenset(pack.ref.pack_id for packs in (head.snapshot, *head.deltas) for pack in packs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 
 import trio
 
@@ -108,14 +109,9 @@ class AbandonedCollector:
         ]
 
         async def clear(member: Member) -> None:
-            with trio.move_on_after(_DELETE_SECONDS):
-                try:
-                    for key in keys:
-                        gone = await member.data.delete(key)
-                        self.deleted += gone
-                except BackendError as error:
-                    member.failed(error)
-                    return
+            gone = await delete_on(member, keys)
+            if gone is not None:
+                self.deleted += gone
                 cleared.add(member.number)
 
         members = list(self._context.uploader.members)
@@ -127,3 +123,16 @@ class AbandonedCollector:
             return False
         _log.info("pack %s of an abandoned cut: its shards were deleted", pack.pack_id.hex())
         return True
+
+
+async def delete_on(member: Member, keys: Iterable[bytes]) -> int | None:
+    """Deletes values on one backend; how many there were, or None if it did not answer for all in time."""
+    deleted = 0
+    with trio.move_on_after(_DELETE_SECONDS) as scope:
+        try:
+            for key in keys:
+                deleted += await member.data.delete(key)
+        except BackendError as error:
+            member.failed(error)
+            return None
+    return None if scope.cancelled_caught else deleted

@@ -17,7 +17,7 @@ from qsfs.config import FlushConfig
 from qsfs.errors import CacheError, DeadlineExceeded, Fenced, QsfsBug, QsfsError
 from qsfs.format.head import Head, HeadRef, open_head
 from qsfs.remote.base import BASE_KEY, local_head, record_published
-from qsfs.remote.chain import FreshSnapshot
+from qsfs.remote.chain import FreshSnapshot, listed_ids
 from qsfs.remote.context import FlushContext
 from qsfs.remote.cut import NoCut
 from qsfs.remote.exposure import Exposure
@@ -30,6 +30,7 @@ from qsfs.remote.shards import ShardReader
 from qsfs.remote.upkeep import UPKEEP_SECONDS, Upkeep, every_second
 from qsfs.store.schema import BLOCK_SIZE, Table
 from qsfs.store.snapshot import CommittedState, Want
+from qsfs.store.store import NEXT_PACK
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class Flusher:
             short_of_room=lambda: self.short_of_room,
             named=self._named_packs,
             owner_epoch=lambda: publisher.owner.epoch,
+            retention_seconds=config.retention_seconds,
         )
         self._pace = Pace(config.cut_bytes)
         self._started = 0
@@ -104,6 +106,7 @@ class Flusher:
         self._alarmed = False
         self._scope = trio.CancelScope()
         self._knows_packs = trio.Event()
+        self._last_pack_before = 0
 
     # running
 
@@ -140,6 +143,7 @@ class Flusher:
             raise CacheError("the local store has no base generation; run 'qsfs restore'")
         await self.exposure.begin()
         self.generations = Generations(context, self._publisher, base, self._first)
+        self._last_pack_before = context.store.counter(NEXT_PACK)
         published = self._publisher.published
         sealed = context.spool.heads.get(published) if published is not None else None
         if sealed is not None:
@@ -163,6 +167,16 @@ class Flusher:
         self._generations.take_chain()
         if len(context.ledger.metadata) > known:
             await context.committer.commit()
+        named = self._named_packs()
+        self._upkeep.dead.take_over(
+            context.ledger.emptied,
+            [
+                number
+                for pack_id, number in context.ledger.metadata.items()
+                if number <= self._last_pack_before and pack_id not in named
+            ],
+        )
+        context.ledger.emptied.clear()
         if self.phase == "reading pack rows":
             self.phase = "running"
         self._knows_packs.set()
@@ -223,6 +237,7 @@ class Flusher:
                 await self._early_delta()
             uploaded = self.exposure.uploaded
             given_up = self._upkeep.given_up()
+            view, before = self._upkeep.dead.before_cut(), generations.base.head
             order = generations.next_order(min(self._pace.most_bytes, context.spool.room() * 3 // 4))
             serial = self._started = self._started + 1
             self.phase = "committing"
@@ -237,6 +252,8 @@ class Flusher:
                 await generations.publish(cut, ready)
                 self.exposure.published(uploaded)
                 self._upkeep.published(given_up)
+                base = generations.base
+                self._upkeep.dead.published(view, base.sealed.ref, base.head, before)
                 break
             if cut is NoCut.UNCHANGED:
                 break
@@ -351,12 +368,7 @@ class Flusher:
         keys = self.context.sealer.keys
         # A copy: a worker thread may store a head meanwhile.
         sent = [open_head(sealed.key, sealed.value, keys) for sealed in list(self.context.spool.heads.values())]
-        return frozenset(
-            pack.ref.pack_id
-            for head in (self._generations.base.head, *sent)
-            for packs in (head.snapshot, *head.deltas)
-            for pack in packs
-        )
+        return frozenset().union(*(listed_ids(head) for head in (self._generations.base.head, *sent)))
 
     @property
     def short_of_room(self) -> bool:
@@ -467,6 +479,7 @@ class Flusher:
             "next_look_seconds": ledger.next_look_seconds,
             "shards_found_missing": self._upkeep.found_missing,
             "spool_bytes": context.spool.used_bytes,
+            "dead": self._upkeep.dead.report(),
             "last_error": self.last_error or self._precopier.problem or self._upkeep.problem,
         }
 

@@ -19,10 +19,11 @@ _STEP_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class RowsRead:
-    """Pack rows that need attention, and the numbers of metadata packs by id."""
+    """Pack rows that need attention, the numbers of metadata packs by id, data packs without live bytes."""
 
     unsettled: tuple[tuple[int, PackRow], ...]
     metadata: tuple[tuple[bytes, int], ...]
+    emptied: tuple[int, ...]
     resume: bytes | None
 
 
@@ -30,6 +31,7 @@ def read_rows(environment: Environment, clock: Clock, start: bytes) -> RowsRead:
     """Reads pack rows from `start` on for about a tenth of a second, on a worker thread."""
     unsettled = []
     metadata = []
+    emptied = []
     settled = PackState.FULL | PackState.LOOKED
     until = clock.monotonic() + _STEP_SECONDS
     with CommittedState(environment, clock) as state:
@@ -37,24 +39,28 @@ def read_rows(environment: Environment, clock: Clock, start: bytes) -> RowsRead:
             row = PackRow.decode(bytes(value))
             if row.kind == PackKind.METADATA:
                 metadata.append((row.pack_id, split_u64(key)))
+            elif not row.live:
+                emptied.append(split_u64(key))
             if row.state & settled != settled and not row.unnamed_since_ns:
                 unsettled.append((split_u64(key), row))
             if clock.monotonic() >= until:
-                return RowsRead(tuple(unsettled), tuple(metadata), key + b"\0")
-    return RowsRead(tuple(unsettled), tuple(metadata), None)
+                return RowsRead(tuple(unsettled), tuple(metadata), tuple(emptied), key + b"\0")
+    return RowsRead(tuple(unsettled), tuple(metadata), tuple(emptied), None)
 
 
 class Ledger:
     """Packs that are not settled, by number.
 
     `incomplete` maps those that are not full to (live bytes, when they were written, wall time);
-    `looks` those that were not looked at again to when that is due (running time).
+    `looks` those that were not looked at again to when that is due (running time).  `emptied` are data
+    packs that had no live bytes when the rows were read.
     """
 
     def __init__(self, clock: Clock, second_look_seconds: float) -> None:
         self.incomplete: dict[int, tuple[int, int]] = {}
         self.looks: dict[int, float] = {}
         self.metadata: dict[bytes, int] = {}
+        self.emptied: set[int] = set()
         self._clock = clock
         self._delay = second_look_seconds
 
@@ -78,6 +84,7 @@ class Ledger:
         """Takes over what was read of rows that nothing has been noted of since."""
         for pack_id, number in read.metadata:
             self.metadata.setdefault(pack_id, number)
+        self.emptied.update(read.emptied)
         for number, row in read.unsettled:
             if number not in self.incomplete and number not in self.looks:
                 self.note(number, row)

@@ -1,4 +1,4 @@
-"""Upkeep of written packs: second looks, missing shards, shards of packs that were given up.
+"""Upkeep of written packs: second looks, missing shards, shards of packs that were given up or are dead.
 
 Each is a task of its own: what one of them waits for from backends must not hold up the others, by which
 pages become evictable.
@@ -15,6 +15,7 @@ from qsfs.errors import QsfsError
 from qsfs.remote.collect import AbandonedCollector
 from qsfs.remote.complete import Completer
 from qsfs.remote.context import FlushContext
+from qsfs.remote.dead_packs import DeadPackCollector
 from qsfs.remote.second_look import SecondLook
 from qsfs.remote.shards import ShardReader
 
@@ -49,6 +50,7 @@ class Upkeep:
         short_of_room: Callable[[], bool],
         named: Callable[[], frozenset[bytes]],
         owner_epoch: Callable[[], int],
+        retention_seconds: float,
     ) -> None:
         """What the spool has given up by now was given up before this mount published its first head."""
         self.problem = ""
@@ -59,6 +61,9 @@ class Upkeep:
         self._completer = Completer(context, reader)
         self._second_look = SecondLook(context)
         self._collector = AbandonedCollector(context)
+        self.dead = DeadPackCollector(
+            context, reader, retention_seconds=retention_seconds, named=named, owner_epoch=owner_epoch
+        )
         self._abandoned = self.given_up()
 
     @property
@@ -77,7 +82,7 @@ class Upkeep:
     async def run(self) -> None:
         """Works until cancelled."""
         async with trio.open_nursery() as nursery:
-            for work in (self._look, self._complete, self._collect):
+            for work in (self._look, self._complete, self._collect, self.dead.work):
                 nursery.start_soon(every_second, work, self._failed)
 
     def _failed(self, error: QsfsError) -> None:

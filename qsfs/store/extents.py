@@ -17,12 +17,17 @@ _KNOWN_FILES = 100_000
 
 
 class Extents:
-    """The extents of all files."""
+    """The extents of all files.
+
+    `emptied` are packs that turned out to have no live bytes when a group was sealed; who acts on that takes
+    them out.
+    """
 
     def __init__(self, layers: Rows) -> None:
         self._layers = layers
         self._live_change: defaultdict[int, int] = defaultdict(int)
         self._has: dict[int, bool] = {}
+        self.emptied: set[int] = set()
 
     def any(self, inode: int) -> bool:
         """Whether the file has extents.  True may be stale, False never is."""
@@ -81,6 +86,10 @@ class Extents:
                 self._put(inode, row.part(stop, right))
             self._live_change[row.pack] -= (row.pages - left - right) * PAGE
 
+    def added(self, pack: int) -> None:
+        """Takes note of a new pack, so that one that nothing lives in is noticed too."""
+        self._live_change[pack] += 0
+
     def live_change(self, pack: int) -> int:
         """What is still to be added to the live bytes in the row of `pack`."""
         return self._live_change.get(pack, 0)
@@ -89,10 +98,14 @@ class Extents:
         """Brings the live bytes of the pack rows up to date; called when a group is sealed."""
         for number, change in self._live_change.items():
             row = self._layers.get(Table.PACKS, u64(number))
-            if row is not None and change:
-                pack = PackRow.decode(row)
+            if row is None:
+                continue
+            pack = PackRow.decode(row)
+            if change:
                 pack = replace(pack, live=max(0, pack.live + change))
                 self._layers.put(Table.PACKS, u64(number), pack.encode())
+            if not pack.live:
+                self.emptied.add(number)
         self._live_change.clear()
 
     def _put(self, inode: int, row: ExtentRow) -> None:

@@ -36,6 +36,7 @@ def reserve_numbers(store: Store, count: int) -> range:
 def add_pack(store: Store, number: int, row: PackRow) -> None:
     """Adds a written pack.  Its `live` bytes grow with the extents that are recorded."""
     store.layers.put(Table.PACKS, u64(number), row.encode())
+    store.extents.added(number)
 
 
 def pack_row(store: Store, number: int) -> PackRow | None:

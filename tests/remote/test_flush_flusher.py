@@ -15,7 +15,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from qsfs import failpoints
 from qsfs.clock import FixedClock
 from qsfs.config import FlushConfig
-from qsfs.errors import Fenced, FormatMismatch
+from qsfs.errors import DataLost, Fenced, FormatMismatch
 from qsfs.format.head import Head, Owner
 from qsfs.format.shard import open_shard, parse_shard_key, shard_key
 from qsfs.remote import flush
@@ -57,7 +57,10 @@ class DirectReader:
 
     async def shards(self, pack: StoredPack, wanted: Collection[int]) -> dict[int, memoryview]:
         await trio.lowlevel.checkpoint()
-        body = memoryview(read_body(self.world, pack.ref))
+        try:
+            body = memoryview(read_body(self.world, pack.ref))
+        except AssertionError as error:
+            raise DataLost(str(error)) from error
         size = pack.ref.shard_size
         return {number: body[number * size : (number + 1) * size] for number in wanted}
 
