@@ -29,6 +29,7 @@ COMMANDS = (
     "umount",
     "status",
     "sync",
+    "collect",
     "takeover",
     "restore",
     "unblock",

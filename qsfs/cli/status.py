@@ -87,7 +87,7 @@ def _second_looks(found: dict[str, Any]) -> str:
     flush = found.get("flush")
     if flush is None or flush["packs_not_full"] or not flush["packs_not_looked_at"]:
         return ""
-    soon = _age(flush["next_look_seconds"])
+    soon = age(flush["next_look_seconds"])
     return (
         f"; {flush['packs_not_looked_at']} packs are to be looked at a second time before their pages may go, "
         f"the next in {soon} ([cache] second_look_seconds)"
@@ -111,7 +111,7 @@ def _exposure(found: dict[str, Any]) -> list[str]:
             "full": f"more than {counted(spare, 'shard')} of a pack",
         }
         rows = [
-            (name, format_size(entry["bytes"]), _age(entry["age"]), lost_with[name])
+            (name, format_size(entry["bytes"]), age(entry["age"]), lost_with[name])
             if entry["bytes"]
             else (name, "0 B", "-", "")
             for name, entry in exposure.items()
@@ -126,15 +126,18 @@ def _exposure(found: dict[str, Any]) -> list[str]:
         out.append("full: not all packs of before this mount have been looked at yet; more of them may not be full")
     if flush is not None:
         published = flush["published_ns"]
-        age = None if published is None else found["time"] - published / 1e9
-        out.append(f"last generation: {flush['generation']}, {_age(age)} old; flushing is {flush['phase']}")
+        since = None if published is None else found["time"] - published / 1e9
+        out.append(f"last generation: {flush['generation']}, {age(since)} old; flushing is {flush['phase']}")
         if flush["packs_not_full"]:
             out.append(f"{flush['packs_not_full']} packs are not full yet")
+        if flush["dead"]["packs"]:
+            size = format_size(flush["dead"]["bytes"])
+            out.append(f"dead on the backends: {size}; 'qsfs collect --dry-run' tells more")
     elif not found.get("owner", True):
         out.append("not the owner: nothing is uploaded")
     oldest = found["cache"]["oldest_uncovered_seconds"]
     if oldest is not None:
-        out.append(f"oldest write of an atomic-sync file without a sync: {_age(oldest)}")
+        out.append(f"oldest write of an atomic-sync file without a sync: {age(oldest)}")
     return out
 
 
@@ -152,7 +155,7 @@ def _waits(waits: Sequence[dict[str, Any]]) -> list[str]:
         first = of[0]
         until = "until the data come" if first["until_data"] else "until the deadline"
         out.append(
-            f"  {first['path'] or f'inode {inode}'}: {counted(len(of), 'read')}, for {_age(first['seconds'])} "
+            f"  {first['path'] or f'inode {inode}'}: {counted(len(of), 'read')}, for {age(first['seconds'])} "
             f"({until}): {first['why']}"
         )
     if len(files) > _MOST_FILES:
@@ -186,7 +189,7 @@ def _backends(backends: Sequence[dict[str, Any]], all_of_them: bool) -> list[str
 
 
 def _state(backend: dict[str, Any]) -> str:
-    state = f"{backend['state']} for {_age(backend['seconds'])}"
+    state = f"{backend['state']} for {age(backend['seconds'])}"
     return state + (", full" if backend["full"] else "")
 
 
@@ -202,7 +205,8 @@ def _requests(requests: dict[str, Any]) -> str:
     return line
 
 
-def _age(seconds: float | None) -> str:
+def age(seconds: float | None) -> str:
+    """A length of time for people; "-" for None."""
     if seconds is None:
         return "-"
     if seconds < 120:

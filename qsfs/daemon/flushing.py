@@ -201,6 +201,16 @@ class Flushing:
 
     async def sync(self) -> dict[str, Any]:
         """Publishes everything accepted so far; waits, visibly, for backends."""
+        done = await (await self._owning()).sync()
+        return {"generation": done.generation, "class": done.durability}
+
+    async def collect(self, *, dry_run: bool) -> dict[str, Any]:
+        """Deletes the dead packs that may go (see `Flusher.collect`); `dry_run` only tells of them."""
+        flusher = await self._owning()
+        return flusher.dead_packs() if dry_run else await flusher.collect()
+
+    async def _owning(self) -> Flusher:
+        """The flusher, once this mount owns; raises why it does not."""
         await self._ready.wait()
         if self.fenced is not None:
             raise self.fenced
@@ -208,8 +218,7 @@ class Flushing:
             raise self._cause
         if self.failure or self.flusher is None:
             raise QsfsBug(self.failure)
-        done = await self.flusher.sync()
-        return {"generation": done.generation, "class": done.durability}
+        return self.flusher
 
     async def stop(self, deadline: float) -> bool:
         """Makes a last generation if this mount owns; returns whether it was published."""

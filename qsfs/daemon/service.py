@@ -335,6 +335,7 @@ class Service:
         return {
             "status": self._on_status,
             "sync": self._on_sync,
+            "collect": self._on_collect,
             "umount": self._on_umount,
             "unblock": self._on_unblock,
         }
@@ -343,9 +344,16 @@ class Service:
         return status_of(self)
 
     async def _on_sync(self, _: Mapping[str, Any]) -> Any:
+        self._require_mounted()
+        return await self.flushing.sync()
+
+    async def _on_collect(self, request: Mapping[str, Any]) -> Any:
+        self._require_mounted()
+        return await self.flushing.collect(dry_run=bool(request.get("dry_run")))
+
+    def _require_mounted(self) -> None:
         if self.phase != "mounted":
             raise MountError(f"the daemon is {self.phase}: {self.waiting_for or 'try again'}")
-        return await self.flushing.sync()
 
     async def _on_umount(self, _: Mapping[str, Any]) -> Any:
         """Answered at the end: `published` is whether all of it is on the backends."""

@@ -110,6 +110,7 @@ class DeadPackCollector:
         self._kept: tuple[KeptGeneration, ...] = ()
         self._cleared: dict[int, set[int]] = {}
         self._not_before: dict[int, float] = {}
+        self._turn = trio.Lock()
 
     # what dies
 
@@ -174,6 +175,17 @@ class DeadPackCollector:
 
     async def work(self) -> None:
         """One step: settles what was published, deletes some of what may go."""
+        async with self._turn:
+            await self._step()
+
+    async def finish(self) -> None:
+        """Deletes all that may go now; what some backend does not answer for stays for later."""
+        async with self._turn:
+            while await self._step():
+                pass
+
+    async def _step(self) -> bool:
+        """Whether there was anything to delete."""
         self.look()
         await self._settle()
         now = self._context.clock.monotonic()
@@ -185,6 +197,7 @@ class DeadPackCollector:
             await self._context.committer.commit()
         for dead in marked:
             await self._collect(dead)
+        return bool(due)
 
     async def _mark(self, dead: DeadPack) -> bool:
         """Looks at a pack again, and marks its row if it may go; whether it is marked."""

@@ -411,6 +411,26 @@ class Flusher:
         base = self._generations.base
         return SyncResult(base.head.generation, "full" if not self.context.ledger.incomplete else "written")
 
+    def dead_packs(self) -> dict[str, Any]:
+        """How many dead packs there are, their bytes on the backends, and what they wait for."""
+        return self._upkeep.dead.report()
+
+    async def collect(self) -> dict[str, Any]:
+        """Publishes everything, then deletes the dead packs that may go; what was deleted, and what waits for what.
+
+        Raises as `sync`.
+        """
+        dead = self._upkeep.dead
+        packs, size = dead.graveyard.deleted_packs, dead.graveyard.deleted_bytes
+        await self.sync()
+        await dead.finish()
+        report = dead.report()
+        return {
+            **report,
+            "deleted_now_packs": report["deleted_packs"] - packs,
+            "deleted_now_bytes": report["deleted_bytes"] - size,
+        }
+
     async def _publish_all(self) -> None:
         target = self._started + 1
         self._wanted = max(self._wanted, target)
@@ -479,7 +499,7 @@ class Flusher:
             "next_look_seconds": ledger.next_look_seconds,
             "shards_found_missing": self._upkeep.found_missing,
             "spool_bytes": context.spool.used_bytes,
-            "dead": self._upkeep.dead.report(),
+            "dead": self.dead_packs(),
             "last_error": self.last_error or self._precopier.problem or self._upkeep.problem,
         }
 
