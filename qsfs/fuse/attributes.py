@@ -17,6 +17,12 @@ from qsfs.store.schema import PAGE, Inode
 TIMEOUT_SECONDS = 3600.0
 """How long the kernel may keep names and attributes.  Nobody else changes them, so it is long."""
 
+CHANGING_SECONDS = 0.1
+"""The same of attributes that change by themselves: the blocks of a file whose truncation is being worked off.
+
+Not zero: the kernel would ask before each write(2) to the file, thousands of times.
+"""
+
 _SECTORS = PAGE // 512
 
 
@@ -28,10 +34,9 @@ class AttributeFiller:
         self._contents = namespace.tree.contents
         self._reply = pyfuse3.EntryAttributes()
         self._reply.entry_timeout = self._reply.attr_timeout = TIMEOUT_SECONDS
-        # For attributes that change by themselves, which the kernel must ask for again.
         self._changing = pyfuse3.EntryAttributes()
         self._changing.entry_timeout = TIMEOUT_SECONDS
-        self._changing.attr_timeout = 0.0
+        self._changing.attr_timeout = CHANGING_SECONDS
         self._absent = pyfuse3.EntryAttributes()
         self._absent.st_ino = 0
         self._absent.entry_timeout = TIMEOUT_SECONDS

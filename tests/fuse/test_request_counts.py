@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from qsfs.fuse.attributes import CHANGING_SECONDS
 from qsfs.store.schema import PAGE
 from tests.fuse.calls import hand_over
 from tests.support import scratch
@@ -132,6 +133,23 @@ def test_stat_after_a_write(mount, directory):
     create(directory / "g")
     check(asked(mount, lambda: os.stat(directory / "g")), {"getattr": (1, 2)} | LATE_SETATTR)
     check(asked(mount, lambda: os.stat(directory / "g")), {})
+
+
+def test_writes_while_a_truncation_is_worked_off(mount):
+    """The kernel asks for the blocks now and then, and not before each of 1,000 writes."""
+    handle = os.open(mount.path / "f", os.O_CREAT | os.O_WRONLY)
+    os.write(handle, bytes(MIB))
+    os.close(handle)
+    mount.command("shrink")
+    handle = os.open(mount.path / "f", os.O_WRONLY | os.O_TRUNC)
+    os.fstat(handle)
+    mount.requests()
+    began = time.monotonic()
+    for _ in range(1000):
+        os.write(handle, b"x" * PAGE)
+    most = 2 + (time.monotonic() - began) / CHANGING_SECONDS
+    assert mount.requests().get("getattr", 0) <= most
+    os.close(handle)
 
 
 def test_append(mount, directory, root):

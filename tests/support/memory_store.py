@@ -122,6 +122,7 @@ class MemoryContents:
         self.store = store
         self.open_count: dict[int, int] = {}
         self.uncovered: set[int] = set()
+        self.shrinking = False
         self.need: Need | None = None
         self.need_stays = False
 
@@ -201,7 +202,7 @@ class MemoryContents:
         return number in self.open_count
 
     def is_shrinking(self, number: int) -> bool:
-        return False
+        return self.shrinking
 
     def has_uncovered(self, number: int) -> bool:
         return number in self.uncovered

@@ -139,6 +139,10 @@ class Daemon:
         inode = self.store.inodes[number]
         return [inode.atime_ns, inode.mtime_ns, inode.ctime_ns]
 
+    def shrink(self) -> None:
+        """From now on a truncation of each file is being worked off."""
+        self.contents.shrinking = True
+
     def size(self, number: int) -> int:
         return self.store.inodes[number].size
 
