@@ -34,6 +34,7 @@ COMMANDS = (
     "restore",
     "unblock",
     "fsck",
+    "codec",
 )
 
 _BUG = 70

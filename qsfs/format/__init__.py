@@ -18,6 +18,7 @@ pass a `qsfs.clock.Clock`.  `docs/format.md` describes every byte.
     identity     what marks a backend as ours, or as retired
     head         the small record that names a generation
     superblock   the file system's parameters and key slots, found without its id
+    archive      one file as a stream of packs in n shard files, without a file system
 
 Bytes read from a backend may be anything.  Opening them raises `Corrupt` when they are not
 exactly what was written, and `FormatMismatch` when they are, but by a newer version of qsfs.

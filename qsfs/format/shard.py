@@ -35,6 +35,7 @@ from qsfs.format.seal import require_version
 from qsfs.format.units import (
     FORMAT_VERSION,
     KEY_PREFIX,
+    MAX_SHARD,
     PREAMBLE_SIZE,
     Buffer,
     ObjectKind,
@@ -85,6 +86,34 @@ def parse_shard_key(key: bytes) -> ShardKey | None:
     if not key.startswith(SHARD_PREFIX) or len(key) != len(SHARD_PREFIX) + _KEY.size:
         return None
     return ShardKey(*_KEY.unpack_from(key, len(SHARD_PREFIX)))
+
+
+@dataclass(frozen=True, slots=True)
+class ShardClaim:
+    """What the first bytes of a shard's value claim, before anything authenticates them."""
+
+    fsid: bytes
+    owner_epoch: int
+    number: int
+    k: int
+    n: int
+    shard_size: int
+
+
+def peek_shard(value: Buffer) -> ShardClaim | None:
+    """What a value claims that begins with the header of a shard of this version, None if it does not."""
+    if len(value) < HEADER_SIZE:
+        return None
+    try:
+        preamble = Preamble.decode(value, "shard")
+    except Corrupt:
+        return None
+    if preamble.version != FORMAT_VERSION or preamble.kind != ObjectKind.SHARD:
+        return None
+    epoch, _, _, _, _, number, k, n, body_length, size = _REST.unpack_from(value, PREAMBLE_SIZE)
+    if not (1 <= k <= n <= 256 and number < n and 0 < size <= MAX_SHARD and body_length == k * size):
+        return None
+    return ShardClaim(preamble.fsid, epoch, number, k, n, size)
 
 
 def encode_shards(pack: Pack, code: Code, keys: KeyRing) -> list[bytes]:

@@ -55,6 +55,7 @@ class ObjectKind(IntEnum):
     TOMBSTONE = 6
     SUPERBLOCK = 7
     SHARD = 8
+    ARCHIVE = 16
 
 
 def make_key(prefix: bytes, layout: struct.Struct, *fields: bytes | int) -> bytes:

@@ -61,7 +61,12 @@ async def ask_shard(member: Member, pack: StoredPack, number: int, code: CodePar
         return Answer(number, member.number, Finding.ABSENT, why=f"backend {member.name}: absent")
     try:
         shard = open_shard(value, keys, key=key)
-        if (shard.ref, shard.k, shard.n, shard.codec) != (pack.ref, code.k, code.n, code.codec):
+        if (shard.k, shard.n, shard.codec) != (code.k, code.n, code.codec):
+            raise Corrupt(
+                f"an authentic shard of a {shard.k}+{shard.n - shard.k} code by {shard.codec}; this file system has "
+                f"{code.k}+{code.m} by {code.codec}"
+            )
+        if shard.ref != pack.ref:
             raise Corrupt("an authentic shard of another pack that has the same id")
     except (Corrupt, FormatMismatch) as error:
         why = f"backend {member.name}: shard {number} of pack {pack.name} is not what was written ({error})"
