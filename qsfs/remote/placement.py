@@ -3,7 +3,11 @@
 Every pack ranks the backends by a hash of its id and theirs, weighted by free space, so that shares
 follow the room there is and a change of the fleet moves little.  No two shards of a pack go to one
 backend.  At most ceil(n / groups) go to one group; where that many cannot be had (groups of
-different size, backends that are sick) the bound grows by as little as is needed.
+different size, backends that are sick) the bound grows by as little as is needed.  Within that, as
+few as possible go to one node.
+
+Room is what a backend says is free, taken in steps: a pack's ranking changes only when a figure has
+changed by an eighth, so that small movements (a compaction, another user) move nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ FULL_SECONDS = 5.0
 _LEAST_FREE = 1 << 20
 """More than any shard: a backend with less counts as full, and weighs next to nothing."""
 _INFO_SECONDS = 10.0
+_STEP = 8
+"""A figure of free bytes counts for placement until it is off by one part in so many."""
 
 
 class FreeSpace:
@@ -34,11 +40,12 @@ class FreeSpace:
     def __init__(self, members: Members, clock: Clock) -> None:
         self._members = members
         self._clock = clock
+        self._said: dict[int, int] = {}
         self._free: dict[int, int] = {}
         self._asked = -math.inf
 
     def weight(self, member: Member) -> float:
-        """Its configured weight times its free bytes; one that has not said counts as the average."""
+        """Its configured weight times its free bytes, in steps; one that has not said counts as the average."""
         free = self._free.get(member.number)
         if free is None:
             free = sum(self._free.values()) // len(self._free) if self._free else _LEAST_FREE
@@ -46,7 +53,7 @@ class FreeSpace:
 
     def free_bytes(self, number: int) -> int | None:
         """What backend `number` last said, or None."""
-        return self._free.get(number)
+        return self._said.get(number)
 
     @property
     def stale(self) -> bool:
@@ -69,10 +76,17 @@ class FreeSpace:
             except BackendError as error:
                 member.failed(error)
                 return
-            self._free[member.number] = free
+            self._said[member.number] = free
+            self._weigh(member.number, free)
             member.succeeded()
             if free >= _LEAST_FREE:
                 member.has_room()
+
+    def _weigh(self, number: int, free: int) -> None:
+        before = self._free.get(number)
+        empty = free < _LEAST_FREE
+        if before is None or empty != (before < _LEAST_FREE) or abs(free - before) * _STEP > before:
+            self._free[number] = free
 
 
 def score(pack_id: bytes, identity: bytes, weight: float) -> float:
@@ -98,16 +112,36 @@ def assign(
     held = Counter(group_of(member) for member in holders)
     wanted = min(len(shards), len(ranked))
     bound = _bound(wanted, Counter(map(group_of, ranked)), held, -(-n // max(1, groups)))
-    chosen: dict[int, Member] = {}
-    waiting = iter(shards)
+    taken = Counter(member.entry.node for member in holders if member.entry.node)
+    in_a_node = 1
+    while True:
+        chosen = _choose(wanted, ranked, held.copy(), bound, taken.copy(), in_a_node)
+        # As nodes lie within groups, whoever comes first, as many are chosen as the bounds have room for.
+        if len(chosen) == wanted or in_a_node > n:
+            return dict(zip(shards, chosen, strict=False))
+        in_a_node += 1
+
+
+def _choose(
+    wanted: int,
+    ranked: Sequence[Member],
+    held: Counter[str],
+    in_a_group: int,
+    taken: Counter[str],
+    in_a_node: int,
+) -> list[Member]:
+    """The first of `ranked` that both bounds let through; `held` and `taken` count what groups and nodes have."""
+    chosen: list[Member] = []
     for member in ranked:
-        if held[group_of(member)] >= bound:
-            continue
-        shard = next(waiting, None)
-        if shard is None:
+        if len(chosen) == wanted:
             break
-        held[group_of(member)] += 1
-        chosen[shard] = member
+        group, node = group_of(member), member.entry.node
+        if held[group] >= in_a_group or (node and taken[node] >= in_a_node):
+            continue
+        held[group] += 1
+        if node:
+            taken[node] += 1
+        chosen.append(member)
     return chosen
 
 
