@@ -79,6 +79,9 @@ def assessment(config: Config) -> FleetAssessment | None:
 
 def warnings(config: Config) -> list[str]:
     """What can be used but is probably not meant."""
+    from qsfs.daemon.promises import promises_of
+    from qsfs.remote.promises import Place
+
     found = []
     k, m = config.code.data_shards, config.code.parity_shards
     count, shards = len(config.backends), k + m
@@ -87,6 +90,8 @@ def warnings(config: Config) -> list[str]:
     assessed = assessment(config)
     if assessed is not None:
         found += assessed.warnings()
+        places = [Place(backend.group, backend.node) for backend in config.backends]
+        found += promises_of(config).broken(places, assessed.code)
     for key, promised in (
         ("group", config.filesystem.redundant_groups),
         ("node", config.filesystem.redundant_nodes),

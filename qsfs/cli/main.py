@@ -34,6 +34,7 @@ COMMANDS = (
     "restore",
     "unblock",
     "fsck",
+    "placement",
     "codec",
 )
 

@@ -199,6 +199,14 @@ class Flushing:
             return generations.fleets[-1]
         return None if self._base is None else self._base.fleets[-1]
 
+    @property
+    def fleets(self) -> tuple[Fleet, ...]:
+        """The fleets that the newest head known here names."""
+        generations = None if self.flusher is None else self.flusher.generations
+        if generations is not None:
+            return tuple(generations.fleets)
+        return () if self._base is None else self._base.fleets
+
     async def sync(self) -> dict[str, Any]:
         """Publishes everything accepted so far; waits, visibly, for backends."""
         done = await (await self._owning()).sync()

@@ -18,6 +18,7 @@ from qsfs.config import Config
 from qsfs.daemon.connect import SUPERBLOCK_ROW, links, prepare_namespaces, read_secret
 from qsfs.daemon.host import host_name
 from qsfs.daemon.lock import CacheLock, require_access
+from qsfs.daemon.promises import require_promises
 from qsfs.errors import CacheError
 from qsfs.filesystem.namespace import make_root
 from qsfs.format.erasure import Code, CodeParams
@@ -65,6 +66,10 @@ async def format_file_system(config: Config, clock: Clock, *, force: bytes | Non
     directory = config.cache.directory
     if not directory.is_dir():
         raise CacheError(f"{directory}: the cache directory does not exist; 'qsfs init' makes it")
+    code = CodeParams(
+        config.code.data_shards, config.code.data_shards + config.code.parity_shards, config.code.codec
+    )
+    require_promises(config, code)
     secret = read_secret(config)
     lock = CacheLock(directory)
     try:
@@ -78,11 +83,7 @@ async def format_file_system(config: Config, clock: Clock, *, force: bytes | Non
                 report = await format_fs(
                     candidates,
                     secret=secret,
-                    code=CodeParams(
-                        config.code.data_shards,
-                        config.code.data_shards + config.code.parity_shards,
-                        config.code.codec,
-                    ),
+                    code=code,
                     clock=clock,
                     host=host_name(),
                     prepare_root=forming.prepare_root,

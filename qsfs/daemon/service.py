@@ -28,7 +28,9 @@ from qsfs.daemon.lock import CacheLock
 from qsfs.daemon.notify import notify
 from qsfs.daemon.owning import local_fleets
 from qsfs.daemon.paths import find, path_of
+from qsfs.daemon.placing import PlacementWatch
 from qsfs.daemon.probing import probe
+from qsfs.daemon.promises import promises_of
 from qsfs.daemon.runtime import tune_allocator, tune_interpreter
 from qsfs.daemon.space import DaemonSpace
 from qsfs.daemon.status import status_of
@@ -90,6 +92,7 @@ class Service:
         self.links: Links
         self.fetcher: Fetcher
         self.flushing: Flushing
+        self.placing: PlacementWatch
         self.space: DaemonSpace
         self.namespace: Namespace
         self.operations: Operations | None = None
@@ -213,7 +216,16 @@ class Service:
             on_fenced=self.fenced,
             waiting=self.wait_for,
         )
+        self.placing = PlacementWatch(
+            self.store.environment,
+            self.clock,
+            self.opened,
+            promises_of(self.config),
+            members,
+            lambda: self.flushing.fleets,
+        )
         await self.flushing.start(nursery, offline=self.offline)
+        nursery.start_soon(supervised, self.placing.run)
 
     async def _mounted(self, nursery: trio.Nursery) -> None:
         removed = self.namespace.remove_orphans()
@@ -338,6 +350,7 @@ class Service:
             "collect": self._on_collect,
             "umount": self._on_umount,
             "unblock": self._on_unblock,
+            "placement": self._on_placement,
         }
 
     async def _on_status(self, _: Mapping[str, Any]) -> Any:
@@ -372,6 +385,11 @@ class Service:
         path = request.get("path")
         number = None if path is None else self._number_of(path)
         return {"ended": self.fetcher.unblock(number)}
+
+    async def _on_placement(self, request: Mapping[str, Any]) -> Any:
+        if not hasattr(self, "placing"):
+            raise MountError(f"the daemon is {self.phase}; try again")
+        return await self.placing.check([str(word) for word in request.get("lose", ())])
 
     def _number_of(self, path: str) -> int:
         inode = find(self.namespace.tree, path.encode("utf-8", "surrogateescape"))

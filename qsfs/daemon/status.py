@@ -38,6 +38,8 @@ def status_of(service: Service) -> dict[str, Any]:
     }
     if hasattr(service, "flushing"):
         found.update(service.flushing.status())
+    if hasattr(service, "placing") and "warnings" in found:
+        found["warnings"] += service.placing.warnings()
     if hasattr(service, "fetcher"):
         found["waits"] = [
             {

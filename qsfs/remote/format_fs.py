@@ -144,7 +144,7 @@ async def format_fs(
         head=head,
         ref=found.ref,
         assessment=assessment,
-        sentences=assessment.sentences(),
+        sentences=(*assessment.sentences(), assessment.may_be_down()),
         warnings=(*assessment.warnings(), *warnings),
     )
 

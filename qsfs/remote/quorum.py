@@ -147,6 +147,16 @@ class FleetAssessment:
             f"with up to {max(0, self.down_while_full)} down.",
         )
 
+    def may_be_down(self) -> str:
+        """What may be down for reading, for flushing, and for a restore that proves what it found."""
+        code, quorum = self.code, self.quorum
+        return (
+            f"May be down: for reading, {code.m} (for what is only written, {code.write_quorum - code.k}); for "
+            f"flushing, {max(0, self.down_while_publishing)}; for a restore that proves its generation to be the "
+            f"newest, {min(code.m, quorum.needed - 1)}, and for writing on there, "
+            f"{min(code.m, max(0, self.down_while_publishing))}."
+        )
+
     def outage(self, down: int) -> tuple[str, ...]:
         """What it means that so many backends do not answer now; nothing while all do."""
         if not down:
