@@ -72,6 +72,7 @@ def _encode(args: argparse.Namespace) -> int:
             force=args.force,
             say=_progress("encoded", size, clock.monotonic),
         )
+        _warn_if_changed(args.file, source)
     places = len({path.parent for path in paths})
     survived = losses_survived(places, code)
     if args.json:
@@ -96,6 +97,16 @@ def _encode(args: argparse.Namespace) -> int:
     if args.new_key_file:
         print(f"wrote {args.new_key_file}: keep copies elsewhere; without it the archive is lost")
     return 0
+
+
+def _warn_if_changed(name: str, source: Source) -> None:
+    import os
+
+    found = os.fstat(source.stream.fileno()) if source.mtime_ns else None
+    if found is not None and found.st_mtime_ns != source.mtime_ns:
+        print(
+            f"qsfs: warning: {name} changed while it was read: what was encoded may be no state of it", file=sys.stderr
+        )
 
 
 def _places(places: int) -> str:
@@ -126,10 +137,10 @@ def _decode(args: argparse.Namespace) -> int:
             _tell(args, report, None if args.check else "-")
             return Corrupt.exit_code if args.check and report.damaged else 0
         target = Path(_name(found) if args.output is None else args.output)
-        file = NewFile(target, clock, force=args.force)
+        file = NewFile(target, clock, mode=0o600, force=args.force)
         try:
             report = decode(found, file.write, **options)
-            file.set_attributes(found.archive.manifest.mode, found.archive.manifest.mtime_ns)
+            file.set_attributes(found.archive.manifest.mode & 0o777, found.archive.manifest.mtime_ns)
             file.flush()
             file.publish()
         finally:

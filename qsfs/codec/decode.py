@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,26 +126,27 @@ def decode(
         )
     hasher = blake3()
     done, end = 0, LABEL_SIZE
-    for pack in reader.everything(threads):
-        report.packs_read += 1
-        for file, why in pack.wrong:
-            reports[file].add(pack.position, why)
-        if thorough:
-            spare = len(pack.shards) - code.k
-            report.spare = spare if report.spare is None else min(spare, report.spare)
-        end = pack.offset + OVERHEAD + (pack.shard_size or 0)
-        if pack.data is None:
-            error = _lost(found, pack)
+    with closing(reader.everything(threads)) as packs:
+        for pack in packs:
+            report.packs_read += 1
+            for file, why in pack.wrong:
+                reports[file].add(pack.position, why)
+            if thorough:
+                spare = len(pack.shards) - code.k
+                report.spare = spare if report.spare is None else min(spare, report.spare)
+            end = pack.offset + OVERHEAD + (pack.shard_size or 0)
+            if pack.data is None:
+                error = _lost(found, pack)
+                if write is not None:
+                    raise error
+                report.lost.append(error)
+                continue
+            each(pack)
+            hasher.update(pack.data)
+            done += len(pack.data)
             if write is not None:
-                raise error
-            report.lost.append(error)
-            continue
-        each(pack)
-        hasher.update(pack.data)
-        done += len(pack.data)
-        if write is not None:
-            write(pack.data)
-        say(done)
+                write(pack.data)
+            say(done)
     if report.packs_read < manifest.packs:
         report.lost.append(
             DataLost(f"no file tells where pack {report.packs_read} and what follows it begin; bring more shard files")

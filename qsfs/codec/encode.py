@@ -18,6 +18,7 @@ from qsfs.codec.files import NewFiles, told
 from qsfs.errors import ConfigError
 from qsfs.format.archive import (
     LABEL_SIZE,
+    PUBLIC_SECRET,
     Manifest,
     build_archive_pack,
     create_archive,
@@ -91,7 +92,9 @@ def encode(
     """
     coder = Code(code)
     superblock, keys = create_archive(secret, code, clock)
-    files = NewFiles(paths, clock, force=force)
+    # What anyone may read that has the shard files is not for more people than the file was.
+    mode = source.mode & 0o666 if secret == PUBLIC_SECRET else 0o666
+    files = NewFiles(paths, clock, mode=mode, force=force)
     try:
         for file in files.files:
             file.skip(LABEL_SIZE)

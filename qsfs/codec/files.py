@@ -36,7 +36,7 @@ class NewFile:
             raise ConfigError(f"{path}: is a directory; name a file")
         if not force and os.path.lexists(path):
             raise self._exists()
-        self._aside = path.with_name(f".{path.name[:200]}.{clock.random_bytes(6).hex()}.partial")
+        self._aside = path.with_name(f".{path.name[:40]}.{clock.random_bytes(6).hex()}.partial")
         with told(self._aside, "cannot be made"):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._handle = os.open(self._aside, flags, mode)
@@ -105,12 +105,12 @@ class NewFile:
 class NewFiles:
     """Several such files that appear together: all are whole and durable before the first gets its name."""
 
-    def __init__(self, paths: Sequence[Path], clock: Clock, *, force: bool = False) -> None:
+    def __init__(self, paths: Sequence[Path], clock: Clock, *, mode: int = 0o666, force: bool = False) -> None:
         """Raises as `NewFile`."""
         self.files: list[NewFile] = []
         try:
             for path in paths:
-                self.files.append(NewFile(path, clock, force=force))
+                self.files.append(NewFile(path, clock, mode=mode, force=force))
         except BaseException:
             self.close()
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -58,8 +58,8 @@ class PackReader:
         """The archive's code."""
         return self._code
 
-    def everything(self, threads: int | None = None) -> Iterator[PackRead]:
-        """All packs in order, up to the first after which nothing can be found any more."""
+    def everything(self, threads: int | None = None) -> Generator[PackRead, None, None]:
+        """All packs in order, up to the first after which nothing can be found any more; close it before the files."""
         workers = threads or os.cpu_count() or 1
         packs = self._found.archive.manifest.packs
         waiting: deque[tuple[int, Future[PackRead]]] = deque()

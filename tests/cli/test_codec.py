@@ -163,3 +163,27 @@ def test_bench_measures_every_step_of_each_codec(qsfs):
         ("isa_l_rs_cauchy", "encode"), ("isa_l_rs_cauchy", "shards to file"),
     }  # fmt: skip
     assert all(each["mb_per_second"] > 0 and each["mb_per_cpu_second"] > 0 for each in told)
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(qsfs, tmp_path, monkeypatch):
+    """What was read of it then is perhaps no state that it ever had."""
+    from qsfs.codec import encode
+
+    (tmp_path / "f").write_bytes(b"x")
+    read = encode._read
+
+    def read_and_change(source, size):
+        found = read(source, size)
+        os.utime(tmp_path / "f", ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(encode, "_read", read_and_change)
+    result = qsfs("codec", "encode", "f", "--output", ".", "--no-encryption")
+    assert (result.code, "f changed while it was read" in result.err) == (0, True)
+
+
+def test_shard_files_that_hide_nothing_are_for_no_more_people_than_the_file_was(qsfs, encoded, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "archive.tar").chmod(0o600)
+    assert qsfs("codec", "encode", "archive.tar", "--output", "x", "--no-encryption").code == 0
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "x").iterdir()} == {0o600}
