@@ -204,11 +204,13 @@ def _inspect(args: argparse.Namespace) -> int:
     from qsfs.errors import NotFound
 
     secret = None if args.key_file is None else _read_key(Path(args.key_file))
-    files = open_files([Path(path) for path in args.paths])
+    files, unreadable = open_files([Path(path) for path in args.paths])
     try:
         if not files:
-            raise NotFound("no shard file is among what was given")
+            reasons = "".join(f"; {path}: {why}" for path, why in unreadable)
+            raise NotFound(f"no shard file is among what was given{reasons}")
         told = [inspect_file(file, secret) for file in files]
+        told += [{"file": str(path), "problems": [f"unreadable: {why}"]} for path, why in unreadable]
     finally:
         close_files(files)
     if args.json:
@@ -289,9 +291,9 @@ def _with_archive(args: argparse.Namespace, work: Callable[[Found], int]) -> int
         except ValueError:
             raise ConfigError(f"--id {args.id}: not the id of an archive (32 hexadecimal digits)") from None
     secret = None if args.key_file is None else _read_key(Path(args.key_file))
-    files = open_files([Path(path) for path in args.paths])
+    files, unreadable = open_files([Path(path) for path in args.paths])
     try:
-        return work(find_archive(files, secret, wanted))
+        return work(find_archive(files, secret, wanted, unreadable))
     finally:
         _end_progress()
         close_files(files)

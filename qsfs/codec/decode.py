@@ -63,6 +63,7 @@ class Report:
     def sentences(self) -> list[str]:
         """What is missing, rotten or foreign, a line for each."""
         lines = [f"foreign: {path}: {why}" for path, why in self.found.foreign]
+        lines += [f"unreadable: {path}: {why}" for path, why in self.found.unreadable]
         if self.found.missing:
             lines.append(f"missing: {_numbers(self.found.missing)} of {self.found.archive.code.n}")
         for file in self.files:
@@ -94,6 +95,7 @@ class Report:
                 for file in self.files
             ],
             "foreign": [{"path": str(path), "why": why} for path, why in self.found.foreign],
+            "unreadable": [{"path": str(path), "why": why} for path, why in self.found.unreadable],
             "lost": [str(error) for error in self.lost],
             "spare": self.spare,
         }

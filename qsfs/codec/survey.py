@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qsfs.codec.files import told
 from qsfs.errors import ConfigError, Corrupt, FormatMismatch, KeyFileError, NotFound
 from qsfs.format.archive import LABEL_SIZE, MAGIC, PUBLIC_SECRET, Archive, Label, is_public, open_label, read_label
 from qsfs.format.shard import HEADER_SIZE, peek_shard
@@ -22,7 +21,7 @@ class ShardFile:
     """One file that was given: what its labels say, and what turned out to be wrong with it."""
 
     def __init__(self, path: Path) -> None:
-        """Opens it and reads its labels.  `QsfsError` if it cannot be opened."""
+        """Opens it and reads its labels.  `OSError` if it cannot be opened."""
         self.path = path
         self.labels: list[Label] = []
         self.problems: list[str] = []
@@ -30,8 +29,7 @@ class ShardFile:
         self.archive_id: bytes | None = None
         self.number: int | None = None
         self.looks_like_one = path.name.endswith(SUFFIX)
-        with told(path, "cannot be opened"):
-            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self.size = os.fstat(self._handle).st_size
         self._look()
 
@@ -77,6 +75,7 @@ class Found:
     archive: Archive
     files: list[ShardFile]
     foreign: list[tuple[Path, str]] = field(default_factory=list)
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)
 
     @property
     def missing(self) -> list[int]:
@@ -85,29 +84,35 @@ class Found:
         return [number for number in range(self.archive.code.n) if number not in there]
 
 
-def open_files(paths: Iterable[Path]) -> list[ShardFile]:
-    """The files among `paths`; of directories, those in them that look like shard files.
+def open_files(paths: Iterable[Path]) -> tuple[list[ShardFile], list[tuple[Path, str]]]:
+    """The files among `paths`, and what cannot be read, with the reason: a dead disk must not hide the others.
 
-    `ConfigError` for what is neither, `QsfsError` for what cannot be opened.
+    Of directories, the files in them that look like shard files.  `ConfigError` for what is neither.
     """
     files: list[ShardFile] = []
+    unreadable: list[tuple[Path, str]] = []
+    seen: set[tuple[int, int]] = set()
     try:
-        seen: set[tuple[int, int]] = set()
         for path in paths:
-            with told(path, "cannot be looked at"):
-                directory = path.is_dir()
+            try:
+                found = path.stat()
+                directory = stat.S_ISDIR(found.st_mode)
                 listed = sorted(path.iterdir()) if directory else [path]
+            except OSError as error:
+                unreadable.append((path, error.strerror or str(error)))
+                continue
+            if not directory and not stat.S_ISREG(found.st_mode):
+                raise ConfigError(f"{path}: is not a file; give shard files, or directories of them")
             for name in listed:
-                with told(name, "cannot be looked at"):
-                    found = name.stat() if name.exists() or not directory else None
-                if found is None or (found.st_dev, found.st_ino) in seen:
-                    continue
-                if not stat.S_ISREG(found.st_mode):
-                    if directory:
+                try:
+                    found = name.stat()
+                    if not stat.S_ISREG(found.st_mode) or (found.st_dev, found.st_ino) in seen:
                         continue
-                    raise ConfigError(f"{name}: is not a file; give shard files, or directories of them")
-                seen.add((found.st_dev, found.st_ino))
-                file = ShardFile(name)
+                    seen.add((found.st_dev, found.st_ino))
+                    file = ShardFile(name)
+                except OSError as error:
+                    unreadable.append((name, error.strerror or str(error)))
+                    continue
                 if directory and not file.looks_like_one:
                     file.close()
                     continue
@@ -115,7 +120,7 @@ def open_files(paths: Iterable[Path]) -> list[ShardFile]:
     except BaseException:
         close_files(files)
         raise
-    return files
+    return files, unreadable
 
 
 def close_files(files: Iterable[ShardFile]) -> None:
@@ -124,7 +129,12 @@ def close_files(files: Iterable[ShardFile]) -> None:
         file.close()
 
 
-def find_archive(files: Sequence[ShardFile], secret: bytes | None, wanted: bytes | None = None) -> Found:
+def find_archive(
+    files: Sequence[ShardFile],
+    secret: bytes | None,
+    wanted: bytes | None = None,
+    unreadable: Sequence[tuple[Path, str]] = (),
+) -> Found:
     """The one archive among `files` that `secret` opens (None: one that was made without a key).
 
     `wanted` is the id of the one to take; without it there must be one only, or only one with enough files.
@@ -134,7 +144,8 @@ def find_archive(files: Sequence[ShardFile], secret: bytes | None, wanted: bytes
         for file in files:
             if file.newer is not None:
                 raise file.newer
-        raise NotFound("no shard file of an archive is among what was given; give more files or directories")
+        reasons = "".join(f"; {path}: {why}" for path, why in unreadable)
+        raise NotFound(f"no shard file of an archive is among what was given; give more files or directories{reasons}")
     opened: dict[bytes, Archive] = {}
     refused: dict[bytes, KeyFileError] = {}
     for file in files:
@@ -168,7 +179,7 @@ def find_archive(files: Sequence[ShardFile], secret: bytes | None, wanted: bytes
     archive = opened[chosen]
     # Data shards first: with k of them nothing has to be computed.
     mine.sort(key=lambda file: (archive.code.n if file.number is None else file.number, str(file.path)))
-    return Found(archive, mine, foreign)
+    return Found(archive, mine, foreign, list(unreadable))
 
 
 def name_of(archive: Archive) -> str:

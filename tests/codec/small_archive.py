@@ -66,10 +66,10 @@ def make(
 
 def read(*paths: Path, thorough: bool = True, secret: bytes | None = SECRET, wanted: bytes | None = None):
     """The bytes and the report of a decoding."""
-    files = open_files(paths)
+    files, unreadable = open_files(paths)
     try:
         parts: list[bytes] = []
-        report = decode(find_archive(files, secret, wanted), parts.append, thorough=thorough, threads=2)
+        report = decode(find_archive(files, secret, wanted, unreadable), parts.append, thorough=thorough, threads=2)
         return b"".join(parts), report
     finally:
         close_files(files)
@@ -77,7 +77,7 @@ def read(*paths: Path, thorough: bool = True, secret: bytes | None = SECRET, wan
 
 def check(*paths: Path) -> Report:
     """The report of a check."""
-    files = open_files(paths)
+    files, _ = open_files(paths)
     try:
         return decode(find_archive(files, SECRET), None, threads=2)
     finally:

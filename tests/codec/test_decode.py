@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from itertools import combinations
 
 import pytest
 
-from qsfs.errors import ConfigError, Corrupt, DataLost, FormatMismatch, KeyFileError, NotFound, QsfsError, Unavailable
+from qsfs.errors import ConfigError, Corrupt, DataLost, FormatMismatch, KeyFileError, NotFound, Unavailable
 from qsfs.format.archive import LABEL_SIZE, PUBLIC_SECRET, pack_bytes
 from qsfs.format.erasure import CodeParams
 from tests.codec.small_archive import CODE, content, make, read
@@ -247,8 +248,49 @@ def test_what_is_no_shard_file_is_told_and_does_no_harm(tmp_path):
     assert [path.name for path, _ in report.found.foreign] == ["b.00.qsfs"]
     with pytest.raises(NotFound):
         read(tmp_path / "a" / "notes.txt")
-    with pytest.raises(QsfsError, match="No such file"):
+    with pytest.raises(NotFound, match="gone: No such file"):
         read(tmp_path / "gone")
+
+
+def test_a_dead_disk_does_not_hide_the_others(tmp_path, monkeypatch):
+    """Its directory, or a file on it, cannot be read: it is told, and the rest does."""
+    archive = make(tmp_path / "a")
+    dead = tmp_path / "dead"
+    opened = os.open
+
+    def fails(path, *args, **kwargs):
+        if path == archive.paths[1]:
+            raise OSError(5, "Input/output error")
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", fails)
+    data, report = read(tmp_path / "a", dead)
+    assert data == archive.data
+    assert report.found.unreadable == [
+        (archive.paths[1], "Input/output error"), (dead, "No such file or directory")
+    ]  # fmt: skip
+    assert report.found.missing == [1]
+
+
+def test_places_that_cannot_be_read_are_worked_around_and_not_called_lost(tmp_path, monkeypatch):
+    """An answer of the disk other than bytes says nothing of what lies there."""
+    archive = make(tmp_path / "a")
+    for number in (2, 3):
+        archive.damage(number, archive.shard_at(number, 1)[0] + 200)
+    offset, _ = archive.shard_at(0, 1)
+    bad = {archive.paths[0].stat().st_ino}
+    pread = os.pread
+
+    def fails(handle, count, at):
+        if os.fstat(handle).st_ino in bad and at <= offset < at + count:
+            raise OSError(5, "Input/output error")
+        return pread(handle, count, at)
+
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(Unavailable, match=r"make a\.00\.qsfs readable"):
+        read(tmp_path / "a")
+    monkeypatch.undo()
+    assert read(tmp_path / "a")[0] == archive.data
 
 
 def test_random_damage_never_gives_wrong_bytes(tmp_path):

@@ -114,7 +114,7 @@ def test_repair_makes_the_same_shards_again(tmp_path):
     archive.paths[0].unlink()
     archive.damage(3, archive.shard_at(3, 1)[0] + 300)
     (tmp_path / "new").mkdir()
-    files = open_files([tmp_path / "a"])
+    files, _ = open_files([tmp_path / "a"])
     try:
         found = find_archive(files, SECRET)
         numbers = needing_repair(check(tmp_path / "a"))
@@ -134,7 +134,7 @@ def test_repair_replaces_a_damaged_file_only_by_force(tmp_path):
     archive = make(tmp_path / "a")
     archive.damage(3, archive.shard_at(3, 1)[0] + 300)
     damaged = archive.paths[3].read_bytes()
-    files = open_files([tmp_path / "a"])
+    files, _ = open_files([tmp_path / "a"])
     try:
         found = find_archive(files, SECRET)
         with pytest.raises(ConfigError, match="exists"):
