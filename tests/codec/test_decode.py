@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 from itertools import combinations
 
 import pytest
 
-from qsfs.errors import ConfigError, Corrupt, DataLost, FormatMismatch, KeyFileError, NotFound, Unavailable
+from qsfs.errors import (
+    ConfigError,
+    Corrupt,
+    DataLost,
+    DependencyMissing,
+    FormatMismatch,
+    KeyFileError,
+    NotFound,
+    Unavailable,
+)
 from qsfs.format.archive import LABEL_SIZE, PUBLIC_SECRET, pack_bytes
 from qsfs.format.erasure import CodeParams
 from tests.codec.small_archive import CODE, content, make, read
@@ -325,3 +335,10 @@ def test_random_damage_never_gives_wrong_bytes(tmp_path):
             assert data == archive.data
             outcomes.append("whole")
     assert {"whole", "DataLost"} <= set(outcomes)
+
+
+def test_an_archive_of_the_other_codec_says_what_to_install(tmp_path, monkeypatch):
+    make(tmp_path / "a", CodeParams(2, 4, ISAL))
+    monkeypatch.setitem(sys.modules, "pyeclib.ec_iface", None)
+    with pytest.raises(DependencyMissing, match=r"pip install 'qsfs\[isa-l\]'"):
+        read(tmp_path / "a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 
@@ -50,6 +51,24 @@ def test_a_source_that_fails_leaves_nothing(tmp_path):
     stream = Watched(10 * pack_bytes(CODE), fail_at=3 * pack_bytes(CODE))
     with pytest.raises(QsfsError, match="tape: cannot be read; no shard file was made: Input/output error"):
         encode(Source(stream, b"tape"), shard_paths([tmp_path], "a", 4), secret=SECRET, code=CODE, clock=FixedClock(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
+    """Also not on the other disks, and the message names the file."""
+    written = 0
+    pwrite = os.pwrite
+
+    def fails(handle, data, at):
+        nonlocal written
+        written += len(data)
+        if written > 3_000_000:
+            raise OSError(28, "No space left on device")
+        return pwrite(handle, data, at)
+
+    monkeypatch.setattr(os, "pwrite", fails)
+    with pytest.raises(QsfsError, match=r"a\.0\d\.qsfs.*cannot be written; it was removed: No space left on device"):
+        make(tmp_path, data=bytes(1) + noise(4 * pack_bytes(CODE), 1))
     assert list(tmp_path.iterdir()) == []
 
 
