@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 
 _STEP_SECONDS = 0.02
 _LOOK_SECONDS = 600.0
+_FLEET_SECONDS = 5.0
 _DOWN_NOW = "all that do not answer now"
 
 
@@ -225,14 +226,16 @@ class PlacementWatch:
 
     async def run(self) -> None:
         """Looks until cancelled."""
-        while True:
-            if self._promises:
-                await self.look()
-                for warning in self.warnings():
-                    if warning not in self._told:
-                        _log.warning("%s", warning)
-                self._told = set(self.warnings())
-            await trio.sleep(_LOOK_SECONDS)
+        while self._promises:
+            await self.look()
+            for warning in self.warnings():
+                if warning not in self._told:
+                    _log.warning("%s", warning)
+            self._told = set(self.warnings())
+            fleets = self._fleets()
+            with trio.move_on_after(_LOOK_SECONDS):
+                while self._fleets() == fleets:
+                    await trio.sleep(_FLEET_SECONDS)
 
     async def look(self) -> None:
         """Reads all packs once."""

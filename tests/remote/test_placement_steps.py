@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import trio
 
 from qsfs.clock import FixedClock, SystemClock
 from qsfs.daemon import placing
-from qsfs.daemon.placing import Known, check_placement, read_table
+from qsfs.daemon.placing import Known, PlacementWatch, check_placement, read_table
 from qsfs.errors import CacheError
 from qsfs.format.erasure import CodeParams
 from qsfs.format.extent import PackKind, PackRef
 from qsfs.format.fleet import Fleet
 from qsfs.format.head import MetadataPack
+from qsfs.remote.losses import LossTable
+from qsfs.remote.members import Members
 from qsfs.remote.promises import Promises
 from qsfs.store.environment import Environment
 from qsfs.store.schema import PackRow, PackState, Table, u64
@@ -87,3 +91,35 @@ async def test_the_check_says_what_goes_on_without_some(environment):
 async def test_without_a_generation_there_is_nothing_to_judge(environment):
     with pytest.raises(CacheError, match="no generation is known"):
         await check_placement(environment, FixedClock(), Known(), CODE, Promises(), lose=[])
+
+
+async def test_promises_are_judged_anew_when_the_fleet_changes(
+    environment, monkeypatch, autojump_clock, caplog, expect_log
+):
+    """Within seconds, not at the next look; the log says each broken promise once."""
+    expect_log(r"redundant_nodes = 2 does not hold", count=1)
+    expect_log(r"redundant_nodes = 2 cannot be kept", count=1)
+    fleets = [FLEET]
+    known = Known((FLEET,))
+
+    async def read_at_once(environment, clock, known, code, losses):
+        # A thread's work takes no virtual time, but the clock would jump meanwhile.
+        table = LossTable(placing.entries_of(known.fleets), code, losses)
+        placing.read_step(environment, SystemClock(), table, b"", {})
+        return table
+
+    monkeypatch.setattr(placing, "read_known", lambda environment, keys: known)
+    monkeypatch.setattr(placing, "read_table", read_at_once)
+    monkeypatch.setattr(placing, "_STEP_SECONDS", 60.0)
+    opened = SimpleNamespace(superblock=SimpleNamespace(code=CODE), keys=None)
+    promises = Promises(nodes=2)
+    watch = PlacementWatch(environment, FixedClock(), opened, promises, Members(), lambda: tuple(fleets))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.run)
+        await trio.sleep(1200)
+        assert [record.message for record in caplog.records] == watch.warnings()
+        assert len(caplog.records) == 1 and "all packs" in caplog.records[0].message
+        fleets[:] = [Fleet(2, tuple(entry(number, "", f"n{number % 3}") for number in range(1, 7)))]
+        await trio.sleep(10)
+        assert "redundant_nodes = 2 cannot be kept" in caplog.records[1].message
+        nursery.cancel_scope.cancel()
