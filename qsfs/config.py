@@ -111,6 +111,7 @@ class FlushConfig:
     stop_deadline_seconds: float = _key(60.0, duration(0, 86400))
     spool_bytes: int = _key(512 << 20, size(1 << 20), "spool_size")
     retention_seconds: float = _key(86400.0, duration(0, 10 * 365 * 86400, unit="h"), "retention_hours")
+    rewrite_below: float = _key(0.5, number(0.0, 0.5))
     snapshot_ratio: float = _key(1.0, number(0.01, 100.0))
 
 

@@ -93,6 +93,7 @@ class Flusher:
             named=self._named_packs,
             owner_epoch=lambda: publisher.owner.epoch,
             retention_seconds=config.retention_seconds,
+            rewrite_below=config.rewrite_below,
         )
         self._pace = Pace(config.cut_bytes)
         self._started = 0
@@ -177,6 +178,8 @@ class Flusher:
             ],
         )
         context.ledger.emptied.clear()
+        self._upkeep.rewriter.take_over(context.ledger.thin)
+        context.ledger.thin.clear()
         if self.phase == "reading pack rows":
             self.phase = "running"
         self._knows_packs.set()
@@ -500,6 +503,7 @@ class Flusher:
             "shards_found_missing": self._upkeep.found_missing,
             "spool_bytes": context.spool.used_bytes,
             "dead": self.dead_packs(),
+            "rewrite": self._upkeep.rewriter.report(),
             "last_error": self.last_error or self._precopier.problem or self._upkeep.problem,
         }
 

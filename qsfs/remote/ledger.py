@@ -19,11 +19,12 @@ _STEP_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class RowsRead:
-    """Pack rows that need attention, the numbers of metadata packs by id, data packs without live bytes."""
+    """Pack rows that need attention, metadata packs by id, data packs without live bytes and with few."""
 
     unsettled: tuple[tuple[int, PackRow], ...]
     metadata: tuple[tuple[bytes, int], ...]
     emptied: tuple[int, ...]
+    thin: tuple[int, ...]
     resume: bytes | None
 
 
@@ -31,7 +32,8 @@ def read_rows(environment: Environment, clock: Clock, start: bytes) -> RowsRead:
     """Reads pack rows from `start` on for about a tenth of a second, on a worker thread."""
     unsettled = []
     metadata = []
-    emptied = []
+    emptied: list[int] = []
+    thin: list[int] = []
     settled = PackState.FULL | PackState.LOOKED
     until = clock.monotonic() + _STEP_SECONDS
     with CommittedState(environment, clock) as state:
@@ -39,13 +41,13 @@ def read_rows(environment: Environment, clock: Clock, start: bytes) -> RowsRead:
             row = PackRow.decode(bytes(value))
             if row.kind == PackKind.METADATA:
                 metadata.append((row.pack_id, split_u64(key)))
-            elif not row.live:
-                emptied.append(split_u64(key))
+            elif 2 * row.live < row.body_length:
+                (thin if row.live else emptied).append(split_u64(key))
             if row.state & settled != settled and not row.unnamed_since_ns:
                 unsettled.append((split_u64(key), row))
             if clock.monotonic() >= until:
-                return RowsRead(tuple(unsettled), tuple(metadata), tuple(emptied), key + b"\0")
-    return RowsRead(tuple(unsettled), tuple(metadata), tuple(emptied), None)
+                return RowsRead(tuple(unsettled), tuple(metadata), tuple(emptied), tuple(thin), key + b"\0")
+    return RowsRead(tuple(unsettled), tuple(metadata), tuple(emptied), tuple(thin), None)
 
 
 class Ledger:
@@ -53,7 +55,7 @@ class Ledger:
 
     `incomplete` maps those that are not full to (live bytes, when they were written, wall time);
     `looks` those that were not looked at again to when that is due (running time).  `emptied` are data
-    packs that had no live bytes when the rows were read.
+    packs that had no live bytes when the rows were read, `thin` those that had fewer than half of their size.
     """
 
     def __init__(self, clock: Clock, second_look_seconds: float) -> None:
@@ -61,6 +63,7 @@ class Ledger:
         self.looks: dict[int, float] = {}
         self.metadata: dict[bytes, int] = {}
         self.emptied: set[int] = set()
+        self.thin: set[int] = set()
         self._clock = clock
         self._delay = second_look_seconds
 
@@ -85,6 +88,7 @@ class Ledger:
         for pack_id, number in read.metadata:
             self.metadata.setdefault(pack_id, number)
         self.emptied.update(read.emptied)
+        self.thin.update(read.thin)
         for number, row in read.unsettled:
             if number not in self.incomplete and number not in self.looks:
                 self.note(number, row)

@@ -1,4 +1,5 @@
-"""Upkeep of written packs: second looks, missing shards, shards of packs that were given up or are dead.
+"""Upkeep of written packs: second looks, missing shards, shards of packs that were given up or are dead,
+packs of which little lives.
 
 Each is a task of its own: what one of them waits for from backends must not hold up the others, by which
 pages become evictable.
@@ -16,6 +17,7 @@ from qsfs.remote.collect import AbandonedCollector
 from qsfs.remote.complete import Completer
 from qsfs.remote.context import FlushContext
 from qsfs.remote.dead_packs import DeadPackCollector
+from qsfs.remote.rewrite import Rewriter
 from qsfs.remote.second_look import SecondLook
 from qsfs.remote.shards import ShardReader
 
@@ -51,6 +53,7 @@ class Upkeep:
         named: Callable[[], frozenset[bytes]],
         owner_epoch: Callable[[], int],
         retention_seconds: float,
+        rewrite_below: float,
     ) -> None:
         """What the spool has given up by now was given up before this mount published its first head."""
         self.problem = ""
@@ -64,6 +67,7 @@ class Upkeep:
         self.dead = DeadPackCollector(
             context, reader, retention_seconds=retention_seconds, named=named, owner_epoch=owner_epoch
         )
+        self.rewriter = Rewriter(context, reader, share=rewrite_below, short_of_room=short_of_room)
         self._abandoned = self.given_up()
 
     @property
@@ -82,7 +86,7 @@ class Upkeep:
     async def run(self) -> None:
         """Works until cancelled."""
         async with trio.open_nursery() as nursery:
-            for work in (self._look, self._complete, self._collect, self.dead.work):
+            for work in (self._look, self._complete, self._collect, self.dead.work, self.rewriter.work):
                 nursery.start_soon(every_second, work, self._failed)
 
     def _failed(self, error: QsfsError) -> None:

@@ -19,8 +19,8 @@ _KNOWN_FILES = 100_000
 class Extents:
     """The extents of all files.
 
-    `emptied` are packs that turned out to have no live bytes when a group was sealed; who acts on that takes
-    them out.
+    `emptied` are packs that turned out to have no live bytes when a group was sealed, `thinned` those that lost
+    some and have fewer than half of their size; who acts on that takes them out.
     """
 
     def __init__(self, layers: Rows) -> None:
@@ -28,6 +28,7 @@ class Extents:
         self._live_change: defaultdict[int, int] = defaultdict(int)
         self._has: dict[int, bool] = {}
         self.emptied: set[int] = set()
+        self.thinned: set[int] = set()
 
     def any(self, inode: int) -> bool:
         """Whether the file has extents.  True may be stale, False never is."""
@@ -106,6 +107,8 @@ class Extents:
                 self._layers.put(Table.PACKS, u64(number), pack.encode())
             if not pack.live:
                 self.emptied.add(number)
+            elif change < 0 and 2 * pack.live < pack.body_length:
+                self.thinned.add(number)
         self._live_change.clear()
 
     def _put(self, inode: int, row: ExtentRow) -> None:

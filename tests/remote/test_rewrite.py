@@ -1,0 +1,193 @@
+"""Rewriting thin packs: space comes back, no byte changes, and whatever an application does meanwhile wins."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import AsyncIterator, Collection, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from qsfs.errors import Unavailable
+from qsfs.remote import rewrite
+from qsfs.remote.flush import Flusher
+from qsfs.remote.stored import StoredPack
+from qsfs.store.schema import PAGE
+from tests.remote.flush_machine import FlushMachine, restore
+from tests.remote.harness import World, make_world
+from tests.remote.test_dead_packs import RETENTION, generations, stored_packs
+from tests.remote.test_flush_flusher import DirectReader, VirtualClock, flushing, pack_rows, until
+from tests.support.virtual_time import virtual_time
+
+PAGES = 160
+
+
+@pytest.fixture
+def clock() -> Iterator[MockClock]:
+    with virtual_time() as clock:
+        yield clock
+
+
+@pytest.fixture
+async def world(clock: MockClock) -> World:
+    return await make_world(6, k=2, m=2)
+
+
+@pytest.fixture
+def machine(world: World, clock: MockClock, tmp_path: Path) -> FlushMachine:
+    machine = FlushMachine(world, tmp_path / "cache")
+    machine.clock = VirtualClock(clock)
+    return machine
+
+
+@contextlib.asynccontextmanager
+async def thinned(
+    machine: FlushMachine, *, evicted: bool, **settings: float
+) -> AsyncIterator[tuple[Flusher, int, bytearray]]:
+    """A file of three packs of which one page in four is left; the flusher, its inode, its content."""
+    async with flushing(machine, retention_seconds=RETENTION, **settings) as flusher:
+        number = machine.create("a")
+        content = bytearray(random.Random(1).randbytes(PAGES * PAGE))
+        machine.write(number, 0, bytes(content))
+        await flusher.sync()
+        for page in range(PAGES):
+            if page % 4:
+                data = random.Random(page).randbytes(PAGE)
+                machine.write(number, page, data)
+                content[page * PAGE : (page + 1) * PAGE] = data
+        await flusher.sync()
+        if evicted:
+            machine.evict(number)
+        yield flusher, number, content
+
+
+def thin(machine: FlushMachine) -> list[int]:
+    return [n for n, row in pack_rows(machine).items() if row.kind == 1 and 0 < 2 * row.live < row.body_length]
+
+
+def waste(machine: FlushMachine) -> float:
+    """Bytes of data packs that anything lives in, to live bytes."""
+    rows = [row for row in pack_rows(machine).values() if row.kind == 1 and row.live]
+    return sum(row.body_length for row in rows) / sum(row.live for row in rows)
+
+
+async def pass_time(machine: FlushMachine, flusher: Flusher, rounds: int) -> None:
+    for index in range(rounds):
+        machine.create(f"{trio.current_time()} {index}")
+        await flusher.sync()
+        await trio.sleep(RETENTION)
+
+
+@pytest.mark.parametrize("evicted", [False, True])
+async def test_thin_packs_go_and_every_byte_stays(world: World, machine: FlushMachine, clock, evicted: bool):
+    async with thinned(machine, evicted=evicted) as (flusher, number, content):
+        old = {row.pack_id for n, row in pack_rows(machine).items() if n in thin(machine)}
+        assert len(old) >= 2
+        before = waste(machine)
+        await pass_time(machine, flusher, 30)
+        assert thin(machine) == [] and waste(machine) < 1.3 < before
+        assert not old & stored_packs(world)
+        assert machine.content(number) == content
+        assert restore(world).files["a"] == content
+        told = flusher.status()["rewrite"]
+        assert told["thin_packs"] == 0 and told["rewritten_packs"] == len(old)
+        assert told["rewritten_bytes"] == PAGES // 4 * PAGE
+
+
+async def test_young_packs_are_left_alone(world: World, machine: FlushMachine, clock):
+    """What shrinks soon after it was written is likely to die by itself."""
+    async with thinned(machine, evicted=False) as (flusher, _, _):
+        before = thin(machine)
+        await trio.sleep(rewrite.SETTLED_SECONDS / 2)
+        assert thin(machine) == before and flusher.status()["rewrite"]["rewritten_packs"] == 0
+
+
+async def test_rewriting_can_be_switched_off(world: World, machine: FlushMachine, clock):
+    async with thinned(machine, evicted=False, rewrite_below=0.0) as (flusher, _, _):
+        before = thin(machine)
+        await pass_time(machine, flusher, 12)
+        assert thin(machine) == before
+
+
+async def test_the_next_mount_finds_what_is_thin(world: World, machine: FlushMachine, clock):
+    async with thinned(machine, evicted=False) as (_, number, content):
+        assert thin(machine)
+    async with flushing(machine, retention_seconds=RETENTION) as flusher:
+        await pass_time(machine, flusher, 30)
+        assert thin(machine) == []
+        assert machine.content(number) == content
+
+
+class Gate(DirectReader):
+    """Holds up readings of data packs until the gate opens; `waiting` counts them."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.opened = trio.Event()
+        self.waiting = 0
+        self.fails = False
+
+    async def shards(self, pack: StoredPack, wanted: Collection[int]) -> dict[int, memoryview]:
+        self.waiting += 1
+        if self.fails:
+            raise Unavailable("no answer")
+        await self.opened.wait()
+        return await super().shards(pack, wanted)
+
+
+@pytest.mark.parametrize("what", ["write", "truncate", "remove"])
+async def test_what_happens_while_a_pack_is_read_wins(world: World, machine: FlushMachine, clock, what: str):
+    """Old pages never come back, to the file or to a generation."""
+    async with thinned(machine, evicted=True) as (flusher, number, _content):
+        gate = flusher._upkeep.rewriter._reader = Gate(world)
+        await until(lambda: gate.waiting)
+        if what == "write":
+            data = random.Random(2).randbytes(PAGES * PAGE)
+            machine.write(number, 0, data)
+        elif what == "truncate":
+            machine.truncate(number, 0)
+            machine.extend(number, PAGES)
+            data = bytes(PAGES * PAGE)
+        else:
+            machine.unlink("a", number)
+        gate.opened.set()
+        await pass_time(machine, flusher, 10)
+        files = restore(world).files
+        if what == "remove":
+            assert "a" not in files
+        else:
+            assert machine.content(number) == data and files["a"] == data
+        generations(world)
+
+
+async def test_a_pack_that_cannot_be_read_is_left_for_later(world: World, machine: FlushMachine, clock):
+    async with thinned(machine, evicted=True) as (flusher, _number, content):
+        gate = flusher._upkeep.rewriter._reader = Gate(world)
+        gate.fails = True
+        await until(lambda: gate.waiting >= 5)
+        tried = gate.waiting
+        await trio.sleep(rewrite.AGAIN_SECONDS / 2)
+        assert gate.waiting <= tried + 10
+        gate.fails = False
+        gate.opened.set()
+        await pass_time(machine, flusher, 45)
+        assert thin(machine) == [] and restore(world).files["a"] == content
+
+
+async def test_a_crash_at_any_time_loses_nothing(world: World, machine: FlushMachine, clock):
+    """Marked dirty or not, uploaded or not: the pages are the same."""
+    async with thinned(machine, evicted=True) as (_, number, content):
+        pass
+    for seconds in (3.0, 9.0, 27.0, 61.0):
+        async with flushing(machine, retention_seconds=RETENTION) as flusher:
+            await trio.sleep(rewrite.SETTLED_SECONDS)
+            await machine.committer.commit()
+            await trio.sleep(seconds)
+            assert machine.content(number) == content
+        async with flushing(machine, retention_seconds=RETENTION) as flusher:
+            await flusher.sync()
+            assert machine.content(number) == content
+            assert restore(world).files["a"] == content
