@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from blake3 import blake3
 
@@ -30,6 +31,7 @@ from qsfs.format.units import DIGEST_SIZE, FSID_SIZE, ID_SIZE, KEY_PREFIX, PAGE,
 HEAD_PREFIX = KEY_PREFIX + b"h:"
 _KEY = struct.Struct(">16sQ16sQ32s")
 _SCHEMA = 1
+_SCHEMA_RANGES = 2
 _MAX_PIN_NAME = 255
 _UNSTORED = -1
 
@@ -60,6 +62,19 @@ class MetadataPack:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotRange:
+    """A stretch of the snapshot: the rows at positions from `start` to where the next range starts.
+
+    `packs` counts its metadata packs, which follow those of the range before it.  Deltas from index
+    `since` on apply to it; what older ones hold in it is in its packs, or was replaced there.
+    """
+
+    start: bytes
+    packs: int
+    since: int
+
+
+@dataclass(frozen=True, slots=True)
 class KeptGeneration:
     """A generation that may be mounted, with the names of the pins that hold it (none: only recent)."""
 
@@ -74,7 +89,8 @@ class Head:
 
     `predecessor` is the head that the same mount sent before this one, or the head that it took
     over.  `fleets` is one, or two (old, new) while the fleet changes.  `snapshot` and each of
-    `deltas` are read in order: later rows replace earlier ones.
+    `deltas` are read in order: later rows replace earlier ones.  `ranges` says which part of the rows
+    each pack of the snapshot holds; empty: there is one range, to which every delta applies.
     """
 
     fsid: bytes
@@ -90,6 +106,7 @@ class Head:
     counters: Mapping[str, int] = field(default_factory=dict)
     block_size: int = 16384
     schema_version: int = 1
+    ranges: tuple[SnapshotRange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +170,10 @@ def open_head(key: bytes, value: Buffer, keys: KeyRing) -> Head:
 
 
 def _encode(head: Head) -> bytes:
+    ranges: list[object] = [[[part.start, part.packs, part.since] for part in head.ranges]] if head.ranges else []
     return schema.pack(
         [
-            _SCHEMA,
+            _SCHEMA_RANGES if ranges else _SCHEMA,
             head.fsid,
             pack_owner(head.owner),
             head.generation,
@@ -169,12 +187,13 @@ def _encode(head: Head) -> bytes:
             dict(sorted(head.counters.items())),
             head.block_size,
             head.schema_version,
+            *ranges,
         ]
     )
 
 
 def _decode(plaintext: bytes, what: str) -> Head:
-    fields = schema.record(plaintext, _SCHEMA, 14, what)
+    fields = schema.record_of(plaintext, {_SCHEMA: 14, _SCHEMA_RANGES: 15}, what)
     head = Head(
         fsid=fields.binary(FSID_SIZE),
         owner=take_owner(fields.any(), what),
@@ -189,7 +208,9 @@ def _decode(plaintext: bytes, what: str) -> Head:
         counters=_take_counters(fields.mapping(), what),
         block_size=fields.integer(PAGE, schema.U32),
         schema_version=fields.integer(1, schema.U32),
+        ranges=() if fields.complete else _take_ranges(fields.array(), what),
     )
+    _check_ranges(head, what)
     if len(head.fleets) not in (1, 2) or head.block_size % PAGE:
         raise Corrupt(f"{what}: {len(head.fleets)} fleets or a block of {head.block_size} bytes cannot be")
     return head
@@ -256,6 +277,30 @@ def _take_delta(value: object, what: str) -> tuple[MetadataPack, ...]:
     return tuple(_take_metadata(item, what) for item in value)
 
 
+def _take_ranges(values: list[object], what: str) -> tuple[SnapshotRange, ...]:
+    ranges = []
+    for value in values:
+        fields = schema.Fields(value, 3, what)
+        ranges.append(SnapshotRange(fields.binary(), fields.integer(0, schema.U32), fields.integer(0, schema.U32)))
+    if not ranges:
+        raise Corrupt(f"{what}: has no range of rows")
+    return tuple(ranges)
+
+
+def _check_ranges(head: Head, what: str) -> None:
+    """Raises `Corrupt` unless the ranges hold every row and every pack of the snapshot once."""
+    if not head.ranges:
+        return
+    starts = [part.start for part in head.ranges]
+    if (
+        starts[0] != b""
+        or any(one >= two for one, two in pairwise(starts))
+        or sum(part.packs for part in head.ranges) != len(head.snapshot)
+        or any(part.since > len(head.deltas) for part in head.ranges)
+    ):
+        raise Corrupt(f"{what}: its ranges of rows do not fit together")
+
+
 def _take_counters(values: Mapping[str, object], what: str) -> dict[str, int]:
     counters: dict[str, int] = {}
     for name, value in values.items():
@@ -275,6 +320,7 @@ __all__ = [
     "Owner",
     "OwnerRecord",
     "SealedHead",
+    "SnapshotRange",
     "head_key",
     "open_head",
     "open_owner_record",

@@ -6,6 +6,7 @@ maps, have one encoding only, and leave no field unchecked.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgpack
@@ -44,11 +45,21 @@ def record(data: Buffer, schema: int, length: int, what: str) -> Fields:
 
     `FormatMismatch` if its schema number is higher: a newer qsfs wrote it.
     """
+    return record_of(data, {schema: length}, what)
+
+
+def record_of(data: Buffer, lengths: Mapping[int, int], what: str) -> Fields:
+    """The fields of a record with one of these schema numbers, each with its number of elements.
+
+    `FormatMismatch` if its schema number is higher than all of them: a newer qsfs wrote it.
+    """
     value = unpack(data, what)
-    if type(value) is list and value and type(value[0]) is int and value[0] > schema:
-        raise FormatMismatch(f"{what}: has schema {value[0]}, this qsfs reads {schema}; use a newer qsfs")
-    fields = Fields(value, length, what)
-    fields.integer(schema, schema)
+    number = value[0] if type(value) is list and value else None
+    if type(number) is int and number > max(lengths):
+        raise FormatMismatch(f"{what}: has schema {number}, this qsfs reads {max(lengths)}; use a newer qsfs")
+    known = number if type(number) is int and number in lengths else max(lengths)
+    fields = Fields(value, lengths[known], what)
+    fields.integer(known, known)
     return fields
 
 
@@ -64,6 +75,11 @@ class Fields:
         self._values: list[Any] = value
         self._next = 0
         self._what = what
+
+    @property
+    def complete(self) -> bool:
+        """Whether every element was taken."""
+        return self._next == len(self._values)
 
     def any(self) -> object:
         """The next element, unchecked."""

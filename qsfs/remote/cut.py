@@ -14,6 +14,7 @@ from enum import Enum
 from qsfs import failpoints
 from qsfs.clock import Clock
 from qsfs.format.extent import PackRef
+from qsfs.remote.chain import Touched
 from qsfs.remote.packing import RowPacker, Sealer, row_of, sealed_runs
 from qsfs.remote.spool import Spool, SpoolFull
 from qsfs.store.environment import Environment
@@ -39,13 +40,15 @@ class NoCut(Enum):
 class CutOrder:
     """What a cut is to be: its generation, the pack numbers that it may use, its bound on dirty bytes.
 
-    `floor`: rows changed by commits up to this one are in packs already (0: none are).
+    `floor`: rows changed by commits up to this one are in packs already (0: none are).  `starts`: where
+    the ranges of the snapshot start.
     """
 
     generation: int
     numbers: range
     most_bytes: int
     floor: int = 0
+    starts: tuple[bytes, ...] = (b"",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,8 @@ class SealedCut:
     """A sealed cut: durable in the spool but for `rest`, rows that are packed once placements are known.
 
     `image` holds the rows that the generation has for pages which were dirty, as `Publication` wants
-    them; `own` the rows of its data packs, whose placement is to be filled in.
+    them; `own` the rows of its data packs, whose placement is to be filled in; `touched` the ranges of the
+    snapshot in which its rows stand.
     """
 
     generation: int
@@ -88,6 +92,7 @@ class SealedCut:
     ordinals: int = 0
     bytes: int = 0
     pages: PageVersions = field(default_factory=PageVersions)
+    touched: Touched = field(default_factory=Touched)
 
     def taken(self, block: int, writes: Sequence[int]) -> int:
         """Which pages of a block (bits) this cut has sealed with these write numbers."""
@@ -110,7 +115,8 @@ def seal_cut(
         if state.dirty_bytes(order.most_bytes, Want(1)) > order.most_bytes:
             return NoCut.TOO_MUCH
         cut = SealedCut(order.generation, state.commit_number, state.write_number, clock.time_ns(), state.counters())
-        cut.rest = RowPacker(sealer.pack_bytes)
+        cut.touched = Touched(order.starts)
+        cut.rest = RowPacker(sealer.pack_bytes, cut.touched.note)
         try:
             image = _seal_data(state, spool, sealer, clock, order, cut)
             if image is None:

@@ -17,13 +17,13 @@ from qsfs.config import FlushConfig
 from qsfs.errors import CacheError, DeadlineExceeded, Fenced, QsfsBug, QsfsError
 from qsfs.format.head import Head, HeadRef, open_head
 from qsfs.remote.base import BASE_KEY, local_head, record_published
-from qsfs.remote.chain import FreshSnapshot, listed_ids
+from qsfs.remote.chain import Refresh, listed_ids
 from qsfs.remote.context import FlushContext
 from qsfs.remote.cut import NoCut
 from qsfs.remote.exposure import Exposure
 from qsfs.remote.generation import Generations, HeadPublisher
 from qsfs.remote.ledger import read_rows
-from qsfs.remote.metadata import early_delta, full_snapshot
+from qsfs.remote.metadata import MetadataUpload, RefreshUpload
 from qsfs.remote.pace import Pace
 from qsfs.remote.precopy import PreCopier
 from qsfs.remote.shards import ShardReader
@@ -226,15 +226,14 @@ class Flusher:
                     _log.error("no generation could be made: %s", error)
                 self.last_error = str(error)
                 await trio.sleep(_RETRY_SECONDS)
-            self._start_snapshot(nursery)
+            self._start_refresh(nursery)
 
     async def _generation(self) -> None:
         """Makes one generation of all that was accepted before it began, or finds nothing new."""
         generations, context = self._generations, self.context
         serial = self._started = self._started + 1
         while await self._something_new():
-            fresh = generations.fresh
-            ready = fresh if fresh is not None and fresh.packs is not None else None
+            refreshed = generations.refreshed
             marks = context.store.layers.view.count(Table.CHANGED)
             if marks > EARLY_DELTA_MARKS and generations.pre_delta is None:
                 await self._early_delta()
@@ -252,7 +251,7 @@ class Flusher:
                 self._pace.sealed(cut.bytes, context.clock.monotonic() - begin)
                 await self._knows_packs.wait()
                 self.phase = "publishing"
-                await generations.publish(cut, ready)
+                await generations.publish(cut, refreshed)
                 self.exposure.published(uploaded)
                 self._upkeep.published(given_up)
                 base = generations.base
@@ -326,25 +325,26 @@ class Flusher:
         generations = self._generations
         self.phase = "uploading rows ahead"
         floor, packs = generations.pre_delta or (0, ())
-        upload = early_delta(self.context, floor)
+        upload = MetadataUpload(self.context, floor)
         generations.pre_delta = None
         more = await upload.run()
-        generations.pre_delta = (upload.floor, (*packs, *more))
+        generations.pre_delta = (upload.complete_to, (*packs, *more))
 
-    def _start_snapshot(self, nursery: trio.Nursery) -> None:
+    def _start_refresh(self, nursery: trio.Nursery) -> None:
         generations = self._generations
-        if not self.knows_packs or generations.fresh is not None:
+        if not self.knows_packs or generations.refresh is not None:
             return
-        if generations.chain.wants_snapshot(self._config.snapshot_ratio):
-            generations.fresh = FreshSnapshot()
-            nursery.start_soon(self._snapshot, generations.fresh)
+        refresh = generations.chain.next_refresh(self._config.snapshot_ratio, self.context.sealer.pack_bytes)
+        if refresh is not None:
+            generations.refresh = refresh
+            nursery.start_soon(self._refresh, refresh)
 
-    async def _snapshot(self, fresh: FreshSnapshot) -> None:
+    async def _refresh(self, refresh: Refresh) -> None:
         try:
-            fresh.packs = await full_snapshot(self.context).run()
+            await RefreshUpload(self.context, refresh).run()
         except QsfsError as error:
-            _log.warning("a full snapshot of the metadata was given up: %s", error)
-            self._generations.fresh = None
+            _log.warning("metadata were not written anew, which is tried again: %s", error)
+            self._generations.refresh = None
 
     # room
 

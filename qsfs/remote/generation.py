@@ -22,7 +22,7 @@ from qsfs.format.fleet import Fleet
 from qsfs.format.head import Head, HeadRef, KeptGeneration, MetadataPack, Owner, SealedHead
 from qsfs.format.pack import Pack
 from qsfs.remote.base import LocalHead, record_base
-from qsfs.remote.chain import Chain, FreshSnapshot, ListedPack, Packs
+from qsfs.remote.chain import Chain, ListedPack, Packs, Refresh, Touched
 from qsfs.remote.context import FlushContext
 from qsfs.remote.cut import CutOrder, NoCut, SealedCut, seal_cut, seal_rest
 from qsfs.remote.kept import kept_with
@@ -63,8 +63,8 @@ class _Written:
     cut: SealedCut
     data: Mapping[int, Upload]
     metadata: list[tuple[ListedPack, Upload]]
-    delta: Packs
     chain: Chain
+    refreshed: Refresh | None
 
 
 class Generations:
@@ -73,7 +73,7 @@ class Generations:
     `base` is the last one that the local store has recorded and `chain` what it lists; `pins` maps
     generations to the names that the next head shall pin them by; `fleets` are those that it names.
     `pre_delta` holds rows of the next delta that were packed ahead of its cut, with the commit up to
-    which they are complete; `fresh` a full snapshot that is being read.
+    which they are complete; `refresh` the ranges that are being read anew.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Generations:
         self.waiting = ""
         self.cut: SealedCut | None = None
         self.pre_delta: tuple[int, Packs] | None = None
-        self.fresh: FreshSnapshot | None = None
+        self.refresh: Refresh | None = None
         self._recording = False
         self._context = context
         self._chain: Chain | None = None
@@ -124,7 +124,7 @@ class Generations:
         store.set_counter(GENERATION, last + 1)
         numbers = reserve_numbers(store, most_bytes // self._context.sealer.pack_bytes + 2)
         floor = self.pre_delta[0] if self.pre_delta is not None else 0
-        return CutOrder(last + 1, numbers, most_bytes, floor)
+        return CutOrder(last + 1, numbers, most_bytes, floor, self.chain.starts if self._chain is not None else (b"",))
 
     async def seal(self, order: CutOrder) -> SealedCut | NoCut:
         """Seals the last commit.  Of what is no cut, or failed, nothing stays in the spool."""
@@ -143,17 +143,22 @@ class Generations:
 
     # publishing
 
-    async def publish(self, cut: SealedCut, fresh: FreshSnapshot | None) -> LocalHead:
+    @property
+    def refreshed(self) -> Refresh | None:
+        """The ranges that were read anew, if that is done: the head of a cut taken from now on may list them."""
+        return self.refresh if self.refresh is not None and self.refresh.done else None
+
+    async def publish(self, cut: SealedCut, refreshed: Refresh | None) -> LocalHead:
         """Uploads a sealed cut, publishes its head and records it; returns the new base.
 
-        `fresh` is a full snapshot that was written before the cut was taken.  Waits for backends for
+        `refreshed` are ranges that were written before the cut was taken.  Waits for backends for
         as long as it takes; `waiting` says what for.  Raises `Fenced`, and what the local disk raises:
         if no head was stored by then the cut is abandoned.
         """
         self.cut = cut
         try:
             try:
-                written = await self._upload(cut, fresh)
+                written = await self._upload(cut, refreshed)
                 failpoints.hit("flush.packs.uploaded")
                 head = self._head(written)
                 sealed = await self._send(head)
@@ -176,7 +181,7 @@ class Generations:
         except CacheError as error:
             _log.warning("generation %d was given up: %s", cut.generation, error)
 
-    async def _upload(self, cut: SealedCut, fresh: FreshSnapshot | None) -> _Written:
+    async def _upload(self, cut: SealedCut, refreshed: Refresh | None) -> _Written:
         context = self._context
         uploads: dict[int, Upload] = {}
         packs = [(p.ordinal, p.ref) for p in cut.data] + [(p.ordinal, p.ref) for p in cut.metadata]
@@ -197,10 +202,12 @@ class Generations:
             for number, pack in zip(numbers, cut.metadata, strict=True)
         ]
         before = self.pre_delta[1] if self.pre_delta is not None else ()
+        touched = Touched.everything() if before else cut.touched
         delta = (*before, *(listed for listed, _ in metadata))
-        chain = fresh.chain(delta) if fresh is not None else self.chain.followed_by(delta)
+        chain = self.chain if refreshed is None else self.chain.refreshed(refreshed)
+        chain = chain.followed_by(delta, touched)
         data = {pack.number: uploads[pack.ordinal] for pack in cut.data}
-        return _Written(cut, data, metadata, delta, chain)
+        return _Written(cut, data, metadata, chain, refreshed)
 
     async def _upload_all(
         self, packs: list[tuple[int, PackRef]], cut: SealedCut, uploads: dict[int, Upload]
@@ -245,11 +252,12 @@ class Generations:
             predecessor=self.publisher.last_sent,
             fleets=self.fleets,
             kept=kept_with(self._kept, self._published, self.pins),
-            snapshot=listed(written.chain.snapshot),
-            deltas=tuple(listed(delta) for delta in written.chain.deltas),
+            snapshot=tuple(pack for part in written.chain.ranges for pack in listed(part.packs)),
+            deltas=tuple(listed(delta.packs) for delta in written.chain.deltas),
             counters=cut.counters,
             block_size=BLOCK_SIZE,
             schema_version=SCHEMA_VERSION,
+            ranges=written.chain.heads_ranges(),
         )
 
     def _metadata_pack(self, pack: ListedPack, upload: Upload | None) -> MetadataPack:
@@ -309,11 +317,8 @@ class Generations:
         return self.base
 
     def _became_base(self, written: _Written, head: Head, sealed: SealedHead) -> None:
-        if self.fresh is not None:
-            if self.fresh.packs is not None and written.chain.snapshot == self.fresh.packs:
-                self.fresh = None
-            else:
-                self.fresh.since.append(written.delta)
+        if written.refreshed is not None and written.refreshed is self.refresh:
+            self.refresh = None
         self._chain = written.chain
         self.pre_delta = None
         self.base = LocalHead(sealed, head, True)

@@ -5,7 +5,7 @@ Pure work on bytes, for worker threads.  A pack is closed at about k x 256 KiB o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qsfs.clock import Clock
@@ -17,12 +17,14 @@ from qsfs.format.rows import Row, encode_rows
 from qsfs.format.shard import encode_shards
 from qsfs.format.units import MAX_EXTENT, PACK_TARGET_PER_SHARD, PAGE
 from qsfs.store.packs import SealedRun
+from qsfs.store.positions import position_of
 from qsfs.store.schema import ExtentRow, PackRow, PackState
 from qsfs.store.snapshot import DirtyRun
 
 MAX_PACK = 8 << 20
 """Plain bytes at which a pack is closed however many shards it has: packs are held in memory whole."""
-_ROW_BYTES = 12
+ROW_BYTES = 12
+"""What a row takes in a chunk besides its key and value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +113,14 @@ def state_of(placement: Sequence[int]) -> int:
 
 
 class RowPacker:
-    """Collects metadata rows and gives them out as the chunks of whole packs."""
+    """Collects metadata rows and gives them out as the chunks of whole packs.
 
-    def __init__(self, pack_bytes: int) -> None:
+    `note`, if given, hears the position of each row.
+    """
+
+    def __init__(self, pack_bytes: int, note: Callable[[bytes], None] | None = None) -> None:
         self._pack_bytes = pack_bytes
+        self._note = note
         self._rows: list[Row] = []
         self._size = 0
 
@@ -127,7 +133,9 @@ class RowPacker:
         """Takes rows; yields the chunks of each pack that they fill."""
         for row in rows:
             self._rows.append(row)
-            self._size += len(row[1]) + len(row[2] or b"") + _ROW_BYTES
+            if self._note is not None:
+                self._note(position_of(row[0], row[1]))
+            self._size += len(row[1]) + len(row[2] or b"") + ROW_BYTES
             if self._size >= self._pack_bytes:
                 yield self.rest()
 

@@ -26,6 +26,7 @@ from qsfs.format.rows import Row, decode_rows
 from qsfs.format.superblock import Superblock
 from qsfs.remote.control import Records
 from qsfs.remote.identity import Stranger, find_members
+from qsfs.remote.image import Counting, packs_of
 from qsfs.remote.members import Candidate, Member, Members
 from qsfs.remote.newest import describe_head
 from qsfs.remote.plain import plain_errors
@@ -185,7 +186,7 @@ async def restore_into(
     building = directory / DIRECTORY
     await trio.to_thread.run_sync(_make_empty, building)
     head = source.found.head
-    listed = [*head.snapshot, *(pack for delta in head.deltas for pack in delta)]
+    listed = list(packs_of(head))
     rebuild = await trio.to_thread.run_sync(Rebuild, building, limits.map_bytes, clock.time_ns())
     try:
         reader = PackReader(source.members, source.keys, Code(source.superblock.code))
@@ -283,7 +284,7 @@ async def _sealed(members: Members, found: Found, keys: KeyRing, timing: Timing)
 async def _load(
     rebuild: Rebuild,
     reader: PackReader,
-    listed: Sequence[MetadataPack],
+    listed: Sequence[tuple[MetadataPack, Counting]],
     say: Say,
     deadline_seconds: float,
 ) -> None:
@@ -303,7 +304,7 @@ async def _load(
             bodies[index] = body
             arrived.notify_all()
 
-    packs = [StoredPack.of_metadata(pack, reader.code) for pack in listed]
+    packs = [StoredPack.of_metadata(pack, reader.code) for pack, _ in listed]
 
     async def fetch_all(nursery: trio.Nursery) -> None:
         for index, pack in enumerate(packs):
@@ -312,18 +313,21 @@ async def _load(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(fetch_all, nursery)
-        for index, (pack, entry) in enumerate(zip(packs, listed, strict=True)):
+        for index, (pack, (entry, counting)) in enumerate(zip(packs, listed, strict=True)):
             say(Progress("reading metadata", index, len(packs)))
             async with arrived:
                 while index not in bodies:
                     await arrived.wait()
             body = bodies.pop(index)
-            await trio.to_thread.run_sync(_apply, rebuild, reader.keys, pack, entry.chunks, body)
+            await trio.to_thread.run_sync(_apply, rebuild, reader.keys, pack, entry.chunks, body, counting)
+            del body
             slots.release()
 
 
-def _apply(rebuild: Rebuild, keys: KeyRing, pack: StoredPack, chunks: int, body: bytes) -> None:
-    """Applies the rows of one verified pack."""
+def _apply(
+    rebuild: Rebuild, keys: KeyRing, pack: StoredPack, chunks: int, body: bytes, counting: Counting
+) -> None:
+    """Applies the rows of one verified pack that count."""
     plain = [data for _, data in open_body(keys, pack.ref, body)]
     if len(plain) != chunks:
         raise Corrupt(f"metadata pack {pack.name}: holds {len(plain)} chunks, its head says {chunks}")
@@ -332,7 +336,7 @@ def _apply(rebuild: Rebuild, keys: KeyRing, pack: StoredPack, chunks: int, body:
         for chunk in plain:
             yield from decode_rows(chunk)
 
-    rebuild.load(rows())
+    rebuild.load(counting.of(rows()))
 
 
 def _make_empty(building: Path) -> None:

@@ -283,7 +283,7 @@ class CommittedState:
 
     def everything(self, start: bytes, most_bytes: int, until: float = float("inf")) -> RowsPart:
         """All rows from `start` on (table number u8, then the key)."""
-        return self._rows(self._names(start), most_bytes, until, self._rows_of)
+        return self._rows(self._names(start), most_bytes, until, self.rows_of)
 
     def _rows(
         self,
@@ -338,7 +338,7 @@ class CommittedState:
             if table == Table.EXTENTS and value is not None and not self._owner(inode).uploads:
                 yield self._truncation_row(inode)
 
-    def _rows_of(self, table: Table, key: bytes, value: bytes | None) -> Iterator[Row]:
+    def rows_of(self, table: Table, key: bytes, value: bytes | None) -> Iterator[Row]:
         """What a row is in a full image; nothing that is deleted."""
         return (row for row in self._changed_rows(table, key, value) if row[2] is not None)
 

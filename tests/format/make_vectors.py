@@ -13,6 +13,7 @@ from typing import Any
 
 from qsfs.clock import FixedClock
 from qsfs.format.erasure import Code, CodeParams
+from qsfs.format.head import seal_head
 from qsfs.format.keys import new_key_file, parse_key_file, wrap_keys
 from qsfs.format.pack import PackKind, PlainExtent, build_pack
 from qsfs.format.rows import encode_rows
@@ -59,6 +60,12 @@ def opened() -> dict[str, Any]:
     return {"compressed_pack": _pack(pack)}
 
 
+def ranges() -> dict[str, Any]:
+    """A head of schema 2: its snapshot is divided into ranges."""
+    sealed = seal_head(samples.head_with_ranges(), KEYS, FixedClock(13))
+    return {"head": {"key": sealed.key.hex(), "value": sealed.value.hex()}}
+
+
 def isal() -> dict[str, Any]:
     """The shards of the data pack by the other codec, which pyeclib brings."""
     return {"data_pack": _pack(samples.data_pack(), replace(CODE, codec="isa_l_rs_cauchy"))}
@@ -79,7 +86,12 @@ def _pack(pack: Any, code: CodeParams = CODE) -> dict[str, Any]:
 def main() -> None:
     """Writes all files."""
     VECTORS.mkdir(exist_ok=True)
-    files = (("format-1.json", exact()), ("format-1-zstd.json", opened()), ("format-1-isa-l.json", isal()))
+    files = (
+        ("format-1.json", exact()),
+        ("format-1-zstd.json", opened()),
+        ("format-1-isa-l.json", isal()),
+        ("format-1-ranges.json", ranges()),
+    )
     for name, vectors in files:
         text = json.dumps(vectors, indent=1, ensure_ascii=False, sort_keys=True)
         (VECTORS / name).write_text(text + "\n", encoding="utf-8")

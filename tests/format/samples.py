@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qsfs.clock import FixedClock
 from qsfs.format.erasure import Code, CodeParams
@@ -16,6 +16,7 @@ from qsfs.format.head import (
     Owner,
     OwnerRecord,
     SealedHead,
+    SnapshotRange,
     open_head,
     open_owner_record,
     seal_head,
@@ -106,6 +107,13 @@ def head(generation: int = 12) -> Head:
 def sealed_head() -> SealedHead:
     """The sealed form of `head()`."""
     return seal_head(head(), KEYS, FixedClock(3))
+
+
+def head_with_ranges() -> Head:
+    """A head whose snapshot is divided, which makes it a record of schema 2."""
+    pack = head().snapshot[0]
+    ranges = (SnapshotRange(b"", 2, 0), SnapshotRange(b"\x05" + bytes(16), 0, 2), SnapshotRange(b"\x06", 1, 1))
+    return replace(head(), snapshot=(pack, pack, pack), ranges=ranges)
 
 
 @dataclass(frozen=True)

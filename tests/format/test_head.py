@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgpack
 import pytest
 from blake3 import blake3
 from hypothesis import given, settings
@@ -14,13 +15,13 @@ from qsfs.errors import Corrupt, FormatMismatch, LimitExceeded, QsfsBug
 from qsfs.format import head as heads
 from qsfs.format import schema, seal
 from qsfs.format.fleet import Fleet
-from qsfs.format.head import HeadRef, Owner, head_key, open_head, parse_head_key, seal_head
+from qsfs.format.head import HeadRef, Owner, SnapshotRange, head_key, open_head, parse_head_key, seal_head
 from qsfs.format.identity import identity_key, parse_identity_key, parse_tombstone_key, tombstone_key
 from qsfs.format.owner import owner_key, parse_owner_key
 from qsfs.format.shard import ShardKey, parse_shard_key, shard_key
 from qsfs.format.superblock import SUPERBLOCK_KEY
 from qsfs.format.units import KEY_PREFIX, ObjectKind
-from tests.format.samples import FSID, KEYS, OWNER, head, samples, sealed_head
+from tests.format.samples import FSID, KEYS, OWNER, head, head_with_ranges, samples, sealed_head
 
 PARSERS = (parse_head_key, parse_owner_key, parse_shard_key, parse_identity_key, parse_tombstone_key)
 PLAIN = seal.open_sealed(ObjectKind.HEAD, sealed_head().value, KEYS, "head")
@@ -39,6 +40,40 @@ def test_a_head_comes_back_with_every_field():
     assert sealed.ref == HeadRef(OWNER, 12, blake3(sealed.value).digest())
     assert head().fleets[0].entry(3) == head().fleets[0].entries[2]
     assert head().fleets[0].entry(4) is None
+
+
+def test_a_head_with_ranges_comes_back():
+    sealed = seal_head(head_with_ranges(), KEYS, FixedClock(1))
+    assert open_head(sealed.key, sealed.value, KEYS) == head_with_ranges()
+
+
+def ranges(*parts: tuple[bytes, int, int]) -> tuple[SnapshotRange, ...]:
+    return tuple(SnapshotRange(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ranges((b"a", 3, 0)),
+        ranges((b"", 1, 0), (b"a", 1, 0)),
+        ranges((b"", 1, 0), (b"a", 3, 0)),
+        ranges((b"", 1, 0), (b"b", 1, 0), (b"a", 1, 0)),
+        ranges((b"", 1, 0), (b"a", 1, 0), (b"a", 1, 0)),
+        ranges((b"", 1, 0), (b"a", 2, 3)),
+        ranges((b"", -1, 0), (b"a", 4, 0)),
+    ],
+    ids=str,
+)
+def test_ranges_that_do_not_hold_every_row_and_pack_once_are_never_sent(parts):
+    with pytest.raises(QsfsBug):
+        seal_head(dataclasses.replace(head_with_ranges(), ranges=parts), KEYS, FixedClock(1))
+
+
+def test_ranges_in_a_record_of_the_older_schema_are_damage():
+    record = msgpack.unpackb(PLAIN)
+    for damaged in ([*record, [[b"", 2, 0]]], [2, *record[1:]], [2, *record[1:], []]):
+        with pytest.raises(Corrupt):
+            open_head(*sealed_as_head(schema.pack(damaged)), KEYS)
 
 
 def test_the_first_head_has_no_predecessor():

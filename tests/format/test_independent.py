@@ -76,6 +76,14 @@ def test_records_read(name, kind, prefix, elements):
         assert key[23:] == owner + struct.pack(">Q", record[3]) + blake3(value).digest()
 
 
+def test_ranges_of_a_snapshot_read():
+    stored = load("format-1-ranges.json")["head"]
+    record = read_sealed(bytes.fromhex(stored["value"]), 3, FSID, MASTERS)
+    assert (record[0], record[1], len(record)) == (2, FSID, 15)
+    assert record[14] == [[b"", 2, 0], [b"\x05" + bytes(16), 0, 2], [b"\x06", 1, 1]]
+    assert sum(packs for _, packs, _ in record[14]) == len(record[9])
+
+
 def read_pack(stored: dict[str, Any]) -> list[bytes]:
     shards: dict[int, bytes] = {}
     for hexed_key, hexed in stored["shards"].items():

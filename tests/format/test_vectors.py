@@ -78,6 +78,13 @@ def test_stored_head_says_what_it_said():
     assert samples.open_head(sealed.key, sealed.value, KEYS) == samples.head()
 
 
+def test_a_stored_head_with_ranges_opens_and_is_still_written_so():
+    stored = load("format-1-ranges.json")["head"]
+    key, value = bytes.fromhex(stored["key"]), bytes.fromhex(stored["value"])
+    assert samples.open_head(key, value, KEYS) == samples.head_with_ranges()
+    assert make_vectors.ranges()["head"] == stored
+
+
 def test_stored_superblocks_open_with_the_stored_key_file():
     stored = load("format-1.json")
     secret = parse_key_file(stored["key_file"])

@@ -17,9 +17,10 @@ import trio
 
 from qsfs import failpoints
 from qsfs.format.head import HeadRef
-from qsfs.remote.chain import FreshSnapshot
-from qsfs.remote.metadata import MetadataUpload, early_delta
+from qsfs.remote.chain import Refresh
+from qsfs.remote.metadata import MetadataUpload, RefreshUpload
 from qsfs.store.schema import PAGE, InodeFlag
+from qsfs.store.snapshot import RowsPart
 from tests.remote.flush_machine import Crash, FlushMachine, crash, newest_head, restore
 from tests.remote.harness import World
 
@@ -178,12 +179,12 @@ class FlushHistory:
         elif choice < 0.84:
             self.trace.append("pre-copy")
             await self.machine.precopy(orphans_too=r.random() < 0.5)
-        elif choice < 0.97:
+        elif choice < 0.95:
             await self.cut()
-        elif choice < 0.985:
+        elif choice < 0.965:
             await self.early_delta()
         else:
-            await self.snapshot()
+            await self.refresh()
 
     async def cut(self) -> None:
         machine = self.machine
@@ -201,7 +202,7 @@ class FlushHistory:
         order = machine.generations.next_order(64 << 20)
         self.order = order.generation
         await machine.committer.commit()
-        fresh = machine.generations.fresh
+        refreshed = machine.generations.refreshed
         sealed = await machine.generations.seal(order)
         if not hasattr(sealed, "commit_number"):
             return
@@ -210,8 +211,7 @@ class FlushHistory:
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.backends_return)
-            ready = fresh if fresh is not None and fresh.packs is not None else None
-            await machine.generations.publish(sealed, ready)
+            await machine.generations.publish(sealed, refreshed)
             nursery.cancel_scope.cancel()
         assert machine.generations.base.sealed.ref > before
         self.check_newest()
@@ -225,33 +225,40 @@ class FlushHistory:
         self.trace.append("early delta")
         floor, packs = machine.generations.pre_delta or (0, ())
         machine.generations.pre_delta = None
-        upload = early_delta(machine.context, floor)
+        upload = MetadataUpload(machine.context, floor)
         more = await upload.run()
-        machine.generations.pre_delta = (upload.floor, (*packs, *more))
+        machine.generations.pre_delta = (upload.complete_to, (*packs, *more))
 
-    async def snapshot(self) -> None:
-        """Begins a full snapshot; some generations later it is finished."""
-        machine = self.machine
-        if machine.generations.fresh is not None:
+    async def refresh(self) -> None:
+        """Reads some ranges anew, in small parts, while the application and generations go on."""
+        machine, r = self.machine, self.random
+        if machine.generations.refresh is not None:
             return
-        self.trace.append("snapshot")
-        fresh = machine.generations.fresh = FreshSnapshot()
-        upload = MetadataUpload(machine.context, lambda state, at, until: state.everything(at, 300, until))
+        chain = machine.generations.chain
+        first = r.randrange(len(chain.ranges))
+        last = r.randrange(first, len(chain.ranges))
+        stretches = chain._stretches(range(first, last + 1))
+        if r.random() < 0.3:
+            stretches = chain._stretches(sorted(r.sample(range(len(chain.ranges)), len(chain.ranges) // 2 + 1)))
+        refresh = machine.generations.refresh = Refresh(stretches, r.choice((1, 2, 3, 50)), chain.next_number)
+        self.trace.append(f"refresh {first} to {last} of {len(chain.ranges)}")
+        upload = RefreshUpload(machine.context, refresh)
+        upload.pack_bytes = r.choice((2000, 5000, 20_000))
         reading = upload._read
         count = 0
 
-        async def read(position: bytes) -> object:
+        async def read(start: bytes, stop: bytes | None, most: int) -> RowsPart:
             nonlocal count
             count += 1
             if count % 3 == 0:
                 self.go_on()
-            if count % 10 == 0 and self.random.random() < 0.5:
+            if count % 10 == 0 and r.random() < 0.5:
                 await self.cut()
-            return await reading(position)
+            return await reading(start, stop, min(most, 700))
 
-        upload._read = read  # type: ignore[method-assign,assignment]
-        fresh.packs = await upload.run()
-        self.trace.append("snapshot done")
+        upload._read = read  # type: ignore[method-assign]
+        await upload.run()
+        self.trace.append("refresh done")
 
     # the application
 

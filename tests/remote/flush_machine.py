@@ -30,6 +30,7 @@ from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, local_head, record_base
 from qsfs.remote.context import FlushContext
 from qsfs.remote.cut import NoCut
 from qsfs.remote.generation import Generations
+from qsfs.remote.image import packs_of
 from qsfs.remote.kept import kept_of_first
 from qsfs.remote.ledger import Ledger, read_rows
 from qsfs.remote.members import Member, Members
@@ -292,7 +293,7 @@ class FlushMachine:
 
     async def cut(self, *, commit: bool = True) -> bool:
         """Makes one generation; False if nothing has changed."""
-        fresh = self.generations.fresh
+        refreshed = self.generations.refreshed
         order = self.generations.next_order(64 << 20)
         if commit:
             await self.committer.commit()
@@ -300,7 +301,7 @@ class FlushMachine:
         if isinstance(cut, NoCut):
             assert cut is NoCut.UNCHANGED, cut
             return False
-        await self.generations.publish(cut, fresh if fresh is not None and fresh.packs is not None else None)
+        await self.generations.publish(cut, refreshed)
         return True
 
     async def precopy(self, *, orphans_too: bool = False) -> None:
@@ -437,14 +438,13 @@ def restore(world: World, head: Head | None = None) -> Image:
         assert newest is not None
         head = newest[1]
     rows: dict[int, dict[bytes, bytes]] = {int(table): {} for table in Table}
-    for packs in (head.snapshot, *head.deltas):
-        for pack in packs:
-            for chunk in read_metadata(world, pack):
-                for table, key, value in decode_rows(chunk):
-                    if value is None:
-                        rows[table].pop(key, None)
-                    else:
-                        rows[table][key] = value
+    for pack, counting in packs_of(head):
+        for chunk in read_metadata(world, pack):
+            for table, key, value in counting.of(decode_rows(chunk)):
+                if value is None:
+                    rows[table].pop(key, None)
+                else:
+                    rows[table][key] = value
     return image_of(world, head, rows)
 
 

@@ -727,11 +727,11 @@ async def test_many_changed_rows_are_uploaded_ahead_of_the_cut(
         assert image.xattrs["f5"] == {b"user.x": b"1"}
 
 
-async def test_a_new_full_snapshot_is_written_when_deltas_outweigh_the_last(
+async def test_ranges_are_written_anew_when_the_deltas_are_too_many(
     world: World, machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock
 ):
     """The head's lists stay short; the image is the same."""
-    monkeypatch.setattr("qsfs.remote.chain.MOST_DELTAS", 5)
+    monkeypatch.setattr("qsfs.remote.chain.LEAST_DELTAS", 5)
     async with flushing(machine) as flusher:
         for i in range(20):
             machine.write(machine.create(f"f{i}"), 0, page("x"))

@@ -11,10 +11,10 @@ from qsfs import failpoints
 from qsfs.errors import CacheError
 from qsfs.format.shard import parse_shard_key
 from qsfs.remote.base import BASE_KEY, local_head
-from qsfs.remote.chain import FreshSnapshot
+from qsfs.remote.chain import Chain, Refresh, Stretch
 from qsfs.remote.collect import AbandonedCollector
 from qsfs.remote.cut import NoCut
-from qsfs.remote.metadata import full_snapshot
+from qsfs.remote.metadata import RefreshUpload
 from qsfs.remote.stored import StoredPack
 from qsfs.store.packs import pack_row
 from qsfs.store.reading import LocalDamage
@@ -291,25 +291,30 @@ async def test_a_clean_mark_of_a_block_that_is_in_the_overlay(machine: FlushMach
         assert machine.content(a) == bytes(2 * PAGE) + page("y") + page("x")
 
 
+def everything_anew(chain: Chain) -> Refresh:
+    """A refresh of all ranges."""
+    return Refresh([Stretch(b"", None)], 64, chain.next_number)
+
+
 # what a generation leaves out
 
 
-async def test_a_full_snapshot_read_over_many_commits_is_the_state_of_its_cut(
+async def test_ranges_read_anew_over_many_commits_are_the_state_of_the_cut(
     world: World, machine: FlushMachine, autojump_clock
 ):
-    """Rows that change while it is read come from the deltas recorded since it began."""
+    """Rows that change while they are read come from the deltas recorded since it began."""
     async with machine.mounted():
         names = [f"f{i}" for i in range(50)]
         numbers = {name: machine.create(name) for name in names}
         for name, number in numbers.items():
             machine.write(number, 0, page(name[-1]))
         assert await machine.cut()
-        fresh = machine.generations.fresh = FreshSnapshot()
-        fresh.packs = await full_snapshot(machine.context).run()
+        refresh = machine.generations.refresh = everything_anew(machine.generations.chain)
+        await RefreshUpload(machine.context, refresh).run()
         machine.write(numbers["f7"], 0, page("w"))
         machine.unlink("f8", numbers["f8"])
         assert await machine.cut()
-        assert machine.generations.fresh is None
+        assert machine.generations.refresh is None
         newest = newest_head(world)
         assert newest is not None
         assert len(newest[1].deltas) == 1
