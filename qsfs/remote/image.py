@@ -48,10 +48,20 @@ def packs_of(head: Head) -> Iterator[tuple[MetadataPack, Counting]]:
     starts = tuple(part.start for part in ranges)
     snapshot = iter(head.snapshot)
     for index, part in enumerate(ranges):
-        counting = Counting(starts, tuple(other == index for other in range(len(ranges))))
+        counting = _within(part.start, starts[index + 1] if index + 1 < len(starts) else None)
         for pack in islice(snapshot, part.packs):
             yield pack, counting
     for number, delta in enumerate(head.deltas):
         counting = Counting(starts, tuple(part.since <= number for part in ranges))
         for pack in delta:
             yield pack, counting
+
+
+def _within(start: bytes, stop: bytes | None) -> Counting:
+    starts, wanted = [start], [True]
+    if start:
+        starts, wanted = [b"", start], [False, True]
+    if stop is not None:
+        starts.append(stop)
+        wanted.append(False)
+    return Counting(tuple(starts), tuple(wanted))

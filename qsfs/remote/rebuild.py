@@ -50,6 +50,7 @@ STEP_ROWS = 20_000
 _LONGEST_KEY = 511
 _LONGEST_NAME = 255
 _FIRST_COMMIT = 1
+_NO_MORE = 1 << 64
 
 Tick = Callable[[int], None]
 """Called with the number of rows done in a step."""
@@ -83,7 +84,7 @@ class Rebuild:
         """Makes an empty store in `directory`, which exists and is empty.  Raises `CacheError`."""
         self.tally = Tally()
         self._now_ns = now_ns
-        self._environment = Environment(directory, map_bytes)
+        self._environment = Environment(directory, map_bytes, durable=False)
         self._tables = self._environment.databases
         self._aside: set[int] = set()
 
@@ -104,19 +105,26 @@ class Rebuild:
         self._load(batch)
 
     def _load(self, batch: list[Row]) -> None:
+        tables: defaultdict[int, dict[bytes, bytes | None]] = defaultdict(dict)
+        for number, key, value in batch:
+            if number not in REMOTE_TABLES or not 1 <= len(key) <= _LONGEST_KEY:
+                raise Corrupt(f"the generation holds a row that cannot be: table {number}, key {key.hex()}")
+            tables[number][key] = value
         with self._write() as txn:
-            for number, key, value in batch:
-                if number not in REMOTE_TABLES or not 1 <= len(key) <= _LONGEST_KEY:
-                    raise Corrupt(
-                        f"the generation holds a row that cannot be: table {number}, key {key.hex()}"
-                    )
-                table = self._tables[Table(number)]
-                if value is None:
-                    txn.delete(key, db=table)
-                else:
-                    txn.put(key, value, db=table)
+            for number, rows in tables.items():
+                self._put_all(txn, Table(number), rows)
         self.tally.rows += len(batch)
         failpoints.hit("restore.rows")
+
+    def _put_all(self, txn: Any, table: Table, rows: dict[bytes, bytes | None]) -> None:
+        """Sets and deletes rows of one table; those behind all others are appended, which fills pages."""
+        with txn.cursor(self._tables[table]) as cursor:
+            kept = sorted((key, value) for key, value in rows.items() if value is not None)
+            append = bool(kept) and (not cursor.last() or cursor.key() < kept[0][0])
+            cursor.putmulti(kept, append=append)
+        for key, value in rows.items():
+            if value is None:
+                txn.delete(key, db=self._tables[table])
 
     # finishing
 
@@ -130,10 +138,11 @@ class Rebuild:
                 f"the generation has schema {head.schema_version} and blocks of {head.block_size} bytes, "
                 f"this qsfs knows {SCHEMA_VERSION} and {BLOCK_SIZE}: use the qsfs that wrote it"
             )
-        highest = self._inodes(tick)
+        live: defaultdict[int, int] = defaultdict(int)
+        highest = self._inodes(live, tick)
         waiting = self._entries(tick)
         self._put_aside(waiting, head.generation)
-        next_pack = self._packs(head, tick)
+        next_pack = self._packs(head, live, tick)
         self._counters(head, highest, next_pack)
         failpoints.hit("restore.derived")
         with self._write() as txn:
@@ -143,12 +152,15 @@ class Rebuild:
             # Truncations of the generation cut what was written up to its own number.
             txn.put(WRITE_NUMBER_KEY, plain_u64(head.write_number + 1), db=local)
             txn.put(BASE_KEY, encode_local_head(sealed, ours=False), db=local)
+        self._environment.flush()
 
-    def _inodes(self, tick: Tick) -> int:
-        """Counts allocated pages anew, empties local-only files; returns the highest number in use."""
+    def _inodes(self, live: defaultdict[int, int], tick: Tick) -> int:
+        """Counts allocated pages and live bytes anew, empties local-only files; returns the highest number in use."""
         highest, root = 0, False
+        extents = self._extents(live, tick)
+        number, pages = -1, 0
         for rows in self._steps(Table.INODES, tick):
-            with self._write() as txn, txn.cursor(self._tables[Table.EXTENTS]) as extents:
+            with self._write() as txn:
                 for key, value in rows:
                     inode = Inode.decode(split_u64(key), value)
                     highest = max(highest, inode.number)
@@ -166,13 +178,32 @@ class Rebuild:
                         root |= inode.number == ROOT_INODE
                     else:
                         self.tally.others += 1
-                    inode.allocated = _pages_of(extents, inode.number)
+                    while number < inode.number:
+                        number, pages = next(extents, (_NO_MORE, 0))
+                    inode.allocated = pages if number == inode.number else 0
                     row = inode.encode()
                     if row != value:
                         txn.put(key, row, db=self._tables[Table.INODES])
         if not root:
             raise Corrupt("the generation holds no root directory: its rows are not a file system")
+        for _ in extents:
+            pass
         return highest
+
+    def _extents(self, live: defaultdict[int, int], tick: Tick) -> Iterator[tuple[int, int]]:
+        """Each inode with extents and how many pages they have; adds what they have of each pack to `live`."""
+        current, pages = b"", 0
+        for rows in self._steps(Table.EXTENTS, tick):
+            for key, value in rows:
+                if key[:8] != current:
+                    if current:
+                        yield split_u64(current), pages
+                    current, pages = key[:8], 0
+                count, pack = ExtentRow.pages_and_pack(value)
+                pages += count
+                live[pack] += count * PAGE
+        if current:
+            yield split_u64(current), pages
 
     def _entries(self, tick: Tick) -> list[tuple[int, bytes, Entry]]:
         """Makes the cookies; returns the entries of files that are put aside."""
@@ -223,13 +254,8 @@ class Rebuild:
                 return new
             turn += 1
 
-    def _packs(self, head: Head, tick: Tick) -> int:
-        """Counts live bytes anew and adds the head's own packs; returns the highest pack number."""
-        live: defaultdict[int, int] = defaultdict(int)
-        for rows in self._steps(Table.EXTENTS, tick):
-            for _, value in rows:
-                extent = ExtentRow.decode(0, value)
-                live[extent.pack] += extent.pages * PAGE
+    def _packs(self, head: Head, live: defaultdict[int, int], tick: Tick) -> int:
+        """Sets live bytes as counted and adds the head's own packs; returns the highest pack number."""
         listed = {pack.ref.pack_id: pack for pack in _listed(head)}
         highest = max(live, default=0)
         for rows in self._steps(Table.PACKS, tick):
@@ -238,8 +264,8 @@ class Rebuild:
                     number, pack = split_u64(key), PackRow.decode(value)
                     highest = max(highest, number)
                     listed.pop(pack.pack_id, None)
-                    if pack.kind == PackKind.DATA and pack.live != live[number]:
-                        pack = replace(pack, live=live[number])
+                    if pack.kind == PackKind.DATA and pack.live != live.get(number, 0):
+                        pack = replace(pack, live=live.get(number, 0))
                         txn.put(key, pack.encode(), db=self._tables[Table.PACKS])
         with self._write() as txn:
             for own in listed.values():
@@ -347,17 +373,6 @@ def _listed(head: Head) -> Iterator[MetadataPack]:
     yield from head.snapshot
     for delta in head.deltas:
         yield from delta
-
-
-def _pages_of(extents: Any, inode: int) -> int:
-    """Pages in all extents of a file."""
-    pages = 0
-    if extents.set_range(u64(inode)):
-        for key, value in extents.iternext():
-            if split_u64(key) != inode:
-                break
-            pages += ExtentRow.decode(0, value).pages
-    return pages
 
 
 def _shown(name: bytes) -> str:

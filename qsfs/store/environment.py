@@ -1,8 +1,9 @@
 """The LMDB environment: opening, named databases, versions, used space.
 
-LMDB runs with its durable defaults: no `writemap`, no `nosync`, locks on.  The map is sized once,
-from the configured bound, so that LMDB itself can never grow past it.  One environment is open in
-a process; write transactions live on one thread; a read transaction is renewed with every commit.
+LMDB runs with its durable defaults: no `writemap`, no `nosync` (but while a store is built), locks on.
+The map is sized once, from the configured bound, so that LMDB itself can never grow past it.  One
+environment is open in a process; write transactions live on one thread; a read transaction is renewed
+with every commit.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class Usage(NamedTuple):
 class Environment:
     """An open LMDB environment with one named database per table."""
 
-    def __init__(self, directory: Path, map_bytes: int, *, readonly: bool = False) -> None:
+    def __init__(self, directory: Path, map_bytes: int, *, readonly: bool = False, durable: bool = True) -> None:
         """Opens (and unless `readonly` creates) the environment in `directory`.
 
+        Without `durable` a commit waits for no disk: for a store that is nothing before `flush` has returned.
         Raises `CacheError` if LMDB cannot open it, `FormatMismatch` if its schema is newer.
         """
         self.directory = directory
@@ -57,6 +59,7 @@ class Environment:
                 meminit=False,
                 readonly=readonly,
                 create=not readonly,
+                sync=durable,
             )
             self.databases: dict[Table, Any] = {}
             if readonly:
@@ -117,6 +120,13 @@ class Environment:
             raise Corrupt(f"{self.directory}: LMDB: {error}; run 'qsfs fsck'") from error
         except (lmdb.Error, OSError) as error:
             raise CacheError(f"{self.directory}: the local commit failed: {error}") from error
+
+    def flush(self) -> None:
+        """Makes all commits durable, also those of an environment that is not.  Raises `CacheError`."""
+        try:
+            self.env.sync(True)
+        except (lmdb.Error, OSError) as error:
+            raise CacheError(f"{self.directory}: the local store cannot be flushed: {error}") from error
 
     def release_freed(self) -> None:
         """Commits nothing, so that pages which the last commits freed may be reused by the next.

@@ -189,6 +189,7 @@ class Entry:
 
 
 _EXTENT = struct.Struct("<QIIQIIIIB")
+_EXTENT_PAGES = struct.Struct("<8xI4xQ17x")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +225,15 @@ class ExtentRow:
             self.plain_length,
             self.codec,
         )
+
+    @staticmethod
+    def pages_and_pack(row: bytes) -> tuple[int, int]:
+        """Only how many pages a row has, and in which pack: for counting; raises `Corrupt`."""
+        try:
+            pages, pack = _EXTENT_PAGES.unpack(row)
+        except struct.error:
+            raise Corrupt(f"extent row of {len(row)} bytes; run 'qsfs fsck'") from None
+        return pages, pack
 
     @classmethod
     def decode(cls, first: int, row: bytes) -> ExtentRow:

@@ -55,11 +55,14 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.rows: Rows = {}
+        self.rows: Rows = {bytes((5,)) + u64(key): b"old" for key in range(0, 300, 3)}
         self.marked: set[bytes] = set()
         self.packs: dict[int, list[tuple[bytes, bytes | None]]] = {}
-        self.chain = Chain((Range(b"", (self.written([]),), 0),), (), 0)
-        self.refresh: Refresh | None = None
+        old = sorted(self.rows.items())
+        # As a version without ranges left it: one snapshot of several packs, and deltas since.
+        whole = Range(b"", tuple(self.written(old[at : at + 20]) for at in range(0, len(old), 20)), 0)
+        self.chain = Chain((whole,), (), 0).followed_by((self.written([old[7]]),), Touched.everything())
+        self.remount()
         self.at: list[tuple[Stretch, bytes]] = []
         self.longest = 0
 
