@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cost import measure_cost
 from latency import durable_writes_beside_a_writer, random_reads
 from measures import MIB
 from quickstart import QSFS, answers, free_ports, wait_for
@@ -38,10 +39,19 @@ PARTS = {
     "random": "random reads of 128 KiB from the backends",
     "delayed_fetch": "sequential read, delayed",
     "delayed_random": "random reads of 128 KiB, delayed",
+    "cost": "bytes stored for each byte of scattered 4 KiB pages that changed",
     "quiet": "4 KiB write + fsync beside a writer, nothing flushed",
     "flushing": "4 KiB write + fsync beside a writer, flushed meanwhile",
 }
 """The parts of a round, and what they measure."""
+COSTS = {
+    "stored_per_byte": "all of it",
+    "data_per_byte": "  shards of data",
+    "metadata_per_byte": "  shards of metadata",
+    "heads_per_byte": "  heads",
+    "other_per_byte": "  other records",
+}
+"""What a cut costs, and how a table calls it."""
 _NEVER = "cut_seconds = 3600\nquiet_seconds = 3600"
 _ALWAYS = "cut_seconds = 5\nquiet_seconds = 0.5"
 _CHUNK = MIB
@@ -155,10 +165,14 @@ def measure_remote(
 
 def remote_table(report: dict[str, Any]) -> str:
     """The report for people: the median round of each part."""
-    rates, latencies = [], []
+    rates, latencies, costs = [], [], []
     for name, what in PARTS.items():
         runs = report.get(name)
         if not runs:
+            continue
+        if name == "cost":
+            run = sorted(runs, key=lambda run: run["stored_per_byte"])[len(runs) // 2]
+            costs += [[what, f"{run[key]:.3f}"] for key, what in COSTS.items() if key in run]
             continue
         key = "p50_ms" if "p50_ms" in runs[0] else "mb_per_second"
         run = sorted(runs, key=lambda run: run[key])[len(runs) // 2]
@@ -183,6 +197,8 @@ def remote_table(report: dict[str, Any]) -> str:
         tables.append(format_table(headers, rates))
     if latencies:
         tables.append(format_table(["measure", "p50, ms", "p99, ms", "the writer, MB/s"], latencies))
+    if costs:
+        tables.append(format_table(["stored on all backends, for each byte of the pages that changed", ""], costs))
     return (
         f"{report['backends']} backends on this machine, {report['code']}, {report['codec']}, "
         f"{format_size(report['size'])} of random bytes, {report['rounds']} rounds; "
@@ -219,6 +235,8 @@ def _undelayed(remote: Remote, size: int, only: Collection[str]) -> Iterator[tup
         remote.qsfs("sync")
     if "flush" in only:
         yield "flush", flush[0].report()
+    if "cost" in only:
+        yield "cost", measure_cost(remote, remote.mountpoint / "file", size)
     yield from _cold(remote, size, only, "")
 
 
