@@ -23,6 +23,9 @@ written again.  Why that gives the state of the cut:
 A crash before that head is recorded leaves the ranges as they were; the packs that were written are
 listed nowhere.  Any number of heads may be published while a range is read.
 
+**Merging.**  Deltas that follow each other are merged into one (`merge`), which changes no row of the image:
+the later row of a key counts, and rows that a range does not need any more are left out.
+
 **Dropping deltas.**  `since` of a range is the first delta that touches it, not the first that is
 newer.  A delta that no range needs any more, and all before it, is dropped; so the range
 that has waited longest is refreshed first, and what was never touched holds nothing up.
@@ -46,6 +49,11 @@ _SNAPSHOT_A_DELTA = 2048
 With d listed, and s bytes of snapshot, both cost about the same where d x d = s / this."""
 _LEAST_SNAPSHOT = 4 << 20
 """Bytes that a smaller snapshot counts as when deltas are weighed against it."""
+MERGED = 8
+"""Deltas that become one."""
+_MOST_MERGED_BYTES = 2 << 20
+"""What merged deltas weigh at most, packed: their rows are in memory together."""
+_NONE_OUTWEIGHS = 4
 _LEAST_AT_ONCE = 4
 _MOST_AT_ONCE = 64
 """Packs that are written anew between two generations."""
@@ -165,6 +173,24 @@ class Refresh:
         return [pack for stretch in self.stretches for _, packs in stretch.pieces for pack in packs]
 
 
+@dataclass(slots=True)
+class Merge:
+    """Deltas that follow each other and become one; `since` and `starts` are those of the ranges when it began.
+
+    Once it is `done`, any head may list `packs` in their place.
+    """
+
+    deltas: tuple[Delta, ...]
+    starts: tuple[bytes, ...]
+    since: tuple[int, ...]
+    packs: Packs = ()
+    done: bool = False
+
+
+Renewal = Refresh | Merge
+"""What is written while generations go on, to be listed in the place of what it was made of; one at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chain:
     """The ranges of the snapshot in order, the deltas of a generation from the oldest on, the next one's number."""
@@ -246,6 +272,26 @@ class Chain:
         for (start, packs), stop in zip(stretch.pieces, stops, strict=True):
             yield Range(start, packs, self._since(since, start, stop))
 
+    def merged(self, merge: Merge) -> Chain:
+        """The chain with a merged delta in the place of its parts; as it is if they are not all listed any more.
+
+        Of a part, rows that a range does not need are left out.  So the merged delta, whose number is the
+        first's, applies to each range that any part applied to.
+        """
+        first, last = merge.deltas[0].number, merge.deltas[-1].number
+        numbers = [delta.number for delta in self.deltas if first <= delta.number <= last]
+        if numbers != [delta.number for delta in merge.deltas]:
+            return self
+        ranges = tuple(replace(part, since=first) if first < part.since <= last else part for part in self.ranges)
+        deltas = [delta for delta in self.deltas if delta.number < first]
+        deltas += [Delta(first, merge.packs)] if merge.packs else []
+        deltas += [delta for delta in self.deltas if delta.number > last]
+        return Chain(ranges, tuple(deltas), self.next_number)._shortened()
+
+    def renewed(self, renewal: Renewal) -> Chain:
+        """The chain with what was written in the place of what it was made of."""
+        return self.merged(renewal) if isinstance(renewal, Merge) else self.refreshed(renewal)
+
     def _since(self, least: int, start: bytes, stop: bytes | None) -> int:
         """The first delta numbered from `least` on that touches a stretch."""
         for delta in self.deltas:
@@ -257,7 +303,16 @@ class Chain:
         needed = min(part.since for part in self.ranges)
         return Chain(self.ranges, tuple(d for d in self.deltas if d.number >= needed), self.next_number)
 
-    # refreshing
+    # what to renew
+
+    def next_merge(self) -> Merge | None:
+        """Deltas to merge now, the newest that fit: several, none of which outweighs the others, of bounded weight."""
+        for begin in range(len(self.deltas) - MERGED, -1, -1):
+            some = self.deltas[begin : begin + MERGED]
+            weights = [delta.bytes for delta in some]
+            if sum(weights) <= _MOST_MERGED_BYTES and max(weights) <= sum(weights) // _NONE_OUTWEIGHS:
+                return Merge(some, self.starts, tuple(part.since for part in self.ranges))
+        return None
 
     def next_refresh(self, ratio: float, pack_bytes: int) -> Refresh | None:
         """What to read anew now; None while the deltas neither outweigh the snapshot by `ratio` nor are too many.

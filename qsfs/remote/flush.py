@@ -17,12 +17,13 @@ from qsfs.config import FlushConfig
 from qsfs.errors import CacheError, DeadlineExceeded, Fenced, QsfsBug, QsfsError
 from qsfs.format.head import Head, HeadRef, open_head
 from qsfs.remote.base import BASE_KEY, local_head, record_published
-from qsfs.remote.chain import Refresh, listed_ids
+from qsfs.remote.chain import Merge, Renewal, listed_ids
 from qsfs.remote.context import FlushContext
 from qsfs.remote.cut import NoCut
 from qsfs.remote.exposure import Exposure
 from qsfs.remote.generation import Generations, HeadPublisher
 from qsfs.remote.ledger import read_rows
+from qsfs.remote.merge import MergeUpload
 from qsfs.remote.metadata import MetadataUpload, RefreshUpload
 from qsfs.remote.pace import Pace
 from qsfs.remote.precopy import PreCopier
@@ -85,6 +86,9 @@ class Flusher:
         self._publisher = publisher
         self._first = first
         self._on_fenced = on_fenced
+        self._reader = reader
+        self._merge_failed = False
+        self._renewal_problem = ""
         self._precopier = PreCopier(context, self._in_cut, config.quiet_seconds)
         self._upkeep = Upkeep(
             context,
@@ -226,14 +230,14 @@ class Flusher:
                     _log.error("no generation could be made: %s", error)
                 self.last_error = str(error)
                 await trio.sleep(_RETRY_SECONDS)
-            self._start_refresh(nursery)
+            self._start_renewal(nursery)
 
     async def _generation(self) -> None:
         """Makes one generation of all that was accepted before it began, or finds nothing new."""
         generations, context = self._generations, self.context
         serial = self._started = self._started + 1
         while await self._something_new():
-            refreshed = generations.refreshed
+            renewed = generations.renewed
             marks = context.store.layers.view.count(Table.CHANGED)
             if marks > EARLY_DELTA_MARKS and generations.pre_delta is None:
                 await self._early_delta()
@@ -251,7 +255,7 @@ class Flusher:
                 self._pace.sealed(cut.bytes, context.clock.monotonic() - begin)
                 await self._knows_packs.wait()
                 self.phase = "publishing"
-                await generations.publish(cut, refreshed)
+                await generations.publish(cut, renewed)
                 self.exposure.published(uploaded)
                 self._upkeep.published(given_up)
                 base = generations.base
@@ -330,21 +334,35 @@ class Flusher:
         more = await upload.run()
         generations.pre_delta = (upload.complete_to, (*packs, *more))
 
-    def _start_refresh(self, nursery: trio.Nursery) -> None:
+    def _start_renewal(self, nursery: trio.Nursery) -> None:
+        """Keeps what heads list short: merges deltas, or reads some ranges of the snapshot anew."""
         generations = self._generations
-        if not self.knows_packs or generations.refresh is not None:
+        if not self.knows_packs or generations.renewal is not None:
             return
-        refresh = generations.chain.next_refresh(self._config.snapshot_ratio, self.context.sealer.pack_bytes)
-        if refresh is not None:
-            generations.refresh = refresh
-            nursery.start_soon(self._refresh, refresh)
+        chain = generations.chain
+        pack_bytes = self.context.sealer.pack_bytes
+        merge, refresh = chain.next_merge(), chain.next_refresh(self._config.snapshot_ratio, pack_bytes)
+        # Deltas that cannot be read are replaced with what they are needed for.
+        renewal = (refresh or merge) if self._merge_failed else (merge or refresh)
+        if renewal is not None:
+            generations.renewal = renewal
+            nursery.start_soon(self._renew, renewal)
 
-    async def _refresh(self, refresh: Refresh) -> None:
+    async def _renew(self, renewal: Renewal) -> None:
         try:
-            await RefreshUpload(self.context, refresh).run()
+            if isinstance(renewal, Merge):
+                self._merge_failed = True
+                await MergeUpload(self.context, renewal, self._reader).run()
+                self._merge_failed = False
+            else:
+                await RefreshUpload(self.context, renewal).run()
         except QsfsError as error:
-            _log.warning("metadata were not written anew, which is tried again: %s", error)
-            self._generations.refresh = None
+            if str(error) != self._renewal_problem:
+                _log.warning("metadata were not written anew, which is tried again: %s", error)
+            self._renewal_problem = str(error)
+            self._generations.renewal = None
+        else:
+            self._renewal_problem = ""
 
     # room
 

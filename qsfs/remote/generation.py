@@ -22,7 +22,7 @@ from qsfs.format.fleet import Fleet
 from qsfs.format.head import Head, HeadRef, KeptGeneration, MetadataPack, Owner, SealedHead
 from qsfs.format.pack import Pack
 from qsfs.remote.base import LocalHead, record_base
-from qsfs.remote.chain import Chain, ListedPack, Packs, Refresh, Touched
+from qsfs.remote.chain import Chain, ListedPack, Packs, Renewal, Touched
 from qsfs.remote.context import FlushContext
 from qsfs.remote.cut import CutOrder, NoCut, SealedCut, seal_cut, seal_rest
 from qsfs.remote.kept import kept_with
@@ -64,7 +64,7 @@ class _Written:
     data: Mapping[int, Upload]
     metadata: list[tuple[ListedPack, Upload]]
     chain: Chain
-    refreshed: Refresh | None
+    renewed: Renewal | None
 
 
 class Generations:
@@ -73,7 +73,7 @@ class Generations:
     `base` is the last one that the local store has recorded and `chain` what it lists; `pins` maps
     generations to the names that the next head shall pin them by; `fleets` are those that it names.
     `pre_delta` holds rows of the next delta that were packed ahead of its cut, with the commit up to
-    which they are complete; `refresh` the ranges that are being read anew.
+    which they are complete; `renewal` the ranges that are being read anew, or deltas that are being merged.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Generations:
         self.waiting = ""
         self.cut: SealedCut | None = None
         self.pre_delta: tuple[int, Packs] | None = None
-        self.refresh: Refresh | None = None
+        self.renewal: Renewal | None = None
         self._recording = False
         self._context = context
         self._chain: Chain | None = None
@@ -144,21 +144,21 @@ class Generations:
     # publishing
 
     @property
-    def refreshed(self) -> Refresh | None:
-        """The ranges that were read anew, if that is done: the head of a cut taken from now on may list them."""
-        return self.refresh if self.refresh is not None and self.refresh.done else None
+    def renewed(self) -> Renewal | None:
+        """The renewal, if it is done: the head of a cut taken from now on may list it."""
+        return self.renewal if self.renewal is not None and self.renewal.done else None
 
-    async def publish(self, cut: SealedCut, refreshed: Refresh | None) -> LocalHead:
+    async def publish(self, cut: SealedCut, renewed: Renewal | None) -> LocalHead:
         """Uploads a sealed cut, publishes its head and records it; returns the new base.
 
-        `refreshed` are ranges that were written before the cut was taken.  Waits for backends for
+        `renewed` was written before the cut was taken.  Waits for backends for
         as long as it takes; `waiting` says what for.  Raises `Fenced`, and what the local disk raises:
         if no head was stored by then the cut is abandoned.
         """
         self.cut = cut
         try:
             try:
-                written = await self._upload(cut, refreshed)
+                written = await self._upload(cut, renewed)
                 failpoints.hit("flush.packs.uploaded")
                 head = self._head(written)
                 sealed = await self._send(head)
@@ -181,7 +181,7 @@ class Generations:
         except CacheError as error:
             _log.warning("generation %d was given up: %s", cut.generation, error)
 
-    async def _upload(self, cut: SealedCut, refreshed: Refresh | None) -> _Written:
+    async def _upload(self, cut: SealedCut, renewed: Renewal | None) -> _Written:
         context = self._context
         uploads: dict[int, Upload] = {}
         packs = [(p.ordinal, p.ref) for p in cut.data] + [(p.ordinal, p.ref) for p in cut.metadata]
@@ -204,10 +204,10 @@ class Generations:
         before = self.pre_delta[1] if self.pre_delta is not None else ()
         touched = Touched.everything() if before else cut.touched
         delta = (*before, *(listed for listed, _ in metadata))
-        chain = self.chain if refreshed is None else self.chain.refreshed(refreshed)
+        chain = self.chain if renewed is None else self.chain.renewed(renewed)
         chain = chain.followed_by(delta, touched)
         data = {pack.number: uploads[pack.ordinal] for pack in cut.data}
-        return _Written(cut, data, metadata, chain, refreshed)
+        return _Written(cut, data, metadata, chain, renewed)
 
     async def _upload_all(
         self, packs: list[tuple[int, PackRef]], cut: SealedCut, uploads: dict[int, Upload]
@@ -317,8 +317,8 @@ class Generations:
         return self.base
 
     def _became_base(self, written: _Written, head: Head, sealed: SealedHead) -> None:
-        if written.refreshed is not None and written.refreshed is self.refresh:
-            self.refresh = None
+        if written.renewed is not None and written.renewed is self.renewal:
+            self.renewal = None
         self._chain = written.chain
         self.pre_delta = None
         self.base = LocalHead(sealed, head, True)

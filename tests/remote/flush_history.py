@@ -17,11 +17,12 @@ import trio
 
 from qsfs import failpoints
 from qsfs.format.head import HeadRef
-from qsfs.remote.chain import Refresh
+from qsfs.remote.chain import Merge, Refresh
+from qsfs.remote.merge import MergeUpload
 from qsfs.remote.metadata import MetadataUpload, RefreshUpload
 from qsfs.store.schema import PAGE, InodeFlag
 from qsfs.store.snapshot import RowsPart
-from tests.remote.flush_machine import Crash, FlushMachine, crash, newest_head, restore
+from tests.remote.flush_machine import Crash, DirectReader, FlushMachine, crash, newest_head, restore
 from tests.remote.harness import World
 
 MOST_PAGES = 150
@@ -183,6 +184,8 @@ class FlushHistory:
             await self.cut()
         elif choice < 0.965:
             await self.early_delta()
+        elif choice < 0.98:
+            await self.merge()
         else:
             await self.refresh()
 
@@ -202,7 +205,7 @@ class FlushHistory:
         order = machine.generations.next_order(64 << 20)
         self.order = order.generation
         await machine.committer.commit()
-        refreshed = machine.generations.refreshed
+        renewed = machine.generations.renewed
         sealed = await machine.generations.seal(order)
         if not hasattr(sealed, "commit_number"):
             return
@@ -211,7 +214,7 @@ class FlushHistory:
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.backends_return)
-            await machine.generations.publish(sealed, refreshed)
+            await machine.generations.publish(sealed, renewed)
             nursery.cancel_scope.cancel()
         assert machine.generations.base.sealed.ref > before
         self.check_newest()
@@ -232,7 +235,7 @@ class FlushHistory:
     async def refresh(self) -> None:
         """Reads some ranges anew, in small parts, while the application and generations go on."""
         machine, r = self.machine, self.random
-        if machine.generations.refresh is not None:
+        if machine.generations.renewal is not None:
             return
         chain = machine.generations.chain
         first = r.randrange(len(chain.ranges))
@@ -240,7 +243,7 @@ class FlushHistory:
         stretches = chain._stretches(range(first, last + 1))
         if r.random() < 0.3:
             stretches = chain._stretches(sorted(r.sample(range(len(chain.ranges)), len(chain.ranges) // 2 + 1)))
-        refresh = machine.generations.refresh = Refresh(stretches, r.choice((1, 2, 3, 50)), chain.next_number)
+        refresh = machine.generations.renewal = Refresh(stretches, r.choice((1, 2, 3, 50)), chain.next_number)
         self.trace.append(f"refresh {first} to {last} of {len(chain.ranges)}")
         upload = RefreshUpload(machine.context, refresh)
         upload.pack_bytes = r.choice((2000, 5000, 20_000))
@@ -259,6 +262,18 @@ class FlushHistory:
         upload._read = read  # type: ignore[method-assign]
         await upload.run()
         self.trace.append("refresh done")
+
+    async def merge(self) -> None:
+        """Merges some deltas; generations may come before it is listed."""
+        generations, r = self.machine.generations, self.random
+        chain = generations.chain
+        if generations.renewal is not None or len(chain.deltas) < 2:
+            return
+        first = r.randrange(len(chain.deltas) - 1)
+        some = chain.deltas[first : r.randrange(first + 2, len(chain.deltas) + 1)]
+        self.trace.append(f"merge {len(some)} of {len(chain.deltas)}")
+        merge = generations.renewal = Merge(some, chain.starts, tuple(part.since for part in chain.ranges))
+        await MergeUpload(self.machine.context, merge, DirectReader(self.world)).run()
 
     # the application
 

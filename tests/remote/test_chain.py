@@ -13,8 +13,8 @@ from qsfs.clock import SystemClock
 from qsfs.format.extent import PackKind, PackRef
 from qsfs.format.head import Head, MetadataPack
 from qsfs.remote import chain as chains
-from qsfs.remote.chain import Chain, Delta, ListedPack, Packs, Range, Refresh, Stretch, Touched
-from qsfs.remote.image import packs_of
+from qsfs.remote.chain import Chain, Delta, ListedPack, Merge, Packs, Range, Refresh, Renewal, Stretch, Touched
+from qsfs.remote.image import Counting, packs_of
 from qsfs.store.positions import position_of
 from qsfs.store.schema import Inode, Table, Truncation, encode_truncations, u64, u64_pair
 from qsfs.store.snapshot import CommittedState
@@ -64,7 +64,7 @@ class World:
         self.chain = Chain((whole,), (), 0).followed_by((self.written([old[7]]),), Touched.everything())
         self.remount()
         self.at: list[tuple[Stretch, bytes]] = []
-        self.longest = 0
+        self.longest = self.merges = 0
 
     def written(self, rows: list[tuple[bytes, bytes | None]]) -> ListedPack:
         number = len(self.packs) + 1
@@ -93,7 +93,7 @@ class World:
         delta = self.written([(key, self.rows.get(key)) for key in sorted(marked)])
         for _ in range(self.random.randrange(3)):
             self.change()
-        chain = self.chain.refreshed(done) if done is not None else self.chain
+        chain = self.chain.renewed(done) if done is not None else self.chain
         self.chain = chain.followed_by((delta,), touched)
         if done is not None:
             self.refresh = None
@@ -108,14 +108,20 @@ class World:
                     rows[key] = value
         return {key: value for key, value in rows.items() if value is not None}
 
-    def begin(self, refresh: Refresh | None) -> None:
+    def begin(self, refresh: Renewal | None) -> None:
         if self.refresh is None and refresh is not None:
             self.refresh = refresh
+            if isinstance(refresh, Merge):
+                self.merges += 1
+                return
             self.at = [(stretch, stretch.start) for stretch in refresh.stretches]
 
     def read(self) -> None:
         """Reads one pack of the refresh."""
         if self.refresh is None or self.refresh.done:
+            return
+        if isinstance(self.refresh, Merge):
+            self.merge(self.refresh)
             return
         stretch, start = self.at.pop(0)
         stop = stretch.stop
@@ -126,6 +132,17 @@ class World:
         if more:
             self.at.insert(0, (stretch, more[0]))
         self.refresh.done = not self.at or len(self.refresh.packs) >= self.refresh.most_packs
+
+    def merge(self, merge: Merge) -> None:
+        rows: Rows = {}
+        for delta in merge.deltas:
+            counting = Counting(merge.starts, tuple(since <= delta.number for since in merge.since))
+            for listed in delta.packs:
+                for key, value in self.packs[listed.number]:
+                    if list(counting.of([(Table.EXTENTS, key[1:], value)])):
+                        rows[key] = value
+        merge.packs = (self.written(sorted(rows.items())),)
+        merge.done = True
 
     def remount(self) -> None:
         """What is being read is lost; the chain is what the last head lists."""
@@ -139,6 +156,8 @@ def test_every_head_gives_the_rows_of_its_cut(seed: int, monkeypatch: pytest.Mon
     """Whatever ranges are read anew while rows change, generations are made and mounts end."""
     monkeypatch.setattr(chains, "LEAST_DELTAS", 6)
     monkeypatch.setattr(chains, "_LEAST_AT_ONCE", 1 + seed % 4)
+    monkeypatch.setattr(chains, "MERGED", 3 + seed % 3)
+    monkeypatch.setattr(chains, "_NONE_OUTWEIGHS", 2)
     world = World(seed)
     for _ in range(600):
         act = world.random.random()
@@ -146,13 +165,14 @@ def test_every_head_gives_the_rows_of_its_cut(seed: int, monkeypatch: pytest.Mon
             world.change()
         elif act < 0.7:
             world.generation()
-            world.begin(world.chain.next_refresh(1.0, 4096))
+            due = world.chain.next_merge(), world.chain.next_refresh(1.0, 4096)
+            world.begin(due[seed % 2] or due[1 - seed % 2])
         elif act < 0.99:
             world.read()
         else:
             world.remount()
     assert world.longest < 60
-    assert len(world.chain.ranges) > 3
+    assert world.merges > 3
 
 
 def test_a_delta_is_dropped_once_no_range_needs_it_and_untouched_ranges_are_left_alone():
@@ -184,6 +204,22 @@ def test_work_at_a_time_is_bounded_however_much_there_is():
     assert [stretch.start for stretch in refresh.stretches] == [b""]
     assert refresh.stretches[0].stop == bytes((5,)) + u64(refresh.most_packs)
     assert 1000 / chains.most_deltas(1000 << 20) <= refresh.most_packs <= 8
+
+
+def test_small_deltas_are_merged_and_large_ones_left_alone():
+    chain = Chain((Range(b"", (pack(1),), 0),), (), 0)
+    chain = chain.followed_by((pack(2, 3 << 20),), Touched.everything())
+    for number in range(chains.MERGED):
+        assert chain.next_merge() is None
+        chain = chain.followed_by((pack(3 + number),), Touched.everything())
+    merge = chain.next_merge()
+    assert merge is not None
+    merge.packs = (pack(50),)
+    later = chain.followed_by((pack(51),), Touched.everything())
+    after = later.merged(merge)
+    assert [delta.packs[0].number for delta in after.deltas] == [2, 50, 51]
+    assert after.next_merge() is None
+    assert after.merged(merge) == after, "what is not listed any more is replaced by nothing"
 
 
 def test_a_chain_of_one_range_is_a_head_that_older_versions_read():

@@ -30,7 +30,7 @@ from qsfs.remote.ownership import own
 from qsfs.remote.publish import NotYet, Published
 from qsfs.remote.stored import StoredPack
 from qsfs.store.schema import PAGE, PackRow, PackState, Table
-from tests.remote.flush_machine import Crash, FlushMachine, crash, read_body, restore
+from tests.remote.flush_machine import Crash, DirectReader, FlushMachine, crash, restore
 from tests.remote.harness import TIMING, World, make_world
 from tests.support.virtual_time import virtual_time
 
@@ -47,22 +47,6 @@ class VirtualClock(FixedClock):
 
     def time_ns(self) -> int:
         return super().time_ns() + int(self._clock.current_time() * 1e9)
-
-
-class DirectReader:
-    """Reads shards without any waiting."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-
-    async def shards(self, pack: StoredPack, wanted: Collection[int]) -> dict[int, memoryview]:
-        await trio.lowlevel.checkpoint()
-        try:
-            body = memoryview(read_body(self.world, pack.ref))
-        except AssertionError as error:
-            raise DataLost(str(error)) from error
-        size = pack.ref.shard_size
-        return {number: body[number * size : (number + 1) * size] for number in wanted}
 
 
 @pytest.fixture
@@ -727,19 +711,42 @@ async def test_many_changed_rows_are_uploaded_ahead_of_the_cut(
         assert image.xattrs["f5"] == {b"user.x": b"1"}
 
 
-async def test_ranges_are_written_anew_when_the_deltas_are_too_many(
-    world: World, machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock
-):
-    """The head's lists stay short; the image is the same."""
-    monkeypatch.setattr("qsfs.remote.chain.LEAST_DELTAS", 5)
+async def test_deltas_are_merged_so_that_heads_stay_short(world: World, machine: FlushMachine, clock):
+    """Small generations one after the other; the image is that of the last cut, also after a remount."""
     async with flushing(machine) as flusher:
-        for i in range(20):
+        for i in range(30):
+            machine.write(machine.create(f"f{i}"), 0, page("x"))
+            await flusher.sync()
+            await trio.sleep(2)
+    async with flushing(machine) as flusher:
+        for i in range(30, 50):
+            machine.write(machine.create(f"f{i}"), 0, page("x"))
+            await flusher.sync()
+            await trio.sleep(2)
+    image = restore(world)
+    assert image.files == {f"f{i}": page("x") for i in range(50)}
+    assert len(image.head.deltas) < 25
+
+
+async def test_ranges_are_written_anew_when_deltas_are_too_many_and_cannot_be_read(
+    world: World, machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log
+):
+    """A merge that fails holds nothing up; the head's lists stay short, and the image is the same."""
+    monkeypatch.setattr("qsfs.remote.chain.LEAST_DELTAS", 12)
+
+    async def lost(reader: DirectReader, pack: StoredPack, wanted: Collection[int]) -> dict[int, memoryview]:
+        raise DataLost("no shard is left")
+
+    monkeypatch.setattr(DirectReader, "shards", lost)
+    async with flushing(machine) as flusher:
+        for i in range(30):
             machine.write(machine.create(f"f{i}"), 0, page("x"))
             await flusher.sync()
             await trio.sleep(2)
         image = restore(world)
-        assert len(image.files) == 20
-        assert len(image.head.deltas) < 12
+        assert len(image.files) == 30
+        assert len(image.head.deltas) < 20
+    expect_log("metadata were not written anew, which is tried again: no shard is left")
 
 
 async def test_what_a_crash_left_unfinished_is_taken_up_by_the_next_mount(

@@ -309,12 +309,12 @@ async def test_ranges_read_anew_over_many_commits_are_the_state_of_the_cut(
         for name, number in numbers.items():
             machine.write(number, 0, page(name[-1]))
         assert await machine.cut()
-        refresh = machine.generations.refresh = everything_anew(machine.generations.chain)
+        refresh = machine.generations.renewal = everything_anew(machine.generations.chain)
         await RefreshUpload(machine.context, refresh).run()
         machine.write(numbers["f7"], 0, page("w"))
         machine.unlink("f8", numbers["f8"])
         assert await machine.cut()
-        assert machine.generations.refresh is None
+        assert machine.generations.renewal is None
         newest = newest_head(world)
         assert newest is not None
         assert len(newest[1].deltas) == 1
