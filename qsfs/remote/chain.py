@@ -317,7 +317,7 @@ class Chain:
     def next_refresh(self, ratio: float, pack_bytes: int) -> Refresh | None:
         """What to read anew now; None while the deltas neither outweigh the snapshot by `ratio` nor are too many.
 
-        Packs are closed at `pack_bytes` of rows.  The ranges that have waited longest come first; how much it
+        A range has about `pack_bytes` of rows.  The ranges that have waited longest come first; how much it
         is depends on how the deltas grow, so that their list stays short, and not on how much there is.
         """
         weight = sum(delta.bytes for delta in self.deltas)

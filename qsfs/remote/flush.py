@@ -24,7 +24,7 @@ from qsfs.remote.exposure import Exposure
 from qsfs.remote.generation import Generations, HeadPublisher
 from qsfs.remote.ledger import read_rows
 from qsfs.remote.merge import MergeUpload
-from qsfs.remote.metadata import MetadataUpload, RefreshUpload
+from qsfs.remote.metadata import MetadataUpload, RefreshUpload, range_bytes
 from qsfs.remote.pace import Pace
 from qsfs.remote.precopy import PreCopier
 from qsfs.remote.shards import ShardReader
@@ -340,8 +340,8 @@ class Flusher:
         if not self.knows_packs or generations.renewal is not None:
             return
         chain = generations.chain
-        pack_bytes = self.context.sealer.pack_bytes
-        merge, refresh = chain.next_merge(), chain.next_refresh(self._config.snapshot_ratio, pack_bytes)
+        bytes_at_once = range_bytes(self.context.sealer)
+        merge, refresh = chain.next_merge(), chain.next_refresh(self._config.snapshot_ratio, bytes_at_once)
         # Deltas that cannot be read are replaced with what they are needed for.
         renewal = (refresh or merge) if self._merge_failed else (merge or refresh)
         if renewal is not None:

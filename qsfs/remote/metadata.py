@@ -65,11 +65,16 @@ class MetadataUpload:
             return state.changed(position, self._floor, context.sealer.pack_bytes, until)
 
 
+def range_bytes(sealer: Sealer) -> int:
+    """Bytes of rows in a range: more than in other packs, as they compress well and every head lists all ranges."""
+    return 2 * sealer.pack_bytes
+
+
 class RefreshUpload:
     """Reads the stretches of a refresh from the local tables and uploads them, a pack at a time."""
 
     def __init__(self, context: FlushContext, refresh: Refresh) -> None:
-        self.pack_bytes = context.sealer.pack_bytes
+        self.pack_bytes = range_bytes(context.sealer)
         self._context = context
         self._refresh = refresh
 
