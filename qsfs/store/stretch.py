@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from heapq import merge
 
 from qsfs.clock import Clock
-from qsfs.store.positions import INODE_SPACE, INODE_TABLES, SPACES, position_of
+from qsfs.store.positions import INODE_SPACE, INODE_TABLES, SPACES
 from qsfs.store.schema import Table
 from qsfs.store.snapshot import CommittedState, Row, RowsPart
 
 _ROW_COST = 48
-_INODE_END = 9
-"""Length of the part of a position that names an inode: its rows are never divided."""
+_INODE = 8
+"""Length of the part of a key that names an inode: its rows are never divided."""
+_ROWS_A_LOOK = 64
 _ORDER = sorted(set(SPACES.values()))
 _TABLE_OF = {space: Table(table) for table, space in SPACES.items() if space != INODE_SPACE}
 
@@ -33,45 +34,67 @@ def read_stretch(
 
     `resume` of what is returned is a position that may divide the rows: not inside those of one inode.
     """
-    rows: list[Row] = []
-    size = 0
-    before = b""
-    for seen, (position, table, key) in enumerate(_names(state, start, stop)):
-        apart = position[0] != INODE_SPACE or position[:_INODE_END] != before
-        if apart and (size >= most_bytes or (seen and clock.monotonic() >= until)):
-            return RowsPart(tuple(rows), position[:_INODE_END] if position[0] == INODE_SPACE else position)
-        before = position[:_INODE_END]
-        stored = state.view.get(table, key)
-        for row in state.rows_of(table, key, None if stored is None else bytes(stored)):
-            # An extent brings the truncation row of its inode along, which stands elsewhere and is read there.
-            if SPACES[row[0]] == position[0]:
-                rows.append(row)
-                size += len(row[1]) + len(row[2] or b"") + _ROW_COST
-    return RowsPart(tuple(rows), None)
-
-
-def _names(state: CommittedState, start: bytes, stop: bytes | None) -> Iterator[tuple[bytes, Table, bytes]]:
-    """Position, table and key of the stored rows in a stretch, in the order of positions, by inode."""
+    reading = _Reading(state, clock, most_bytes, until)
     first = start[0] if start else 0
     for space in _ORDER:
         if space < first or (stop is not None and bytes((space,)) >= stop):
             continue
         begin = start[1:] if space == first else b""
         end = stop[1:] if stop is not None and stop[0] == space else None
-        if space == INODE_SPACE:
-            yield from merge(*(_inode_rows(state, table, begin, end) for table in INODE_TABLES), key=_inode_order)
-        else:
-            table = _TABLE_OF[space]
-            for key, _ in state.view.scan(table, begin, end):
-                yield position_of(table, key), table, key
+        resume = reading.inodes(begin, end) if space == INODE_SPACE else reading.plain(_TABLE_OF[space], begin, end)
+        if resume is not None:
+            return RowsPart(tuple(reading.rows), bytes((space,)) + resume)
+    return RowsPart(tuple(reading.rows), None)
 
 
-def _inode_rows(
-    state: CommittedState, table: Table, begin: bytes, end: bytes | None
-) -> Iterator[tuple[bytes, Table, bytes]]:
-    for key, _ in state.view.scan(table, begin, end):
-        yield position_of(table, key), table, key
+class _Reading:
+    """Rows that were found so far.  Its methods return the key at which they stopped, None at the end."""
+
+    def __init__(self, state: CommittedState, clock: Clock, most_bytes: int, until: float) -> None:
+        self.rows: list[Row] = []
+        self._state = state
+        self._clock = clock
+        self._most = most_bytes
+        self._until = until
+        self._size = 0
+        self._count = 0
+
+    def _enough(self) -> bool:
+        """Whether to stop, asked once for each key or inode; the clock is looked at now and then."""
+        self._count += 1
+        late = self._count % _ROWS_A_LOOK == 0 and self._clock.monotonic() >= self._until
+        return late or self._size >= self._most
+
+    def plain(self, table: Table, start: bytes, stop: bytes | None) -> bytes | None:
+        """Rows of a table that are in a generation as they are in the table.
+
+        An extent may bring a truncation row of its inode along, which stands elsewhere and is read there.
+        """
+        for key, value in self._state.view.scan(table, start, stop):
+            if self._enough():
+                return key
+            self.rows.append((table, key, bytes(value)))
+            self._size += len(key) + len(value) + _ROW_COST
+        return None
+
+    def inodes(self, start: bytes, stop: bytes | None) -> bytes | None:
+        """What there is of each inode, but for its extents."""
+        view = self._state.view
+        before = b""
+        for key, table in merge(*(_keys(self._state, table, start, stop) for table in INODE_TABLES), key=_by_inode):
+            if key[:_INODE] != before and self._enough():
+                return key[:_INODE]
+            before = key[:_INODE]
+            stored = view.get(table, key)
+            for row in self._state.rows_of(table, key, None if stored is None else bytes(stored)):
+                self.rows.append(row)
+                self._size += len(row[1]) + len(row[2] or b"") + _ROW_COST
+        return None
 
 
-def _inode_order(name: tuple[bytes, Table, bytes]) -> tuple[bytes, int]:
-    return name[0][:_INODE_END], name[1]
+def _keys(state: CommittedState, table: Table, start: bytes, stop: bytes | None) -> Iterator[tuple[bytes, Table]]:
+    return ((key, table) for key, _ in state.view.scan(table, start, stop))
+
+
+def _by_inode(name: tuple[bytes, Table]) -> tuple[bytes, int]:
+    return name[0][:_INODE], name[1]
