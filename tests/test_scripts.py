@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from qsfs.zdb.record import FILE_HEADER, FILE_MAGIC, FORMAT_VERSION, encode_record
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -192,3 +194,24 @@ class TestQuickstart:
 def test_shell_scripts_parse_and_may_be_run(name):
     assert os.access(SCRIPTS / name, os.X_OK)
     assert subprocess.run(["bash", "-n", str(SCRIPTS / name)], capture_output=True).returncode == 0
+
+
+class TestCost:
+    def test_what_servers_stored_is_counted_by_what_it_is(self, tmp_path):
+        """Keys and values, also of records that were replaced or deleted since; not what the server adds."""
+        cost = load("cost")
+        values = [
+            (b"qsfs:s:one", bytes(84) + b"\x01" + bytes(115)),
+            (b"qsfs:s:two", bytes(84) + b"\x02" + bytes(15)),
+            (b"qsfs:h:head", bytes(1000)),
+            (b"qsfs:h:head", b""),
+            (b"qsfs:o:owner", bytes(30)),
+        ]
+        place = tmp_path / "8" / "data"
+        place.mkdir(parents=True)
+        with (place / "d0").open("wb") as out:
+            out.write(FILE_HEADER.pack(FILE_MAGIC, FORMAT_VERSION, 0))
+            for key, value in values:
+                out.write(encode_record(key, value, time_s=1, durable=0, seed=7) + value)
+        (place / "index").write_bytes(b"other")
+        assert cost.stored(tmp_path) == {"data": 210, "metadata": 110, "heads": 1022, "other": 42}
