@@ -17,16 +17,16 @@ from qsfs.config import FlushConfig
 from qsfs.errors import CacheError, DeadlineExceeded, Fenced, QsfsBug, QsfsError
 from qsfs.format.head import Head, HeadRef, open_head
 from qsfs.remote.base import BASE_KEY, local_head, record_published
-from qsfs.remote.chain import Merge, Renewal, listed_ids
+from qsfs.remote.chain import listed_ids
 from qsfs.remote.context import FlushContext
 from qsfs.remote.cut import NoCut
 from qsfs.remote.exposure import Exposure
 from qsfs.remote.generation import Generations, HeadPublisher
 from qsfs.remote.ledger import read_rows
-from qsfs.remote.merge import MergeUpload
-from qsfs.remote.metadata import MetadataUpload, RefreshUpload, range_bytes
+from qsfs.remote.metadata import MetadataUpload
 from qsfs.remote.pace import Pace
 from qsfs.remote.precopy import PreCopier
+from qsfs.remote.renewal import Renewer
 from qsfs.remote.shards import ShardReader
 from qsfs.remote.upkeep import UPKEEP_SECONDS, Upkeep, every_second
 from qsfs.store.schema import BLOCK_SIZE, Table
@@ -86,9 +86,7 @@ class Flusher:
         self._publisher = publisher
         self._first = first
         self._on_fenced = on_fenced
-        self._reader = reader
-        self._merge_failed = False
-        self._renewal_problem = ""
+        self._renewer = Renewer(context, reader, config.snapshot_ratio)
         self._precopier = PreCopier(context, self._in_cut, config.quiet_seconds)
         self._upkeep = Upkeep(
             context,
@@ -230,7 +228,8 @@ class Flusher:
                     _log.error("no generation could be made: %s", error)
                 self.last_error = str(error)
                 await trio.sleep(_RETRY_SECONDS)
-            self._start_renewal(nursery)
+            if self.knows_packs:
+                self._renewer.begin(self._generations, nursery)
 
     async def _generation(self) -> None:
         """Makes one generation of all that was accepted before it began, or finds nothing new."""
@@ -333,36 +332,6 @@ class Flusher:
         generations.pre_delta = None
         more = await upload.run()
         generations.pre_delta = (upload.complete_to, (*packs, *more))
-
-    def _start_renewal(self, nursery: trio.Nursery) -> None:
-        """Keeps what heads list short: merges deltas, or reads some ranges of the snapshot anew."""
-        generations = self._generations
-        if not self.knows_packs or generations.renewal is not None:
-            return
-        chain = generations.chain
-        bytes_at_once = range_bytes(self.context.sealer)
-        merge, refresh = chain.next_merge(), chain.next_refresh(self._config.snapshot_ratio, bytes_at_once)
-        # Deltas that cannot be read are replaced with what they are needed for.
-        renewal = (refresh or merge) if self._merge_failed else (merge or refresh)
-        if renewal is not None:
-            generations.renewal = renewal
-            nursery.start_soon(self._renew, renewal)
-
-    async def _renew(self, renewal: Renewal) -> None:
-        try:
-            if isinstance(renewal, Merge):
-                self._merge_failed = True
-                await MergeUpload(self.context, renewal, self._reader).run()
-                self._merge_failed = False
-            else:
-                await RefreshUpload(self.context, renewal).run()
-        except QsfsError as error:
-            if str(error) != self._renewal_problem:
-                _log.warning("metadata were not written anew, which is tried again: %s", error)
-            self._renewal_problem = str(error)
-            self._generations.renewal = None
-        else:
-            self._renewal_problem = ""
 
     # room
 
