@@ -64,6 +64,12 @@ class DataLost(QsfsError):
     exit_code: ClassVar[int] = 21
 
 
+class GenerationExpired(QsfsError):
+    """A read-only mount's generation is not kept any more and its data are gone.  Remount a newer one."""
+
+    exit_code: ClassVar[int] = 22
+
+
 class NotFound(QsfsError):
     """Positively absent: the one who would hold it answered that it does not exist."""
 

@@ -30,6 +30,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="mount without the backends: nothing is uploaded until enough of them answer",
     )
+    parser.add_argument(
+        "--read-only",
+        action="store_true",
+        help="mount a generation that a mount elsewhere published, without owning or writing anything",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--generation", type=int, metavar="G", help="with --read-only: this generation (default: the newest)"
+    )
+    which.add_argument("--snapshot", metavar="NAME", help="with --read-only: the generation of this snapshot")
+    parser.set_defaults(wrong=parser.error)
     parser.add_argument("--report-fd", type=int, default=None, help=argparse.SUPPRESS)
 
 
@@ -37,6 +48,10 @@ def run(args: argparse.Namespace) -> int:
     """Mounts; raises what the daemon could not do."""
     from qsfs.config import Config
 
+    if args.read_only and args.offline:
+        args.wrong("--read-only and --offline exclude each other: a generation is read from the backends")
+    if not args.read_only and (args.generation is not None or args.snapshot is not None):
+        args.wrong("--generation and --snapshot need --read-only")
     config = Config.load(args.config)
     if args.foreground:
         return _serve(config, args)
@@ -45,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _serve(config: Config, args: argparse.Namespace) -> int:
     from qsfs.clock import SystemClock
-    from qsfs.daemon import log, service
+    from qsfs.daemon import log, reading, service
     from qsfs.daemon.lock import require_access
+    from qsfs.remote.readable import Wanted
 
     report = _Report(args.report_fd)
     try:
@@ -55,6 +71,15 @@ def _serve(config: Config, args: argparse.Namespace) -> int:
         if args.report_fd is not None and log_file is None and config.cache.directory.is_dir():
             log_file, most_bytes = config.cache.directory / "daemon.log", log.OWN_LOG_BYTES
         log.set_up(config.log, log_file, most_bytes=most_bytes)
+        if args.read_only:
+            reading.run(
+                config,
+                SystemClock(),
+                Wanted(args.generation, args.snapshot),
+                ready=lambda shown: report.send(ready=True, shown=shown),
+                waiting=lambda what: report.send(waiting=what),
+            )
+            return 0
         service.run(
             config,
             SystemClock(),
@@ -101,6 +126,9 @@ def _start(config: Config, args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "qsfs.cli.main", "-c", str(config.path), "mount", "--foreground"]
     command += ["--report-fd", str(write), *(["--offline"] if args.offline else [])]
     command += ["--debug"] if args.debug else []
+    command += ["--read-only"] if args.read_only else []
+    command += ["--generation", str(args.generation)] if args.generation is not None else []
+    command += ["--snapshot", args.snapshot] if args.snapshot is not None else []
     environment = {"MALLOC_ARENA_MAX": "2", **os.environ}
     with open(os.devnull, "r+b") as nothing:  # noqa: PTH123 - a device, not a path of ours
         process = subprocess.Popen(
@@ -122,7 +150,7 @@ def _start(config: Config, args: argparse.Namespace) -> int:
             elif "error" in answer:
                 raise error_of(answer["error"], answer["message"])
             else:
-                return _report_mounted(config, process.pid, args.json)
+                return _report_mounted(config, process.pid, args.json, answer.get("shown"))
     process.wait()
     raise QsfsError(
         f"the daemon ended with {process.returncode} before it was mounted; "
@@ -130,11 +158,15 @@ def _start(config: Config, args: argparse.Namespace) -> int:
     )
 
 
-def _report_mounted(config: Config, pid: int, as_json: bool) -> int:
+def _report_mounted(config: Config, pid: int, as_json: bool, shown: dict[str, Any] | None) -> int:
     from qsfs.cli.output import print_json
+    from qsfs.cli.reading import generation_line
 
     if as_json:
-        print_json({"mountpoint": str(config.filesystem.mountpoint), "process": pid})
+        read_only = {} if shown is None else {"read_only": shown}
+        print_json({"mountpoint": str(config.filesystem.mountpoint), "process": pid, **read_only})
+    elif shown is not None:
+        print(f"mounted read-only on {config.filesystem.mountpoint} (process {pid}): {generation_line(shown)}")
     else:
         print(f"mounted on {config.filesystem.mountpoint} (process {pid})")
     return 0

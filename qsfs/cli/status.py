@@ -40,12 +40,16 @@ def run(args: argparse.Namespace) -> int:
 
 def lines(found: dict[str, Any], *, all_backends: bool = False) -> list[str]:
     """The status as text: first what somebody must act on, then what may be lost, then the rest."""
-    name = found["file_system"] + (f" ({found['label']})" if found.get("label") else "")
+    from qsfs.cli.reading import status_lines
+
+    name = found.get("file_system", "not known yet") + (f" ({found['label']})" if found.get("label") else "")
     out = [f"{found['mountpoint']}: {found['phase']}, process {found['process']}, file system {name}"]
     out += _alarms(found)
-    out += ["", *_exposure(found)]
+    read_only = found.get("read_only")
+    out += ["", *(_exposure(found) if read_only is None else status_lines(read_only, found["time"]))]
     out += ["", *_waits(found.get("waits", ()))]
-    out += ["", *_cache(found["cache"])]
+    if "cache" in found:
+        out += ["", *_cache(found["cache"])]
     requests = found.get("requests")
     if requests is not None:
         out.append(_requests(requests))
@@ -65,11 +69,11 @@ def _alarms(found: dict[str, Any]) -> list[str]:
     out = []
     if found["waiting_for"]:
         out.append(f"WAITING for {found['waiting_for']}")
-    if not found["writable"]:
+    if not found["writable"] and "read_only" not in found:
         out.append(f"READ-ONLY: {found['reason']}")
     if found.get("failure"):
         out.append(f"FLUSHING ENDED: {found['failure']}")
-    if found["cache"]["waiting_for_room"]:
+    if found.get("cache", {}).get("waiting_for_room"):
         out.append(f"CACHE FULL: {found['cache']['waiting_for_room']} writes wait for room{_second_looks(found)}")
     flush = found.get("flush")
     if flush is not None:

@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
         print_json(result)
         return 0
     ended = "unmounted" if result["mounted"] else "the daemon ended before it was mounted"
-    if result["published"]:
+    if result.get("read_only"):
+        print(f"{target}: {ended}; it was read-only")
+    elif result["published"]:
         print(f"{target}: {ended}; everything is on the backends")
     else:
         print(

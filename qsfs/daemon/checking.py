@@ -12,6 +12,7 @@ from qsfs.daemon.lock import CacheLock
 from qsfs.errors import CacheError
 from qsfs.fsck.check import Backends, fsck
 from qsfs.fsck.report import Report
+from qsfs.remote.images import refuse_images
 from qsfs.store.limits import Limits
 
 
@@ -29,7 +30,9 @@ async def check_file_system(
     Raises `CacheError` if there is nothing to check, and `MountError` while it is mounted.
     """
     directory = config.cache.directory
-    if not local_store_exists(directory):
+    there = local_store_exists(directory)
+    refuse_images(directory)
+    if not there:
         raise CacheError(f"{directory}: no file system here; run 'qsfs restore' to check what backends hold")
     limits = Limits.of(config.cache, config.flush.spool_bytes)
     lock = CacheLock(directory)

@@ -26,6 +26,7 @@ from qsfs.format.head import MetadataPack
 from qsfs.format.superblock import encode_superblock
 from qsfs.remote.base import record_base
 from qsfs.remote.format_fs import FirstGeneration, FormatContext, FormatReport, format_fs
+from qsfs.remote.images import refuse_images
 from qsfs.remote.packing import RowPacker, Sealer
 from qsfs.remote.placement import FreeSpace
 from qsfs.remote.spool import Spool
@@ -104,6 +105,7 @@ async def format_file_system(config: Config, clock: Clock, *, force: bytes | Non
 
 def _check_free(directory: Path, force: bytes | None, map_bytes: int) -> None:
     shutil.rmtree(directory / _FORMING, ignore_errors=True)
+    refuse_images(directory)
     if not local_store_exists(directory):
         return
     mine = _local_file_system(directory, map_bytes)

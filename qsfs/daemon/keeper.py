@@ -34,12 +34,21 @@ class Keeper:
     `joined` counts the files that were covered without a sync because they filled the cache.
     """
 
-    def __init__(self, store: Store, contents: Contents, committer: Committer, clock: Clock) -> None:
+    def __init__(
+        self,
+        store: Store,
+        contents: Contents,
+        committer: Committer,
+        clock: Clock,
+        *,
+        all_remote: bool = False,
+    ) -> None:
+        """`all_remote`: the store has no data of its own, so everything may be evicted."""
         self._store = store
         self._contents = contents
         self._committer = committer
         self._clock = clock
-        self._evictor = Evictor(store)
+        self._evictor = Evictor(store, all_remote=all_remote)
         committer.after_commit.append(self._committed)
         self._wake = trio.Event()
         self._room = trio.Event()

@@ -45,6 +45,7 @@ from qsfs.fuse import loop, session
 from qsfs.fuse.operations import Operations
 from qsfs.fuse.state import MountState
 from qsfs.remote.fetch import Fetcher
+from qsfs.remote.images import refuse_images
 from qsfs.remote.reader import PackReader
 from qsfs.store.limits import Limits
 from qsfs.store.store import Store
@@ -107,6 +108,7 @@ class Service:
             raise CacheError(f"{directory}: the cache directory does not exist; 'qsfs init' makes it")
         self._lock = CacheLock(directory)
         try:
+            refuse_images(directory)
             mountpoint.prepare(self.config.filesystem.mountpoint)
             self._open_store()
             try:

@@ -33,7 +33,7 @@ def status_of(service: Service) -> dict[str, Any]:
         },
         "writable": service.state.writable,
         "reason": service.state.reason,
-        "memory_bytes": _anonymous_bytes(),
+        "memory_bytes": anonymous_bytes(),
         "cache": _cache(service),
     }
     if hasattr(service, "flushing"):
@@ -120,7 +120,8 @@ def disk_bytes(directory: Path) -> int:
                 continue
     return total
 
-def _anonymous_bytes() -> int:
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024

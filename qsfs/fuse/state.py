@@ -45,3 +45,18 @@ class MountState:
             self._change_error = error
             self.reason = reason
             log.error("the mount is read-only from now on: %s", reason)
+
+
+class ReadOnlyState:
+    """Of a mount that was asked for read-only: every change answers EROFS, and that is no failure."""
+
+    writable = False
+    reason = ""
+
+    def check_write(self) -> None:
+        """Raises EROFS."""
+        raise PosixError(errno.EROFS)
+
+    def check_change(self) -> None:
+        """Raises EROFS."""
+        raise PosixError(errno.EROFS)

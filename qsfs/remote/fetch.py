@@ -15,7 +15,7 @@ from typing import Protocol
 import trio
 
 from qsfs import failpoints
-from qsfs.errors import CacheError, Corrupt, QsfsBug, QsfsError, Unavailable
+from qsfs.errors import CacheError, Corrupt, DataLost, GenerationExpired, QsfsBug, QsfsError, Unavailable
 from qsfs.format.units import MAX_EXTENT, PAGE
 from qsfs.remote.readahead import ReadAhead
 from qsfs.remote.reader import PackReader
@@ -104,8 +104,12 @@ class Fetcher:
         *,
         deadline_seconds: float,
         path_of: Callable[[int], str] = lambda inode: "",
+        expired: Callable[[], str] = lambda: "",
     ) -> None:
-        """`path_of` gives a path of an inode, for people; the policy `error` waits for `deadline_seconds`."""
+        """`path_of` gives a path of an inode, for people; the policy `error` waits for `deadline_seconds`.
+
+        `expired` says why data that are positively lost had to be expected to go; "" if they had not.
+        """
         self.reader = reader
         self.waits = Waits()
         self.fetched_pages = 0
@@ -115,6 +119,8 @@ class Fetcher:
         self._transient = transient
         self._deadline = deadline_seconds
         self._path_of = path_of
+        self._expired = expired
+        self.expired_reads = 0
         self._jobs: dict[_JobKey, _Job] = {}
         self._given_up: dict[_JobKey, float] = {}
         self._warned: dict[int, float] = {}
@@ -145,8 +151,8 @@ class Fetcher:
         What the cache has no room for went to the transient pages.  Pages that changed meanwhile
         are left as they are: whoever needs them looks again.
 
-        Raises `Unavailable` after the deadline (policy `error`) or when unblocked, `DataLost`, `Corrupt`;
-        each was logged with file, page, pack and shards.
+        Raises `Unavailable` after the deadline (policy `error`) or when unblocked, `DataLost`, `Corrupt`,
+        `GenerationExpired`; each was logged with file, page, pack and shards.
         """
         start, end = self._ahead.next(inode, first, count)
         if start < end and self._nursery is not None and not self._fails_now():
@@ -249,6 +255,10 @@ class Fetcher:
         if not self._current(job):
             return
         self.failed_reads += 1
+        if kind is DataLost and (expired := self._expired()):
+            name = "" if job.pack is None else f" (pack {job.pack.name} is gone)"
+            kind, why = GenerationExpired, expired + name
+            self.expired_reads += 1
         message = f"{_page(job, self._path_of(job.inode))}: {why}"
         said_already = wait.again and kind is Unavailable
         log.log(logging.DEBUG if said_already else logging.ERROR, "%s", message)

@@ -78,11 +78,15 @@ class Tally:
 
 
 class Rebuild:
-    """A store being built.  All calls block: use them in worker threads, one at a time."""
+    """A store being built.  All calls block: use them in worker threads, one at a time.
+
+    With `exact` files stay under their names whose policy is to be put beside (`restore_aside`).
+    """
 
     def __init__(self, directory: Path, map_bytes: int, now_ns: int) -> None:
         """Makes an empty store in `directory`, which exists and is empty.  Raises `CacheError`."""
         self.tally = Tally()
+        self.exact = False
         self._now_ns = now_ns
         self._environment = Environment(directory, map_bytes, durable=False)
         self._tables = self._environment.databases
@@ -169,7 +173,7 @@ class Rebuild:
                         if inode.flags & InodeFlag.LOCAL_ONLY:
                             inode.size = 0
                             self.tally.emptied += 1
-                        if inode.flags & InodeFlag.RESTORE_ASIDE:
+                        if inode.flags & InodeFlag.RESTORE_ASIDE and not self.exact:
                             self._aside.add(inode.number)
                         self.tally.files += 1
                         self.tally.bytes += inode.size

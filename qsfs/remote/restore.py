@@ -27,6 +27,7 @@ from qsfs.format.superblock import Superblock
 from qsfs.remote.control import Records
 from qsfs.remote.identity import Stranger, find_members
 from qsfs.remote.image import Counting, packs_of
+from qsfs.remote.images import refuse_images
 from qsfs.remote.members import Candidate, Member, Members
 from qsfs.remote.newest import describe_head
 from qsfs.remote.plain import plain_errors
@@ -177,10 +178,12 @@ async def restore_into(
     *,
     say: Say = lambda progress: None,
     deadline_seconds: float = 60.0,
+    exact: bool = False,
 ) -> tuple[int, Tally]:
     """Builds the store of `source` in `directory`; returns the metadata packs read, and what was found.
 
     All or nothing: the store is built in a directory below and takes its place by one rename.
+    `exact`: no file is put beside its name, since nobody will run with what is there.
     """
     refuse_used(directory)
     building = directory / DIRECTORY
@@ -188,6 +191,7 @@ async def restore_into(
     head = source.found.head
     listed = list(packs_of(head))
     rebuild = await trio.to_thread.run_sync(Rebuild, building, limits.map_bytes, clock.time_ns())
+    rebuild.exact = exact
     try:
         reader = PackReader(source.members, source.keys, Code(source.superblock.code))
         with plain_errors():
@@ -211,6 +215,7 @@ async def restore_into(
 
 def refuse_used(directory: Path) -> None:
     """Raises `CacheError` if a cache directory holds a file system, or heads that were not recorded."""
+    refuse_images(directory)
     if (directory / DATA).exists():
         raise CacheError(
             f"{directory}: holds the local state of a file system already; 'qsfs mount' uses it, 'qsfs "

@@ -44,10 +44,14 @@ class Evicted:
 
 
 class Evictor:
-    """The hand of one store."""
+    """The hand of one store.
 
-    def __init__(self, store: Store) -> None:
+    `all_remote`: of a read-only mount, which has no data of its own: whatever is clean may go at any time.
+    """
+
+    def __init__(self, store: Store, *, all_remote: bool = False) -> None:
         self._store = store
+        self._all_remote = all_remote
         self._hand = b""
 
     def step(self, rows: int, blocks: int, *, recent_too: bool, written_will_do: bool) -> Evicted:
@@ -67,7 +71,7 @@ class Evictor:
             looked += 1
             if number not in kept:
                 inode = store.inode(number)
-                kept[number] = inode is None or bool(inode.flags & _KEPT)
+                kept[number] = inode is None or (not self._all_remote and bool(inode.flags & _KEPT))
             if not kept[number] and (recent_too or block_key(number, block) not in store.blocks.reader.used):
                 gone, held = self._evict(number, block, safe, written_will_do)
                 dropped += gone
@@ -106,6 +110,8 @@ class Evictor:
         return False, held
 
     def _is_safe(self, pack: int, written_will_do: bool) -> bool:
+        if self._all_remote:
+            return True
         row = self._store.get(Table.PACKS, u64(pack))
         if row is None:
             return False

@@ -1,0 +1,347 @@
+"""The daemon of a read-only mount: any kept generation, on any machine that has the configuration and the key.
+
+It owns nothing, writes to no backend and needs no quorum: it works with as many backends as a restore.
+Start: lock the cache, find the generation on the backends, build its image unless it is still there,
+mount with `ro`.  With too few backends the start waits, visibly.  While it is mounted it looks at the
+newest published head, to tell how far behind it is and whether its generation is still kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from qsfs.clock import Clock
+from qsfs.config import Config
+from qsfs.daemon import control, mountpoint
+from qsfs.daemon.connect import Links, links, read_secret
+from qsfs.daemon.image import Image, build, image_limits
+from qsfs.daemon.lock import CacheLock
+from qsfs.daemon.notify import notify
+from qsfs.daemon.paths import find
+from qsfs.daemon.probing import probe
+from qsfs.daemon.reading_status import status_of
+from qsfs.daemon.runtime import tune_allocator, tune_interpreter
+from qsfs.daemon.sightings import Sightings
+from qsfs.daemon.supervision import supervised
+from qsfs.errors import (
+    BackendUnavailable,
+    CacheError,
+    FormatMismatch,
+    MountError,
+    NotFound,
+    QuorumUnavailable,
+    Unavailable,
+)
+from qsfs.format.erasure import Code
+from qsfs.fuse import session
+from qsfs.remote.control import Records
+from qsfs.remote.images import image_directory, refuse_writer, remove_others
+from qsfs.remote.readable import Published, Wanted, owner_host, source_of
+from qsfs.remote.reader import PackReader
+from qsfs.remote.restore import Source, find_source
+from qsfs.remote.survey import Timing
+from qsfs.store.schema import BLOCK_SIZE
+
+_log = logging.getLogger(__name__)
+
+_AGAIN_SECONDS = 1.0
+_BUSY_TRIES_SECONDS = 0.1
+_ANSWER_SECONDS = 2.0
+_WAITED_FOR = (QuorumUnavailable, BackendUnavailable, Unavailable)
+
+Ready = Callable[[Mapping[str, Any]], None]
+
+
+class Reading:
+    """One read-only mount.  The parts are attributes from the moment they are there; `status` reads them."""
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        wanted: Wanted,
+        *,
+        ready: Ready = lambda shown: None,
+        waiting: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`ready` is called with what is shown once the mount answers, `waiting` with what the start waits for."""
+        self.config = config
+        self.clock = clock
+        self.wanted = wanted
+        self.phase = "starting"
+        self.waiting_for = ""
+        self.started_ns = clock.time_ns()
+        self.host = ""
+        self.image: Image | None = None
+        self.source: Source
+        self.sightings: Sightings
+        self._ready = ready
+        self._tell_waiting = waiting
+        self._links: Links
+        self._stopping = trio.Event()
+        self._finished = trio.Event()
+        self._pending = control.Pending()
+        self._unmounts = control.Pending()
+        self._scope: trio.CancelScope | None = None
+        self._timing = Timing()
+
+    async def run(self) -> None:
+        """Runs the mount until it is unmounted, told to stop, or fails to start."""
+        mountpoint.check_dependencies()
+        if self.config.mount.allow_other:
+            mountpoint.check_allow_other()
+        directory = self.config.cache.directory
+        secret = read_secret(self.config)
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise CacheError(f"{directory}: cannot be made: {error.strerror}") from error
+        lock = CacheLock(directory)
+        try:
+            refuse_writer(directory)
+            mountpoint.prepare(self.config.filesystem.mountpoint)
+            self._links = links(self.config, self.clock)
+            try:
+                await self._run(directory, secret)
+            finally:
+                await self._links.aclose()
+        finally:
+            lock.release()
+
+    async def _run(self, directory: Path, secret: bytes) -> None:
+        handlers = {
+            "status": self._on_status,
+            "sync": self._on_sync,
+            "umount": self._on_umount,
+            "unblock": self._on_unblock,
+        }
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_signals)
+                await nursery.start(control.serve, directory / "control.sock", handlers, self._pending)
+                with self._stop_scope() as scope:
+                    self.image = await self._open(directory, secret)
+                    await nursery.start(self.image.run)
+                if self.image is not None and not scope.cancelled_caught:
+                    await self._mounted(nursery, self.image)
+                await self._finish()
+                await self._unmounts.answered()
+                with trio.move_on_after(_ANSWER_SECONDS):
+                    await self._pending.answered()
+                nursery.cancel_scope.cancel()
+        finally:
+            if self.image is not None:
+                self.image.close()
+
+    # the generation
+
+    async def _open(self, directory: Path, secret: bytes) -> Image:
+        """Finds the wanted generation and opens its image; waits for backends as long as it takes."""
+        limits = image_limits(self.config, 1)
+        while True:
+            try:
+                newest = await find_source(
+                    self._links.candidates, secret=secret, clock=self.clock, timing=self._timing
+                )
+                _check(newest)
+                source = await source_of(newest, self.wanted, self._timing)
+                place = image_directory(directory, source.found.ref, limits.map_bytes)
+                await trio.to_thread.run_sync(remove_others, directory, {place})
+                await build(
+                    place, source, limits, self.clock, deadline_seconds=self.config.fetch.deadline_seconds
+                )
+            except _WAITED_FOR as error:
+                self.wait_for(f"backends: {error}")
+                await trio.sleep(_AGAIN_SECONDS)
+            else:
+                break
+        self.wait_for("")
+        for sentence in newest.sentences():
+            _log.info("%s", sentence)
+        if newest.found.judgement.withstands < 0:
+            _log.warning("too few backends answered to rule out a newer generation")
+        self.source = source
+        self.host = await owner_host(source.members, source.found.ref.owner, source.keys, self._timing)
+        self.sightings = Sightings(
+            source.members,
+            Records(source.keys),
+            source.superblock.code,
+            self.clock,
+            self._timing,
+            Published(newest.found.ref, newest.found.head),
+        )
+        self.sightings.watched.add(source.found.ref)
+        reader = PackReader(
+            source.members, source.keys, Code(source.superblock.code), pace=self._links.download.take
+        )
+        return Image(
+            place,
+            source,
+            limits,
+            self.config,
+            self.clock,
+            reader,
+            lambda name: self._links.metrics[name].sent_bytes,
+            self.sightings.expired,
+        )
+
+    def wait_for(self, what: str) -> None:
+        """Makes visible what the start waits for ("": for nothing any more)."""
+        if what == self.waiting_for:
+            return
+        self.waiting_for = what
+        if what:
+            _log.warning("waiting for %s", what)
+            notify(f"STATUS=waiting for {what}\nEXTEND_TIMEOUT_USEC=120000000")
+            self._tell_waiting(what)
+
+    # mounted
+
+    async def _mounted(self, nursery: trio.Nursery, image: Image) -> None:
+        nursery.start_soon(supervised, partial(probe, self.source.members, self.source.keys))
+        nursery.start_soon(supervised, partial(self.sightings.run, self.config.mount.follow_seconds))
+        async with trio.open_nursery() as serving:
+            serving.start_soon(self._unmount_when_stopping)
+            await session.serve(
+                image.operations,
+                self.config.filesystem.mountpoint,
+                self.config.mount,
+                read_only=True,
+                mounted=self._is_ready,
+            )
+            serving.cancel_scope.cancel()
+
+    def _is_ready(self) -> None:
+        self.phase = "mounted"
+        tune_interpreter()
+        assert self.image is not None
+        where = self.config.filesystem.mountpoint
+        notify(f"READY=1\nSTATUS=mounted read-only on {where}: generation {self.image.ref.generation}")
+        _log.info("mounted read-only on %s: generation %d", where, self.image.ref.generation)
+        self._ready(self.shown())
+
+    def shown(self) -> dict[str, Any]:
+        """Which generation is shown, of what time, and from which owner."""
+        assert self.image is not None
+        ref = self.image.ref
+        return {
+            "wanted": str(self.wanted),
+            "generation": ref.generation,
+            "cut_at": self.image.head.time_ns / 1e9,
+            "epoch": ref.owner.epoch,
+            "host": self.host,
+        }
+
+    # stopping
+
+    async def _finish(self) -> None:
+        self.phase = "stopping"
+        notify("STOPPING=1\nSTATUS=unmounted")
+        if self.image is not None:
+            await self.image.commit()
+        self._finished.set()
+
+    @contextlib.contextmanager
+    def _stop_scope(self) -> Iterator[trio.CancelScope]:
+        """Cancels what runs in the block when the daemon is told to stop before it is mounted."""
+        with trio.CancelScope() as scope:
+            self._scope = scope
+            if self._stopping.is_set():
+                scope.cancel()
+            yield scope
+        self._scope = None
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                _log.info("%s: stopping", signal.Signals(number).name)
+                self.stop()
+
+    def stop(self) -> None:
+        """Begins to stop; a start that waits ends at once."""
+        self._stopping.set()
+        if self._scope is not None:
+            self._scope.cancel()
+
+    async def _unmount_when_stopping(self) -> None:
+        """Unmounts when told to stop; while applications use the mount it is tried again."""
+        await self._stopping.wait()
+        warned = False
+        while True:
+            self._unblock(None)
+            try:
+                await trio.to_thread.run_sync(
+                    mountpoint.unmount, self.config.filesystem.mountpoint, abandon_on_cancel=True
+                )
+            except MountError as error:
+                if not warned:
+                    _log.warning("%s; waiting for them to end", error)
+                    notify(f"STATUS=waiting: {error}")
+                    warned = True
+                await trio.sleep(_BUSY_TRIES_SECONDS)
+            else:
+                return
+
+    # control
+
+    def _unblock(self, number: int | None) -> int:
+        return 0 if self.image is None else self.image.fetcher.unblock(number)
+
+    async def _on_status(self, _: Mapping[str, Any]) -> Any:
+        return status_of(self)
+
+    async def _on_sync(self, _: Mapping[str, Any]) -> Any:
+        raise MountError(f"{self.config.filesystem.mountpoint}: mounted read-only: there is nothing to sync")
+
+    async def _on_umount(self, _: Mapping[str, Any]) -> Any:
+        """Answered at the end."""
+        mounted = self.phase == "mounted"
+        if not mounted:
+            self.stop()
+        else:
+            self._unblock(None)
+            with self._unmounts:
+                await trio.to_thread.run_sync(mountpoint.unmount, self.config.filesystem.mountpoint)
+            self._stopping.set()
+        await self._finished.wait()
+        return {"mounted": mounted, "published": False, "read_only": True}
+
+    async def _on_unblock(self, request: Mapping[str, Any]) -> Any:
+        path = request.get("path")
+        if path is None:
+            return {"ended": self._unblock(None)}
+        tree = None if self.image is None else self.image.namespace.tree
+        inode = None if tree is None else find(tree, path.encode("utf-8", "surrogateescape"))
+        if inode is None:
+            raise NotFound(f"{path}: no such file on this mount (give the path from the mount point)")
+        return {"ended": self._unblock(inode.number)}
+
+
+def _check(source: Source) -> None:
+    if source.superblock.block_size != BLOCK_SIZE:
+        raise FormatMismatch(
+            f"file system {source.keys.fsid.hex()} has blocks of {source.superblock.block_size} bytes, this qsfs "
+            f"works with {BLOCK_SIZE}; use the version that made it"
+        )
+
+
+def run(
+    config: Config,
+    clock: Clock,
+    wanted: Wanted,
+    *,
+    ready: Ready,
+    waiting: Callable[[str], None],
+) -> None:
+    """Runs a read-only mount to its end in this process."""
+    tune_allocator()
+    reading = Reading(config, clock, wanted, ready=ready, waiting=waiting)
+    trio.run(reading.run, strict_exception_groups=True)

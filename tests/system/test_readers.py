@@ -1,0 +1,126 @@
+"""Read-only mounts elsewhere: exactly one generation, nothing written, nobody disturbed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.backends import Servers
+from tests.support.daemon import FileSystem
+from tests.system.fleet import QUICK, check, dead, keys_of, status, store
+
+pytestmark = pytest.mark.mount
+
+COUNT = 6
+MIB = 1 << 20
+
+
+def machines(scratch: Path, fleet: Servers, namespace: str) -> FileSystem:
+    return FileSystem(
+        scratch / "one", shards=(3, 2), count=COUNT, servers=fleet, namespace=namespace, settings=QUICK
+    )
+
+
+def error_of(work: object, *arguments: object) -> int:
+    """The error code of what must fail."""
+    try:
+        work(*arguments)  # type: ignore[operator]
+    except OSError as error:
+        return error.errno or 0
+    raise AssertionError("it did not fail")
+
+
+def test_a_reader_shows_exactly_a_generation_and_changes_nothing(scratch: Path, fleet: Servers) -> None:
+    """The promise of a read-only mount, with m backends gone, next to a writer that goes on."""
+    with machines(scratch, fleet, "reader") as one:
+        one.format()
+        one.mount()
+        store(one, "base", MIB)
+        (one.mountpoint / "directory").mkdir()
+        (one.mountpoint / "directory" / "small").write_text("first")
+        first = one.sync()["generation"]
+        (one.mountpoint / "directory" / "small").write_text("second")
+        with one.another_machine(scratch / "two") as two, dead(fleet, [0, 1]):
+            one.expect("")
+            two.expect("Left out", "no answer", "too few backends")
+            said = two.run("mount", "--read-only").stdout
+            two.adopt(two.status()["process"])
+            assert f"generation {first} of " in said and "from host" in said and "read-only" in said
+            check(two, "base")
+            assert (two.mountpoint / "directory" / "small").read_text() == "first"
+            assert sorted(path.name for path in two.mountpoint.iterdir()) == ["base", "directory"]
+            for work in (
+                (two.mountpoint / "new").touch,
+                lambda: (two.mountpoint / "base").rename(two.mountpoint / "other"),
+                lambda: os.truncate(two.mountpoint / "base", 0),
+                lambda: os.open(two.mountpoint / "base", os.O_RDWR),
+                lambda: (two.mountpoint / "base").chmod(0o600),
+            ):
+                assert error_of(work) == errno.EROFS
+            shown = status(two)["read_only"]
+            assert shown["generation"] == first and shown["is_newest"] and shown["kept"] and not shown["expired"]
+            assert two.run("sync", code=None).returncode == 13
+            printed = two.run("status").stdout
+            assert "it is the newest generation" in printed and "READ-ONLY" not in printed
+            room = os.statvfs(two.mountpoint)
+            assert room.f_blocks > 0 and room.f_files >= 4
+            assert "it was read-only" in two.umount()
+
+
+def test_readers_leave_the_backends_and_a_writers_directory_alone(scratch: Path, fleet: Servers) -> None:
+    """Not one key comes or goes, and neither kind of mount takes the other's directory for its own."""
+    with machines(scratch, fleet, "apart") as one:
+        one.format()
+        one.mount()
+        store(one, "base", MIB)
+        one.umount()
+        before = keys_of(one, range(COUNT))
+        refused = one.run("mount", "--read-only", code=None)
+        assert refused.returncode == 14 and "of a mount that writes" in refused.stderr
+        with one.another_machine(scratch / "two") as two:
+            two.mount("--read-only")
+            check(two, "base")
+            os.kill(two.process, signal.SIGTERM)
+            two.wait_ended()
+            assert keys_of(one, range(COUNT)) == before
+            # What was fetched is still there, and no writer takes it.
+            two.mount("--read-only")
+            fetched = status(two)["fetched_bytes"]
+            check(two, "base")
+            assert status(two)["fetched_bytes"] == fetched == 0
+            two.umount()
+            for words, code in ((("mount",), 14), (("takeover",), 14), (("restore",), 14), (("fsck",), 8)):
+                refused = two.run(*words, code=None)
+                assert refused.returncode == code and "the cache of read-only mounts" in refused.stderr, words
+            assert keys_of(one, range(COUNT)) == before
+        one.mount()
+        check(one, "base")
+        assert status(one)["writable"]
+        one.umount()
+
+
+def test_a_generation_that_is_kept_may_be_chosen_and_others_are_refused(scratch: Path, fleet: Servers) -> None:
+    with machines(scratch, fleet, "choose") as one:
+        one.format()
+        one.mount()
+        numbers = []
+        for text in ("a", "b", "c", "d"):
+            (one.mountpoint / "file").write_text(text)
+            numbers.append(one.sync()["generation"])
+        with one.another_machine(scratch / "two") as two:
+            gone = two.run("mount", "--read-only", "--generation", str(numbers[0]), code=None)
+            assert gone.returncode == 8
+            assert f"generation {numbers[0]} is not kept any more; kept are {numbers[1]}, " in gone.stderr
+            missing = two.run("mount", "--read-only", "--snapshot", "mine", code=None)
+            assert missing.returncode == 8 and 'no snapshot is called "mine"' in missing.stderr
+            assert two.run("mount", "--generation", "1", code=None).returncode == 2
+            two.mount("--read-only", "--generation", str(numbers[2]))
+            assert (two.mountpoint / "file").read_text() == "c"
+            shown = status(two)["read_only"]
+            assert (shown["generation"], shown["newest"], shown["is_newest"]) == (numbers[2], numbers[3], False)
+            two.umount()
+        one.umount()
