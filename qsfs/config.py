@@ -137,6 +137,9 @@ class MountConfig:
     read_ahead_kb: int = _key(1024, number(0, 65536))
     max_background: int = _key(32, number(1, 65535))
     short_loop: bool = _key(True, flag)
+    # As --read-only and --follow of `qsfs mount`: for a mount that is started by its configuration alone.
+    read_only: bool = _key(False, flag)
+    follow: bool = _key(False, flag)
     # How often a read-only mount looks at the newest head.
     follow_seconds: float = _key(10.0, duration(0.05, 86400))
 

@@ -39,6 +39,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     which.add_argument(
         "--generation", type=int, metavar="G", help="with --read-only: this generation (default: the newest)"
     )
+    which.add_argument(
+        "--follow",
+        action="store_true",
+        help="with --read-only: move on whenever a newer generation is published; what is open stays as it is",
+    )
     which.add_argument("--snapshot", metavar="NAME", help="with --read-only: the generation of this snapshot")
     parser.set_defaults(wrong=parser.error)
     parser.add_argument("--report-fd", type=int, default=None, help=argparse.SUPPRESS)
@@ -48,11 +53,14 @@ def run(args: argparse.Namespace) -> int:
     """Mounts; raises what the daemon could not do."""
     from qsfs.config import Config
 
-    if args.read_only and args.offline:
-        args.wrong("--read-only and --offline exclude each other: a generation is read from the backends")
-    if not args.read_only and (args.generation is not None or args.snapshot is not None):
-        args.wrong("--generation and --snapshot need --read-only")
     config = Config.load(args.config)
+    chosen = args.generation is not None or args.snapshot is not None
+    args.read_only = args.read_only or config.mount.read_only or config.mount.follow
+    args.follow = args.follow or (config.mount.follow and not chosen)
+    if args.read_only and args.offline:
+        args.wrong("a read-only mount and --offline exclude each other: a generation is read from the backends")
+    if not args.read_only and (chosen or args.follow):
+        args.wrong("--generation, --snapshot and --follow need --read-only")
     if args.foreground:
         return _serve(config, args)
     return _start(config, args)
@@ -76,6 +84,7 @@ def _serve(config: Config, args: argparse.Namespace) -> int:
                 config,
                 SystemClock(),
                 Wanted(args.generation, args.snapshot),
+                follow=args.follow,
                 ready=lambda shown: report.send(ready=True, shown=shown),
                 waiting=lambda what: report.send(waiting=what),
             )
@@ -127,6 +136,7 @@ def _start(config: Config, args: argparse.Namespace) -> int:
     command += ["--report-fd", str(write), *(["--offline"] if args.offline else [])]
     command += ["--debug"] if args.debug else []
     command += ["--read-only"] if args.read_only else []
+    command += ["--follow"] if args.follow else []
     command += ["--generation", str(args.generation)] if args.generation is not None else []
     command += ["--snapshot", args.snapshot] if args.snapshot is not None else []
     environment = {"MALLOC_ARENA_MAX": "2", **os.environ}

@@ -17,7 +17,7 @@ def generation_line(shown: Mapping[str, Any]) -> str:
 
 def status_lines(found: Mapping[str, Any], now: float) -> list[str]:
     """What `qsfs status` shows in place of exposure: nothing here can be lost."""
-    from qsfs.values import format_duration
+    from qsfs.values import counted, format_duration
 
     if "generation" not in found:
         return [f"read-only: {found['wanted']} is being looked for"]
@@ -35,9 +35,17 @@ def status_lines(found: Mapping[str, Any], now: float) -> list[str]:
     else:
         behind = format_duration(found["behind_seconds"])
         out.append(f"the newest generation is {found['newest']}, {behind} newer (seen {looked} ago)")
+    if found["mode"] == "follow":
+        held = f", but stays here: {found['held']}" if found["held"] else ""
+        out.append(f"follows the newest generation{held}; {found['moves']} moves so far")
+        for older in found["older"]:
+            kept = "" if older["kept"] else ", not kept any more"
+            out.append(f"generation {older['generation']}: {counted(older['open'], 'open file')}{kept}")
+        if found["move_error"]:
+            out.append(f"cannot move now: {found['move_error']}")
     if found["look_error"]:
         out.append(f"the newest head is not known now: {found['look_error']}")
-    if not found["kept"] and not found["expired"]:
+    if not found["kept"] and not found["expired"] and found["mode"] == "fixed":
         out.append(
             f"not kept any more since {moment(found['not_kept_since'])}: its data stay for the writer's retention "
             "time ([flush] retention_hours); remount, or use --follow, to read a newer one"

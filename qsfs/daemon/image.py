@@ -28,6 +28,7 @@ from qsfs.filesystem.policies import Policies
 from qsfs.filesystem.posix import PosixError
 from qsfs.format.head import Head, HeadRef
 from qsfs.fuse import loop
+from qsfs.fuse.generations import Generation
 from qsfs.fuse.operations import Operations
 from qsfs.fuse.state import ReadOnlyState
 from qsfs.remote.fetch import Fetcher
@@ -77,8 +78,12 @@ class Image:
         reader: PackReader,
         sent_bytes: Callable[[str], int],
         expired: Callable[[HeadRef], str],
+        tag: int = 0,
     ) -> None:
-        """Opens the store that `build` made.  `expired` says why what a head names had to be expected to go."""
+        """Opens the store that `build` made.  `expired` says why what a head names had to be expected to go.
+
+        `tag` makes it one generation of a mount that follows; see `qsfs.fuse.generations`.
+        """
         self.directory = directory
         self.ref: HeadRef = source.found.ref
         self.head: Head = source.found.head
@@ -102,7 +107,8 @@ class Image:
             self.store, source.members, source.superblock.code, sent_bytes, lambda: False
         )
         self.state = ReadOnlyState()
-        self.operations = Operations(
+        self.generation = Generation(tag, self.namespace)
+        self.operations = self.generation.operations = Operations(
             self.namespace,
             _Waiter(self.fetcher),
             self.committer,
@@ -110,6 +116,7 @@ class Image:
             self.state,
             xattr=config.mount.xattr,
             relatime=False,
+            attributes=self.generation.attributes if tag else None,
         )
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

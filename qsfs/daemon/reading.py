@@ -3,7 +3,8 @@
 It owns nothing, writes to no backend and needs no quorum: it works with as many backends as a restore.
 Start: lock the cache, find the generation on the backends, build its image unless it is still there,
 mount with `ro`.  With too few backends the start waits, visibly.  While it is mounted it looks at the
-newest published head, to tell how far behind it is and whether its generation is still kept.
+newest published head, to tell how far behind it is and whether its generation is still kept; a mount that
+follows moves with it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qsfs.clock import Clock
 from qsfs.config import Config
 from qsfs.daemon import control, mountpoint
 from qsfs.daemon.connect import Links, links, read_secret
+from qsfs.daemon.following import MOST_IMAGES, Follower
 from qsfs.daemon.image import Image, build, image_limits
 from qsfs.daemon.lock import CacheLock
 from qsfs.daemon.notify import notify
@@ -48,6 +50,7 @@ from qsfs.remote.readable import Published, Wanted, owner_host, source_of
 from qsfs.remote.reader import PackReader
 from qsfs.remote.restore import Source, find_source
 from qsfs.remote.survey import Timing
+from qsfs.store.limits import Limits
 from qsfs.store.schema import BLOCK_SIZE
 
 _log = logging.getLogger(__name__)
@@ -69,6 +72,7 @@ class Reading:
         clock: Clock,
         wanted: Wanted,
         *,
+        follow: bool = False,
         ready: Ready = lambda shown: None,
         waiting: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -76,22 +80,37 @@ class Reading:
         self.config = config
         self.clock = clock
         self.wanted = wanted
+        self.follow = follow
         self.phase = "starting"
         self.waiting_for = ""
         self.started_ns = clock.time_ns()
         self.host = ""
-        self.image: Image | None = None
+        self.follower: Follower | None = None
         self.source: Source
         self.sightings: Sightings
         self._ready = ready
         self._tell_waiting = waiting
         self._links: Links
+        self._limits: Limits
         self._stopping = trio.Event()
         self._finished = trio.Event()
         self._pending = control.Pending()
         self._unmounts = control.Pending()
         self._scope: trio.CancelScope | None = None
         self._timing = Timing()
+        self._first: Image | None = None
+
+    @property
+    def image(self) -> Image | None:
+        """The generation that is shown; None until it is there."""
+        return self._first if self.follower is None else self.follower.current
+
+    @property
+    def images(self) -> list[Image]:
+        """All generations in which something may be open; the last is the one shown."""
+        if self.follower is not None:
+            return self.follower.images
+        return [] if self._first is None else [self._first]
 
     async def run(self) -> None:
         """Runs the mount until it is unmounted, told to stop, or fails to start."""
@@ -123,29 +142,35 @@ class Reading:
             "umount": self._on_umount,
             "unblock": self._on_unblock,
         }
+        begun = False
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals)
                 await nursery.start(control.serve, directory / "control.sock", handlers, self._pending)
                 with self._stop_scope() as scope:
-                    self.image = await self._open(directory, secret)
-                    await nursery.start(self.image.run)
-                if self.image is not None and not scope.cancelled_caught:
-                    await self._mounted(nursery, self.image)
+                    image = self._first = await self._open(directory, secret)
+                    if self.follow:
+                        self.follower = self._follower(directory, image)
+                        await nursery.start(self.follower.serve, image)
+                    else:
+                        await nursery.start(image.run)
+                    begun = True
+                if begun and not scope.cancelled_caught:
+                    await self._mounted(nursery, image)
                 await self._finish()
                 await self._unmounts.answered()
                 with trio.move_on_after(_ANSWER_SECONDS):
                     await self._pending.answered()
                 nursery.cancel_scope.cancel()
         finally:
-            if self.image is not None:
-                self.image.close()
+            for opened in self.images:
+                opened.close()
 
     # the generation
 
     async def _open(self, directory: Path, secret: bytes) -> Image:
         """Finds the wanted generation and opens its image; waits for backends as long as it takes."""
-        limits = image_limits(self.config, 1)
+        limits = image_limits(self.config, MOST_IMAGES if self.follow else 1)
         while True:
             try:
                 newest = await find_source(
@@ -179,18 +204,37 @@ class Reading:
             Published(newest.found.ref, newest.found.head),
         )
         self.sightings.watched.add(source.found.ref)
+        self._limits = limits
+        return self._make(place, source, 1 if self.follow else 0)
+
+    def _make(self, place: Path, source: Source, tag: int) -> Image:
         reader = PackReader(
             source.members, source.keys, Code(source.superblock.code), pace=self._links.download.take
         )
         return Image(
             place,
             source,
-            limits,
+            self._limits,
             self.config,
             self.clock,
             reader,
             lambda name: self._links.metrics[name].sent_bytes,
             self.sightings.expired,
+            tag,
+        )
+
+    def _follower(self, directory: Path, first: Image) -> Follower:
+        return Follower(
+            first,
+            self.source,
+            directory,
+            self._limits,
+            self.clock,
+            self.sightings,
+            self._timing,
+            self._make,
+            xattr=self.config.mount.xattr,
+            deadline_seconds=self.config.fetch.deadline_seconds,
         )
 
     def wait_for(self, what: str) -> None:
@@ -210,8 +254,10 @@ class Reading:
         nursery.start_soon(supervised, partial(self.sightings.run, self.config.mount.follow_seconds))
         async with trio.open_nursery() as serving:
             serving.start_soon(self._unmount_when_stopping)
+            if self.follower is not None:
+                serving.start_soon(supervised, partial(self.follower.run, nursery))
             await session.serve(
-                image.operations,
+                image.operations if self.follower is None else self.follower.operations,
                 self.config.filesystem.mountpoint,
                 self.config.mount,
                 read_only=True,
@@ -233,6 +279,7 @@ class Reading:
         assert self.image is not None
         ref = self.image.ref
         return {
+            "mode": "follow" if self.follow else "fixed",
             "wanted": str(self.wanted),
             "generation": ref.generation,
             "cut_at": self.image.head.time_ns / 1e9,
@@ -293,7 +340,7 @@ class Reading:
     # control
 
     def _unblock(self, number: int | None) -> int:
-        return 0 if self.image is None else self.image.fetcher.unblock(number)
+        return sum(image.fetcher.unblock(number) for image in self.images)
 
     async def _on_status(self, _: Mapping[str, Any]) -> Any:
         return status_of(self)
@@ -338,10 +385,11 @@ def run(
     clock: Clock,
     wanted: Wanted,
     *,
+    follow: bool,
     ready: Ready,
     waiting: Callable[[str], None],
 ) -> None:
     """Runs a read-only mount to its end in this process."""
     tune_allocator()
-    reading = Reading(config, clock, wanted, ready=ready, waiting=waiting)
+    reading = Reading(config, clock, wanted, follow=follow, ready=ready, waiting=waiting)
     trio.run(reading.run, strict_exception_groups=True)

@@ -30,7 +30,7 @@ def status_of(reading: Reading) -> dict[str, Any]:
         "writable": False,
         "reason": "",
         "memory_bytes": anonymous_bytes(),
-        "read_only": {"wanted": str(reading.wanted)},
+        "read_only": {"mode": "follow" if reading.follow else "fixed", "wanted": str(reading.wanted)},
     }
     image = reading.image
     if image is None:
@@ -42,7 +42,7 @@ def status_of(reading: Reading) -> dict[str, Any]:
     found["code"] = {"data_shards": code.k, "parity_shards": code.m, "write_quorum": code.write_quorum}
     found["read_only"] = _generation(reading, image)
     found["cache"] = _cache(reading, image)
-    found["waits"] = _waits(image.fetcher)
+    found["waits"] = [wait for each in reading.images for wait in _waits(each.fetcher)]
     found["fetched_bytes"] = image.fetcher.fetched_pages * PAGE
     found["reads"] = dataclasses.asdict(image.fetcher.reader.counts)
     found["requests"] = _requests(image.operations.counts)
@@ -65,7 +65,8 @@ def _generation(reading: Reading, image: Image) -> dict[str, Any]:
         "kept": gone is None,
         "not_kept_since": None if gone is None else gone / 1e9,
         "expired": gone is not None and image.fetcher.expired_reads > 0,
-        "expired_reads": image.fetcher.expired_reads,
+        "expired_reads": sum(each.fetcher.expired_reads for each in reading.images),
+        **({} if reading.follower is None else reading.follower.status()),
     }
 
 

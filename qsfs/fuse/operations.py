@@ -25,7 +25,7 @@ from qsfs.fuse.attributes import AttributeFiller
 from qsfs.fuse.boundary import RequestCounts, request, translate, wait_for
 from qsfs.fuse.handles import inode_of, is_durable, is_uncached, make_handle, marks_access
 from qsfs.fuse.interfaces import Durability, Space, State, Waiter
-from qsfs.store.schema import PAGE, Inode, InodeFlag
+from qsfs.store.schema import PAGE, ROOT_INODE, Inode, InodeFlag
 
 _WRITE_THROUGH = int(InodeFlag.WRITE_THROUGH)
 _MARKS_NOTHING = os.O_WRONLY | os.O_NOATIME
@@ -56,6 +56,7 @@ class Operations(pyfuse3.Operations):
         xattr: bool = False,
         relatime: bool = False,
         attributes_changed: AttributesChanged = lambda number: None,
+        attributes: AttributeFiller | None = None,
     ) -> None:
         super().__init__()
         self.enable_acl = xattr
@@ -71,7 +72,7 @@ class Operations(pyfuse3.Operations):
         self._xattr = xattr
         self._relatime = relatime
         self._collecting = False
-        self._attributes = AttributeFiller(namespace)
+        self._attributes = attributes or AttributeFiller(namespace)
         self.initialized = trio.Event()
 
     def init(self) -> None:
@@ -385,6 +386,10 @@ class Operations(pyfuse3.Operations):
         """Returns when all namespace operations received so far are durable."""
         self._state.check_write()
         await self._durability.sync_namespace()
+
+    def is_root(self, fh: FileHandleT) -> bool:
+        """Whether a handle is one of the root directory."""
+        return inode_of(fh) == ROOT_INODE
 
     # inside
 

@@ -14,6 +14,7 @@ import trio
 from qsfs.config import MountConfig
 from qsfs.errors import MountError
 from qsfs.fuse import attach, loop, tuning
+from qsfs.fuse.generations import GenerationOperations
 from qsfs.fuse.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def mount_options(config: MountConfig, *, read_only: bool = False) -> set[str]:
 
 
 async def serve(
-    operations: Operations,
+    operations: Operations | GenerationOperations,
     mountpoint: Path,
     config: MountConfig,
     *,
@@ -92,7 +93,7 @@ async def serve(
 
 
 async def _when_initialized(
-    operations: Operations, mountpoint: Path, config: MountConfig, mounted: Callable[[], None]
+    operations: Operations | GenerationOperations, mountpoint: Path, config: MountConfig, mounted: Callable[[], None]
 ) -> None:
     """Tunes once the session is agreed on: until then the kernel would set readahead again."""
     await operations.initialized.wait()

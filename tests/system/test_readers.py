@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from qsfs.daemon.status import disk_bytes
 from tests.support.backends import Servers
 from tests.support.daemon import FileSystem
-from tests.system.fleet import QUICK, check, dead, keys_of, status, store
+from tests.system.fleet import QUICK, check, content, dead, eventually, keys_of, status, store
 
 pytestmark = pytest.mark.mount
 
@@ -34,6 +36,11 @@ def error_of(work: object, *arguments: object) -> int:
     raise AssertionError("it did not fail")
 
 
+def names(fs: FileSystem) -> list[str]:
+    """What lies at the root."""
+    return sorted(path.name for path in fs.mountpoint.iterdir())
+
+
 def test_a_reader_shows_exactly_a_generation_and_changes_nothing(scratch: Path, fleet: Servers) -> None:
     """The promise of a read-only mount, with m backends gone, next to a writer that goes on."""
     with machines(scratch, fleet, "reader") as one:
@@ -52,7 +59,7 @@ def test_a_reader_shows_exactly_a_generation_and_changes_nothing(scratch: Path, 
             assert f"generation {first} of " in said and "from host" in said and "read-only" in said
             check(two, "base")
             assert (two.mountpoint / "directory" / "small").read_text() == "first"
-            assert sorted(path.name for path in two.mountpoint.iterdir()) == ["base", "directory"]
+            assert names(two) == ["base", "directory"]
             for work in (
                 (two.mountpoint / "new").touch,
                 lambda: (two.mountpoint / "base").rename(two.mountpoint / "other"),
@@ -122,5 +129,77 @@ def test_a_generation_that_is_kept_may_be_chosen_and_others_are_refused(scratch:
             assert (two.mountpoint / "file").read_text() == "c"
             shown = status(two)["read_only"]
             assert (shown["generation"], shown["newest"], shown["is_newest"]) == (numbers[2], numbers[3], False)
+            two.umount()
+        one.umount()
+
+
+def test_a_follower_moves_and_what_is_open_stays_as_it_was(scratch: Path, fleet: Servers) -> None:
+    """Old handles read old bytes, also such as were never fetched; every new path walk sees the new generation."""
+    with machines(scratch, fleet, "follow") as one:
+        one.format()
+        one.mount()
+        place = one.mountpoint / "directory"
+        place.mkdir()
+        (place / "file").write_bytes(content("old", 3 * MIB))
+        (place / "goes").write_text("old")
+        first = one.sync()["generation"]
+        with one.another_machine(scratch / "two") as two:
+            two.set({"mount.follow_seconds": 0.2})
+            two.mount("--read-only", "--follow")
+            there = two.mountpoint / "directory"
+            with (there / "file").open("rb") as held, (two.mountpoint / "directory" / "goes").open() as goes:
+                assert held.read(4096) == content("old", 3 * MIB)[:4096]
+                assert names(two) == ["directory"]
+                (place / "file").write_bytes(content("new", MIB))
+                (place / "goes").unlink()
+                (one.mountpoint / "more").write_text("more")
+                second = one.sync()["generation"]
+                moved(two, second)
+                assert (there / "file").read_bytes() == content("new", MIB)
+                assert not (there / "goes").exists() and (two.mountpoint / "more").read_text() == "more"
+                assert names(two) == ["directory", "more"]
+                shown = status(two)["read_only"]
+                assert [(older["generation"], older["open"]) for older in shown["older"]] == [(first, 2)]
+                assert held.read() == content("old", 3 * MIB)[4096:] and goes.read() == "old"
+                assert os.fstat(held.fileno()).st_size == 3 * MIB
+                assert "follows the newest generation" in two.run("status").stdout
+            eventually(lambda: not status(two)["read_only"]["older"], "the older generation is dropped")
+            assert error_of(lambda: (there / "file").write_bytes(b"")) == errno.EROFS
+            assert len(list((two.cache / "readers").iterdir())) == 1
+            assert "it was read-only" in two.umount()
+        one.umount()
+
+
+def moved(fs: FileSystem, generation: int) -> None:
+    """Returns once a follower shows a generation."""
+    eventually(lambda: status(fs)["read_only"]["generation"] >= generation, f"generation {generation} is shown")
+
+
+def test_a_follower_keeps_within_its_bound_however_much_is_held_open(scratch: Path, fleet: Servers) -> None:
+    """With a file open in each of the generations that find room, it stays, says so, and goes on once one is closed."""
+    with machines(scratch, fleet, "held") as one:
+        one.format()
+        one.mount()
+        with one.another_machine(scratch / "two") as two, contextlib.ExitStack() as files:
+            two.set({"mount.follow_seconds": 0.2})
+            two.expect("stays at generation")
+            two.mount("--read-only", "--follow")
+            held = []
+            for text in ("a", "b", "c", "d"):
+                (one.mountpoint / "file").write_text(text)
+                moved(two, one.sync()["generation"])
+                held.append(files.enter_context((two.mountpoint / "file").open()))
+            (one.mountpoint / "file").write_text("e")
+            last = one.sync()["generation"]
+            shown = eventually(lambda: (now := status(two)["read_only"])["held"] and now, "it stays")
+            assert shown["generation"] < last == shown["newest"] and not shown["is_newest"]
+            assert "3 open files" in shown["held"] and (two.mountpoint / "file").read_text() == "d"
+            assert disk_bytes(two.cache) <= status(two)["cache"]["size_bytes"]
+            assert held[0].read() == "a"
+            held[0].close()
+            moved(two, last)
+            assert (two.mountpoint / "file").read_text() == "e"
+            assert [file.read() for file in held[1:]] == ["b", "c", "d"]
+            files.close()
             two.umount()
         one.umount()
