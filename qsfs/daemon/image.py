@@ -90,9 +90,7 @@ class Image:
         self.store = Store(directory, limits, clock)
         self.contents = Contents(self.store)
         self.namespace = Namespace(self.store, self.contents, Policies(()))
-        self.committer = Committer(
-            self.store, self.contents, config.cache.group_seconds, alone=loop.nothing_waits
-        )
+        self.committer = Committer(self.store, self.contents, config.cache.group_seconds, alone=loop.nothing_waits)
         self.keeper = Keeper(self.store, self.contents, self.committer, clock, all_remote=True)
         self.fetcher = Fetcher(
             self.store,
@@ -103,9 +101,7 @@ class Image:
             path_of=partial(path_of, self.namespace.tree),
             expired=lambda: expired(self.ref),
         )
-        self.space = DaemonSpace(
-            self.store, source.members, source.superblock.code, sent_bytes, lambda: False
-        )
+        self.space = DaemonSpace(self.store, source.members, source.superblock.code, sent_bytes, lambda: False)
         self.state = ReadOnlyState()
         self.generation = Generation(tag, self.namespace)
         self.operations = self.generation.operations = Operations(

@@ -36,6 +36,7 @@ from qsfs.daemon.supervision import supervised
 from qsfs.errors import (
     BackendUnavailable,
     CacheError,
+    Corrupt,
     FormatMismatch,
     MountError,
     NotFound,
@@ -173,16 +174,12 @@ class Reading:
         limits = image_limits(self.config, MOST_IMAGES if self.follow else 1)
         while True:
             try:
-                newest = await find_source(
-                    self._links.candidates, secret=secret, clock=self.clock, timing=self._timing
-                )
+                newest = await find_source(self._links.candidates, secret=secret, clock=self.clock, timing=self._timing)
                 _check(newest)
                 source = await source_of(newest, self.wanted, self._timing)
                 place = image_directory(directory, source.found.ref, limits.map_bytes)
                 await trio.to_thread.run_sync(remove_others, directory, {place})
-                await build(
-                    place, source, limits, self.clock, deadline_seconds=self.config.fetch.deadline_seconds
-                )
+                await build(place, source, limits, self.clock, deadline_seconds=self.config.fetch.deadline_seconds)
             except _WAITED_FOR as error:
                 self.wait_for(f"backends: {error}")
                 await trio.sleep(_AGAIN_SECONDS)
@@ -205,12 +202,18 @@ class Reading:
         )
         self.sightings.watched.add(source.found.ref)
         self._limits = limits
-        return self._make(place, source, 1 if self.follow else 0)
+        tag = 1 if self.follow else 0
+        try:
+            return self._make(place, source, tag)
+        except (CacheError, Corrupt, FormatMismatch) as error:
+            # All of it can be had again: an image that another version left, or that is damaged, is built anew.
+            _log.info("the image in %s cannot be used and is built anew: %s", place, error)
+        await trio.to_thread.run_sync(remove_others, directory, ())
+        await build(place, source, limits, self.clock, deadline_seconds=self.config.fetch.deadline_seconds)
+        return self._make(place, source, tag)
 
     def _make(self, place: Path, source: Source, tag: int) -> Image:
-        reader = PackReader(
-            source.members, source.keys, Code(source.superblock.code), pace=self._links.download.take
-        )
+        reader = PackReader(source.members, source.keys, Code(source.superblock.code), pace=self._links.download.take)
         return Image(
             place,
             source,

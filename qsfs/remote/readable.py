@@ -120,9 +120,7 @@ async def owner_host(members: Members, owner: Owner, keys: KeyRing, timing: Timi
         return ""
 
 
-async def _read_record(
-    members: Members, key: bytes, opened: Callable[[bytes], T], timing: Timing, what: str
-) -> T:
+async def _read_record(members: Members, key: bytes, opened: Callable[[bytes], T], timing: Timing, what: str) -> T:
     """What `opened` makes of the value of a control key, from the first backend whose value it accepts."""
     reasons: list[str] = []
     silent, corrupt = not len(members), False
@@ -191,10 +189,12 @@ async def look(
         raise QuorumUnavailable(
             f"too few backends answered to tell which head is published: {read.reasons() or 'none more is known'}"
         )
-    if ref == newest:
-        return Published(newest, head)
-    held = records.held(ref)
-    return Published(ref, held if held is not None else (await read_head(members, ref, records.keys, timing))[1])
+    if ref != newest:
+        held = records.held(ref)
+        head = held if held is not None else (await read_head(members, ref, records.keys, timing))[1]
+    # Of those that are listed no more nothing need be remembered.
+    records.prune({ref for reading in readings for ref in reading.heads})
+    return Published(ref, head)
 
 
 def published_of(

@@ -7,13 +7,29 @@ import errno
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qsfs.daemon.status import disk_bytes
+from qsfs.errors import QsfsError
 from tests.support.backends import Servers
 from tests.support.daemon import FileSystem
-from tests.system.fleet import QUICK, check, content, dead, eventually, keys_of, status, store
+from tests.system.fleet import (
+    QUICK,
+    Inside,
+    check,
+    content,
+    dead,
+    ended,
+    eventually,
+    keys_of,
+    running,
+    status,
+    store,
+    up,
+)
+from tests.system.test_service_unit import started
 
 pytestmark = pytest.mark.mount
 
@@ -22,9 +38,7 @@ MIB = 1 << 20
 
 
 def machines(scratch: Path, fleet: Servers, namespace: str) -> FileSystem:
-    return FileSystem(
-        scratch / "one", shards=(3, 2), count=COUNT, servers=fleet, namespace=namespace, settings=QUICK
-    )
+    return FileSystem(scratch / "one", shards=(3, 2), count=COUNT, servers=fleet, namespace=namespace, settings=QUICK)
 
 
 def error_of(work: object, *arguments: object) -> int:
@@ -131,6 +145,91 @@ def test_a_generation_that_is_kept_may_be_chosen_and_others_are_refused(scratch:
             assert (shown["generation"], shown["newest"], shown["is_newest"]) == (numbers[2], numbers[3], False)
             two.umount()
         one.umount()
+
+
+def test_an_expired_generation_says_so_and_silence_is_not_taken_for_that(scratch: Path, fleet: Servers) -> None:
+    """What the newest head does not keep any more may go; a reader is told to remount, in log and status."""
+    with machines(scratch, fleet, "gone") as one:
+        one.format()
+        one.mount()
+        store(one, "early", MIB)
+        store(one, "late", MIB)
+        first = one.sync()["generation"]
+        with one.another_machine(scratch / "two") as two:
+            two.set({"mount.follow_seconds": 0.2})
+            two.expect("absent; it is read from others", "not here after", "expired")
+            two.mount("--read-only")
+            for text in "abc":
+                (one.mountpoint / "file").write_text(text)
+                one.sync()
+            found = eventually(lambda: not (now := status(two)["read_only"])["kept"] and now, "it is not kept any more")
+            assert not found["expired"] and "not kept any more since" in two.run("status").stdout
+            one.expect("")
+            with dead(fleet, range(COUNT)):
+                assert error_of((two.mountpoint / "early").read_bytes) == errno.EIO
+            assert not status(two)["read_only"]["expired"] and " expired: " not in two.log()
+            one.umount()
+            for index in range(COUNT):
+                with Inside(fleet, index, one.namespace) as inside:
+                    for key in filter(lambda key: key.startswith(b"qsfs:s:"), inside.keys()):
+                        inside.call("DEL", key)
+            eventually(lambda: up(two, COUNT), "all backends answer")
+            assert error_of((two.mountpoint / "late").read_bytes) == errno.EIO
+            assert status(two)["read_only"]["expired"]
+            assert f"EXPIRED: generation {first} " in two.run("status").stdout
+            assert f"generation {first} expired: generation " in two.log()
+            two.umount()
+
+
+def test_the_service_unit_runs_a_reader_that_its_configuration_asks_for(scratch: Path, fleet: Servers) -> None:
+    """Nothing but `[mount] read_only` makes the unit a reader; it stops in order on SIGTERM, and survives a kill."""
+    with machines(scratch, fleet, "unit") as one:
+        one.format()
+        one.mount()
+        store(one, "base", MIB)
+        one.umount()
+        with one.another_machine(scratch / "two") as two:
+            two.set({"mount.read_only": True})
+            with started(two) as unit:
+                check(two, "base")
+                unit.process.kill()
+                unit.process.wait()
+                two.wait_dead()
+            # An image that cannot be used is only a cache.
+            [image] = (two.cache / "readers").iterdir()
+            (image / "data.mdb").write_bytes(b"no database")
+            with started(two) as unit:
+                check(two, "base")
+                assert error_of((two.mountpoint / "new").touch) == errno.EROFS
+                unit.process.send_signal(signal.SIGTERM)
+                unit.wait_for("STOPPING=1")
+                assert unit.process.wait(60) == 0
+
+
+def test_a_reader_waits_for_backends_visibly_and_can_be_stopped(scratch: Path, fleet: Servers) -> None:
+    with machines(scratch, fleet, "waits") as one:
+        one.format()
+        one.mount()
+        store(one, "base", MIB)
+        one.umount()
+        with one.another_machine(scratch / "two") as two:
+            two.expect("waiting for backends", "no answer|refused|Left out")
+            with dead(fleet, range(COUNT)), running(two, "mount", "--read-only") as process:
+                found = eventually(lambda: asked(two), "it waits")
+                assert found["phase"] == "starting" and "backends" in found["waiting_for"]
+                assert "WAITING for backends" in two.run("status").stdout
+                two.run("umount")
+                code, printed = ended(process)
+                assert code != 0 and "waiting for backends" in printed
+
+
+def asked(fs: FileSystem) -> dict[str, Any]:
+    """The status of a daemon that may not be there yet, once it waits for something."""
+    try:
+        found = status(fs)
+    except QsfsError:
+        return {}
+    return found if found["waiting_for"] else {}
 
 
 def test_a_follower_moves_and_what_is_open_stays_as_it_was(scratch: Path, fleet: Servers) -> None:
