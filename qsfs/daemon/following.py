@@ -25,7 +25,7 @@ from qsfs.daemon.sightings import Sightings
 from qsfs.errors import LimitExceeded, QsfsError
 from qsfs.fuse.generations import MOST_INODES, MOST_TAGS, GenerationOperations
 from qsfs.remote.images import image_directory
-from qsfs.remote.readable import Published, read_head
+from qsfs.remote.readable import Published, owner_host, read_head
 from qsfs.remote.restore import Source
 from qsfs.remote.survey import Timing
 from qsfs.store.limits import Limits
@@ -38,8 +38,10 @@ MOST_IMAGES = 4
 """Images that share the cache: the one shown, one that is being built, and older ones with open files."""
 
 _TICK_SECONDS = 1.0
-LINGER_SECONDS = 5.0
-"""How long an image stays in which nothing is open any more, where the kernel has not forgotten its names."""
+LINGER_SECONDS = 60.0
+"""How long an image stays in which nothing is open any more, where the kernel has not forgotten its names.
+
+It goes at once where its room is needed."""
 _REST = 9.0
 """A move reads all metadata: after it, so many times its duration passes before the next."""
 
@@ -164,6 +166,9 @@ class Follower:
             image = self._make(place, source, self._next_tag)
             if image.store.counter(NEXT_INODE) >= MOST_INODES:
                 raise LimitExceeded(f"generation {head.generation} has more inodes than a mount that follows can show")
+            image.host = self.current.host
+            if image.ref.owner != self.current.ref.owner:
+                image.host = await owner_host(source.members, image.ref.owner, source.keys, self._timing)
             await nursery.start(self.serve, image)
         except BaseException:
             if image is not None:

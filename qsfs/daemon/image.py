@@ -87,6 +87,7 @@ class Image:
         self.directory = directory
         self.ref: HeadRef = source.found.ref
         self.head: Head = source.found.head
+        self.host = ""
         self.store = Store(directory, limits, clock)
         self.contents = Contents(self.store)
         self.namespace = Namespace(self.store, self.contents, Policies(()))

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,6 @@ class Reading:
         self.phase = "starting"
         self.waiting_for = ""
         self.started_ns = clock.time_ns()
-        self.host = ""
         self.follower: Follower | None = None
         self.source: Source
         self.sightings: Sightings
@@ -191,7 +191,7 @@ class Reading:
         if newest.found.judgement.withstands < 0:
             _log.warning("too few backends answered to rule out a newer generation")
         self.source = source
-        self.host = await owner_host(source.members, source.found.ref.owner, source.keys, self._timing)
+        host = await owner_host(source.members, source.found.ref.owner, source.keys, self._timing)
         self.sightings = Sightings(
             source.members,
             Records(source.keys),
@@ -204,13 +204,15 @@ class Reading:
         self._limits = limits
         tag = 1 if self.follow else 0
         try:
-            return self._make(place, source, tag)
+            image = self._make(place, source, tag)
         except (CacheError, Corrupt, FormatMismatch) as error:
             # All of it can be had again: an image that another version left, or that is damaged, is built anew.
             _log.info("the image in %s cannot be used and is built anew: %s", place, error)
-        await trio.to_thread.run_sync(remove_others, directory, ())
-        await build(place, source, limits, self.clock, deadline_seconds=self.config.fetch.deadline_seconds)
-        return self._make(place, source, tag)
+            await trio.to_thread.run_sync(remove_others, directory, ())
+            await build(place, source, limits, self.clock, deadline_seconds=self.config.fetch.deadline_seconds)
+            image = self._make(place, source, tag)
+        image.host = host
+        return image
 
     def _make(self, place: Path, source: Source, tag: int) -> Image:
         reader = PackReader(source.members, source.keys, Code(source.superblock.code), pace=self._links.download.take)
@@ -262,7 +264,7 @@ class Reading:
             await session.serve(
                 image.operations if self.follower is None else self.follower.operations,
                 self.config.filesystem.mountpoint,
-                self.config.mount,
+                replace(self.config.mount, relatime=False),
                 read_only=True,
                 mounted=self._is_ready,
             )
@@ -287,7 +289,7 @@ class Reading:
             "generation": ref.generation,
             "cut_at": self.image.head.time_ns / 1e9,
             "epoch": ref.owner.epoch,
-            "host": self.host,
+            "host": self.image.host,
         }
 
     # stopping

@@ -262,9 +262,7 @@ def test_a_follower_moves_and_what_is_open_stays_as_it_was(scratch: Path, fleet:
                 assert held.read() == content("old", 3 * MIB)[4096:] and goes.read() == "old"
                 assert os.fstat(held.fileno()).st_size == 3 * MIB
                 assert "follows the newest generation" in two.run("status").stdout
-            eventually(lambda: not status(two)["read_only"]["older"], "the older generation is dropped")
             assert error_of(lambda: (there / "file").write_bytes(b"")) == errno.EROFS
-            assert len(list((two.cache / "readers").iterdir())) == 1
             assert "it was read-only" in two.umount()
         one.umount()
 

@@ -1,0 +1,226 @@
+"""Following without a mount: one switch between two requests, tags, and which images stay."""
+
+from __future__ import annotations
+
+import errno
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pyfuse3
+import pytest
+import trio
+
+from qsfs.config import Config
+from qsfs.daemon import following
+from qsfs.daemon.following import MOST_IMAGES, Follower
+from qsfs.daemon.image import Image, build
+from qsfs.daemon.sightings import Sightings
+from qsfs.errors import Unavailable
+from qsfs.format.head import KeptGeneration
+from qsfs.fuse.generations import TAG_SHIFT
+from qsfs.remote.control import Records
+from qsfs.remote.images import image_directory, remove_others
+from qsfs.remote.readable import Published
+from qsfs.remote.restore import find_source
+from qsfs.remote.survey import Timing
+from qsfs.store.schema import PAGE
+from tests.remote.small_fs import LIMITS, SECRET, SmallFs, noise
+
+TIMING = Timing(attempt=2.0, retry=0.01, retry_most=0.02, grace=0.2)
+CONFIG = Config(Path("/nowhere/qsfs.toml"))
+ROOT = pyfuse3.InodeT(pyfuse3.ROOT_INODE)
+
+
+class Machines:
+    """A writer, and a follower of it whose steps the test makes."""
+
+    def __init__(self, fs: SmallFs, directory: Path) -> None:
+        self.fs = fs
+        self.directory = directory
+        self.generation = 0
+        self.kept: list[KeptGeneration] = []
+
+    def publish(self) -> None:
+        """One more generation, which keeps the two before it."""
+        self.generation += 1
+        self.fs.publish(self.generation, kept=tuple(self.kept[-2:]))
+        self.kept.append(KeptGeneration(self.fs.sealed.ref, self.generation, ()))
+
+    async def begin(self) -> None:
+        remove_others(self.directory, ())
+        source = await find_source(self.fs.candidates(), secret=SECRET, clock=self.fs.clock, timing=TIMING)
+        self.sightings = Sightings(
+            source.members,
+            Records(source.keys),
+            source.superblock.code,
+            self.fs.clock,
+            TIMING,
+            Published(source.found.ref, source.found.head),
+        )
+
+        def make(place, of, tag):
+            return Image(
+                place, of, LIMITS, CONFIG, self.fs.clock, self.fs.reader(), lambda name: 0, self.sightings.expired, tag
+            )
+
+        place = image_directory(self.directory, source.found.ref, LIMITS.map_bytes)
+        await build(place, source, LIMITS, self.fs.clock, deadline_seconds=5.0)
+        self.follower = Follower(
+            make(place, source, 1), source, self.directory, LIMITS, self.fs.clock, self.sightings, TIMING, make,
+            xattr=False, deadline_seconds=5.0,
+        )  # fmt: skip
+        self.operations = self.follower.operations
+
+    async def step(self, nursery: trio.Nursery) -> int:
+        """Looks, lets the follower make a step, and returns the generation shown."""
+        await self.sightings.look()
+        await self.follower.step(nursery)
+        return self.follower.current.ref.generation
+
+    async def open(self, name: bytes) -> tuple[int, pyfuse3.FileHandleT]:
+        """Walks to a file at the root and opens it: its inode, as the kernel knows it, and the handle."""
+        found = (await self.operations.lookup(ROOT, name, None)).st_ino
+        return found, (await self.operations.open(found, 0, None)).fh
+
+
+@pytest.fixture
+def machines(scratch, monkeypatch):
+    @asynccontextmanager
+    async def made():
+        monkeypatch.setattr(following, "_REST", 0.0)
+        fs = await SmallFs.make(scratch / "fs")
+        fs.add_superblock()
+        (scratch / "reader").mkdir()
+        both = Machines(fs, scratch / "reader")
+        both.number = fs.remote_file("a", noise(4 * PAGE))
+        both.publish()
+        await both.begin()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(both.follower.serve, both.follower.current)
+            both.nursery = nursery
+            yield both
+            nursery.cancel_scope.cancel()
+        for image in both.follower.images:
+            image.close()
+        fs.close()
+
+    return made
+
+
+def rewrite(both: Machines) -> bytes:
+    """Other bytes for the file, in one more generation."""
+    data = noise(4 * PAGE)[::-1][: 3 * PAGE] + bytes((both.generation,)) * PAGE
+    both.fs.overwrite(both.number, 0, data)
+    both.fs.commit()
+    both.fs.upload(both.number)
+    both.fs.evict(both.number)
+    both.publish()
+    return data
+
+
+async def test_a_walk_after_a_move_sees_the_new_generation_and_a_handle_the_old(machines):
+    async with machines() as both:
+        old_inode, handle = await both.open(b"a")
+        new = rewrite(both)
+        assert await both.step(both.nursery) == 2
+        new_inode, fresh = await both.open(b"a")
+        assert (old_inode >> TAG_SHIFT, new_inode >> TAG_SHIFT) == (1, 2), "the kernel keeps nothing of the old"
+        assert await both.operations.read(fresh, 0, 4 * PAGE) == new
+        # It was not read before: its bytes come from the backends now.
+        assert await both.operations.read(handle, 0, 4 * PAGE) == noise(4 * PAGE)
+        assert (await both.operations.getattr(old_inode, None)).st_ino == old_inode
+
+
+async def test_the_kernel_asks_for_what_hangs_at_the_root_each_time_and_keeps_the_rest(machines):
+    """Without the first a walk would see an old generation for an hour; without the second it would be slow."""
+    async with machines() as both:
+        entry = await both.operations.lookup(ROOT, b"a", None)
+        assert entry.entry_timeout == 0 and entry.attr_timeout > 1000
+        assert (await both.operations.lookup(ROOT, b"none", None)).entry_timeout == 0
+        root = await both.operations.getattr(ROOT, None)
+        assert (root.st_ino, root.attr_timeout) == (pyfuse3.ROOT_INODE, 0)
+        directory = both.fs.create("d", mode=0o040755)
+        both.fs.create("inside", parent=directory)
+        both.fs.commit()
+        both.publish()
+        await both.step(both.nursery)
+        inner = (await both.operations.lookup(ROOT, b"d", None)).st_ino
+        below = await both.operations.lookup(inner, b"inside", None)
+        assert below.entry_timeout > 1000 and below.attr_timeout > 1000 and below.st_ino >> TAG_SHIFT == 2
+        assert (await both.operations.lookup(inner, b"none", None)).entry_timeout > 1000
+
+
+async def test_an_older_image_goes_with_its_last_handle_and_lookup(machines):
+    async with machines() as both:
+        inode, handle = await both.open(b"a")
+        first = both.follower.current.directory
+        rewrite(both)
+        await both.step(both.nursery)
+        await both.operations.forget([(inode, 1)])
+        await both.step(both.nursery)
+        assert len(both.follower.images) == 2 and first.exists(), "it is open"
+        await both.operations.release(handle)
+        await both.step(both.nursery)
+        assert len(both.follower.images) == 1 and not first.exists()
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            await both.operations.getattr(inode, None)
+        assert caught.value.errno == errno.ESTALE
+        # The kernel's word for it may come as late as it likes.
+        await both.operations.forget([(inode, 1)])
+
+
+async def test_what_is_only_known_makes_room_and_what_is_open_does_not(machines, expect_log):
+    """The bound holds whatever is open; an open file never loses its generation."""
+    expect_log("stays at generation")
+    async with machines() as both:
+        handles = []
+        for generation in range(1, MOST_IMAGES + 1):
+            handles.append(await both.open(b"a"))
+            rewrite(both)
+            moved = await both.step(both.nursery)
+            assert moved == min(generation + 1, MOST_IMAGES)
+        assert "open files of older generations (1, 2, 3)" in both.follower.held
+        assert len(list((both.directory / "readers").iterdir())) == MOST_IMAGES
+        inode, handle = handles[0]
+        assert len(await both.operations.read(handle, 0, PAGE)) == PAGE
+        await both.operations.release(handle)
+        assert await both.step(both.nursery) == MOST_IMAGES + 1, (
+            "its names are still known, and that is no reason to stay"
+        )
+        assert not both.follower.held and len(both.follower.images) == MOST_IMAGES
+        with pytest.raises(pyfuse3.FUSEError):
+            await both.operations.getattr(inode, None)
+
+
+async def test_a_move_that_fails_leaves_all_as_it_was_and_is_tried_again(machines, monkeypatch, expect_log):
+    expect_log("cannot move to generation 2")
+    async with machines() as both:
+        rewrite(both)
+
+        async def no_build(*_: object, **__: object) -> None:
+            raise Unavailable("metadata do not come")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(following, "build", no_build)
+            assert await both.step(both.nursery) == 1
+        assert both.follower.error == "metadata do not come"
+        assert len(list((both.directory / "readers").iterdir())) == 1
+        assert await both.step(both.nursery) == 2 and not both.follower.error
+
+
+async def test_sightings_outlast_silence_and_tell_what_is_not_kept(machines):
+    async with machines() as both:
+        first = both.follower.current.ref
+        for _ in range(3):
+            rewrite(both)
+        await both.sightings.look()
+        assert both.sightings.newest.ref.generation == 4
+        assert both.sightings.gone_since(first) is not None
+        assert both.sightings.expired(first).startswith("generation 1 expired: generation 4 is published")
+        assert not both.sightings.expired(both.kept[1].head)
+        for connection in both.fs.connections.values():
+            connection.down = True
+        for member in both.follower._source.members:
+            member.control.down = True
+        await both.sightings.look()
+        assert both.sightings.error and both.sightings.newest.ref.generation == 4
