@@ -64,7 +64,7 @@ class Sightings:
                 _log.info("the newest head is not known: %s", error)
             self.error = str(error)
             return
-        self.error = ""
+        self.error = seen.hidden
         self.seen_ns = self._clock.time_ns()
         if seen.ref > self.newest.ref:
             self._take(seen)

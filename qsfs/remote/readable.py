@@ -5,7 +5,7 @@ Everything here reads.  Nothing is written to a backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from qsfs.remote.quorum import FleetQuorum, fleet_quorums, reached
 from qsfs.remote.reasons import summary
 from qsfs.remote.restore import Source
 from qsfs.remote.survey import Timing, fetch_head, survey
+from qsfs.values import counted
 
 _MOST_NAMED = 20
 
@@ -149,10 +150,14 @@ async def _read_record(members: Members, key: bytes, opened: Callable[[bytes], T
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The newest head that is known to be published, and which generations may be read by it."""
+    """The newest head that is known to be published, and which generations may be read by it.
+
+    `hidden`: why backends may hold a newer one that this process cannot authenticate; "" if none does.
+    """
 
     ref: HeadRef
     head: Head
+    hidden: str = ""
 
     def keeps(self, ref: HeadRef) -> bool:
         """Whether the generation of head `ref` may still be read."""
@@ -183,7 +188,8 @@ async def look(
     head = await fetch_head(members, readings, newest, records, timing)
     members.adopt(head.fleets)
     quorums = fleet_quorums(head.fleets, code)
-    judge(readings, newest, quorums, records.facts).require_one_line()
+    judgement = judge(readings, newest, quorums, records.facts)
+    judgement.require_one_line()
     ref = published_of(readings, newest, head, quorums)
     if ref is None:
         raise QuorumUnavailable(
@@ -194,7 +200,16 @@ async def look(
         head = held if held is not None else (await read_head(members, ref, records.keys, timing))[1]
     # Of those that are listed no more nothing need be remembered.
     records.prune({ref for reading in readings for ref in reading.heads})
-    return Published(ref, head)
+    return Published(ref, head, _hidden(judgement.uncounted))
+
+
+def _hidden(uncounted: Mapping[int, str]) -> str:
+    if not uncounted:
+        return ""
+    return (
+        f"{counted(len(uncounted), 'backend')} may hold newer heads that this mount cannot open, "
+        f"{summary(uncounted.values())}; if the master key was rotated, remount"
+    )
 
 
 def published_of(

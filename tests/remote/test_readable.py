@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from qsfs.errors import DataLost, GenerationExpired, NotFound, QuorumUnavailable, Unavailable
-from qsfs.format.head import Head, HeadRef, KeptGeneration, Owner
+from qsfs.format.head import Head, HeadRef, KeptGeneration, Owner, head_key
 from qsfs.remote.control import Reading, Records
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.quorum import fleet_quorums
@@ -133,6 +133,11 @@ async def test_looking_finds_the_published_head_and_what_it_keeps(fs):
     _, first, _, _ = await make_two(fs)
     seen = await look(fs.members, Records(fs.keys), fs.world.code, fs.clock, TIMING)
     assert seen.ref == fs.sealed.ref and seen.keeps(first) and seen.keeps(seen.ref) and not seen.keeps(ref(1))
+    assert not seen.hidden
+    # A newer head that does not open: of a master key that this process does not hold, or a lie.
+    fs.world.control[2].put(head_key(fs.keys.fsid, ref(9)), b"not a head that opens")
+    again = await look(fs.members, Records(fs.keys), fs.world.code, fs.clock, TIMING)
+    assert again.ref == seen.ref and "1 backend may hold newer heads" in again.hidden
     assert await owner_host(fs.members, OWNER, fs.keys, TIMING) == ""
     fs.record_base()
     assert await owner_host(fs.members, OWNER, fs.keys, TIMING) == "host"
