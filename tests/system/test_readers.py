@@ -90,6 +90,10 @@ def test_a_reader_shows_exactly_a_generation_and_changes_nothing(scratch: Path, 
             room = os.statvfs(two.mountpoint)
             assert room.f_blocks > 0 and room.f_files >= 4
             assert "it was read-only" in two.umount()
+        # The writer went on all the time, and knows nothing of it.
+        assert one.sync()["generation"] > first and status(one)["writable"]
+        assert (one.mountpoint / "directory" / "small").read_text() == "second"
+        one.umount()
 
 
 def test_readers_leave_the_backends_and_a_writers_directory_alone(scratch: Path, fleet: Servers) -> None:
