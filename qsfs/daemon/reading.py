@@ -137,12 +137,7 @@ class Reading:
             lock.release()
 
     async def _run(self, directory: Path, secret: bytes) -> None:
-        handlers = {
-            "status": self._on_status,
-            "sync": self._on_sync,
-            "umount": self._on_umount,
-            "unblock": self._on_unblock,
-        }
+        handlers = _Handlers(status=self._on_status, umount=self._on_umount, unblock=self._on_unblock)
         begun = False
         try:
             async with trio.open_nursery() as nursery:
@@ -350,9 +345,6 @@ class Reading:
     async def _on_status(self, _: Mapping[str, Any]) -> Any:
         return status_of(self)
 
-    async def _on_sync(self, _: Mapping[str, Any]) -> Any:
-        raise MountError(f"{self.config.filesystem.mountpoint}: mounted read-only: there is nothing to sync")
-
     async def _on_umount(self, _: Mapping[str, Any]) -> Any:
         """Answered at the end."""
         mounted = self.phase == "mounted"
@@ -375,6 +367,16 @@ class Reading:
         if inode is None:
             raise NotFound(f"{path}: no such file on this mount (give the path from the mount point)")
         return {"ended": self._unblock(inode.number)}
+
+
+class _Handlers(dict[str, control.Handler]):
+    """The commands of a read-only mount; all others are a writer's."""
+
+    def __missing__(self, command: str) -> control.Handler:
+        async def refuse(_: Mapping[str, Any]) -> Any:
+            raise MountError(f"mounted read-only: '{command}' is for the mount that writes")
+
+        return refuse
 
 
 def _check(source: Source) -> None:

@@ -84,7 +84,9 @@ def test_a_reader_shows_exactly_a_generation_and_changes_nothing(scratch: Path, 
                 assert error_of(work) == errno.EROFS
             shown = status(two)["read_only"]
             assert shown["generation"] == first and shown["is_newest"] and shown["kept"] and not shown["expired"]
-            assert two.run("sync", code=None).returncode == 13
+            for command in ("sync", "collect"):
+                refused = two.run(command, code=None)
+                assert refused.returncode == 13 and "is for the mount that writes" in refused.stderr
             printed = two.run("status").stdout
             assert "it is the newest generation" in printed and "READ-ONLY" not in printed
             room = os.statvfs(two.mountpoint)
