@@ -20,6 +20,7 @@ from qsfs.remote.dead_packs import read_index
 from qsfs.remote.shards import ShardReader
 from qsfs.remote.stored import StoredPack
 from qsfs.store.packs import pack_row
+from qsfs.store.redirty import redirty
 from qsfs.store.schema import PAGE, ExtentRow, PackRow
 
 _log = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ class Rewriter:
             await context.committer.room()
         if remote:
             store.blocks.install(inode, entry.first_page, data, rows[0])
-        return sum(store.blocks.redirty(inode, row) for row in rows)
+        return sum(redirty(store.blocks, inode, row) for row in rows)
 
     def _rows(self, number: int, entry: ExtentEntry) -> list[ExtentRow]:
         """What is left of a sealed extent of pack `number`."""

@@ -336,26 +336,6 @@ class Blocks:
         rows = self._layers.view.get_all(Table.BLOCKS, [u64_pair(inode, number) for number in sorted(wanted)])
         return {int.from_bytes(key[8:], "big"): _block_of(row) for key, row in rows}
 
-    def redirty(self, inode: Inode, row: ExtentRow) -> int:
-        """Marks the resident clean pages that `row`, as it lies there now, holds dirty; returns how many.
-
-        They are uploaded anew, with their write numbers, and stay where they are until that is recorded.
-        """
-        if inode.flags & _LOCAL_ONLY:
-            return 0
-        marked = 0
-        stop = row.first + row.pages
-        for number in range(row.first // BLOCK_PAGES, (stop - 1) // BLOCK_PAGES + 1):
-            if self.state(inode.number, number) is None:
-                continue
-            base = number * BLOCK_PAGES
-            first, last = max(row.first, base) - base, min(stop, base + BLOCK_PAGES) - base
-            block = self.writable(inode, number)
-            bits = ((1 << last) - (1 << first)) & block.resident & ~block.dirty
-            block.dirty |= bits
-            marked += bits.bit_count()
-        return marked
-
     def mark_all(self, inode: Inode, *, dirty: bool) -> None:
         """Marks every resident page dirty, or not: for a file that leaves or enters `local_only`."""
         for number in self.numbers(inode.number, 0):
