@@ -32,6 +32,7 @@ COMMANDS = (
     "collect",
     "takeover",
     "restore",
+    "drill",
     "unblock",
     "fsck",
     "placement",

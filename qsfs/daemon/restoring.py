@@ -47,7 +47,7 @@ async def restore_file_system(
                 limits=limits,
                 clock=clock,
                 force=force,
-                say=_Told(progress).say,
+                say=Told(progress).say,
             )
         finally:
             await found.aclose()
@@ -55,7 +55,7 @@ async def restore_file_system(
         lock.release()
 
 
-class _Told:
+class Told:
     """Turns progress into a line for each new step and each tenth of it."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:

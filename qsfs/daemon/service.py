@@ -21,6 +21,7 @@ from qsfs.clock import Clock
 from qsfs.config import Config
 from qsfs.daemon import control, mountpoint
 from qsfs.daemon.committer import Committer
+from qsfs.daemon.comparing import compare
 from qsfs.daemon.connect import Links, Opened, links, members_of, open_file_system, read_secret
 from qsfs.daemon.flushing import Flushing
 from qsfs.daemon.keeper import Keeper
@@ -353,6 +354,7 @@ class Service:
             "umount": self._on_umount,
             "unblock": self._on_unblock,
             "placement": self._on_placement,
+            "compare": self._on_compare,
         }
 
     async def _on_status(self, _: Mapping[str, Any]) -> Any:
@@ -392,6 +394,9 @@ class Service:
         if not hasattr(self, "placing"):
             raise MountError(f"the daemon is {self.phase}; try again")
         return await self.placing.check([str(word) for word in request.get("lose", ())])
+
+    async def _on_compare(self, request: Mapping[str, Any]) -> Any:
+        return await compare(self.store, request.get("extents") or ())
 
     def _number_of(self, path: str) -> int:
         inode = find(self.namespace.tree, path.encode("utf-8", "surrogateescape"))

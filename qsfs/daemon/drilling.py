@@ -1,0 +1,143 @@
+"""`drill`: a restore into a scratch directory, beside a running mount or without one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from qsfs.clock import Clock
+from qsfs.config import Config
+from qsfs.daemon import control
+from qsfs.daemon.comparing import MOST_EXTENTS
+from qsfs.daemon.connect import links, read_secret
+from qsfs.daemon.restoring import Told
+from qsfs.errors import CacheError, NotRunning
+from qsfs.health.drill import DrillResult, drill
+from qsfs.health.drill_backends import choose_down, for_drill
+from qsfs.health.drill_plan import Compared, Plan
+from qsfs.health.drill_read import Compare, ReadExtent
+from qsfs.store.limits import Limits
+
+_ASK_SECONDS = 60.0
+_AT_ONCE = 16
+"""Extents in one question, so that one answer is short work for the mount."""
+assert _AT_ONCE <= MOST_EXTENTS
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What an operator asks for: see `qsfs drill --help`."""
+
+    plan: Plan
+    generation: int | None = None
+    down: int = 0
+    down_named: tuple[str, ...] = ()
+    scratch: Path | None = None
+    ask_mount: bool = True
+
+
+async def drill_file_system(
+    config: Config, clock: Clock, wishes: Wishes, progress: Callable[[str], None]
+) -> DrillResult:
+    """Drills what `config`'s backends hold; raises as `health.drill.drill`, and `KeyboardInterrupt` on a signal.
+
+    However it ends, the scratch directory goes.  The cache directory is not touched.
+    """
+    secret = read_secret(config)
+    names = [backend.name for backend in config.backends]
+    down = choose_down(names, wishes.down, wishes.down_named, wishes.plan.seed)
+    if down:
+        progress(f"counted as down (seed {wishes.plan.seed}): {', '.join(down)}")
+    compare = _compare_with(config.cache.directory) if wishes.ask_mount else None
+    if wishes.ask_mount and compare is None:
+        progress("no mount runs here: nothing is compared with it")
+    found = links(config, clock)
+    try:
+        with _scratch(wishes.scratch) as directory:
+            async with _ended_by_signals():
+                return await drill(
+                    for_drill(found.candidates, down),
+                    secret=secret,
+                    directory=directory,
+                    limits=Limits.of(config.cache, config.flush.spool_bytes),
+                    clock=clock,
+                    plan=wishes.plan,
+                    generation=wishes.generation,
+                    down=down,
+                    compare=compare,
+                    say=Told(progress).say,
+                    deadline_seconds=config.fetch.deadline_seconds,
+                )
+    finally:
+        await found.aclose()
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _scratch(parent: Path | None) -> Iterator[Path]:
+    """A private directory that is gone after the block.  Raises `CacheError` if there can be none."""
+    where = parent or Path(os.environ.get("TMPDIR", "/var/tmp"))
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="qsfs-drill-", dir=where))
+    except OSError as error:
+        raise CacheError(f"{where}: no scratch directory can be made: {error.strerror}; give --scratch") from error
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def _ended_by_signals() -> AsyncIterator[None]:
+    """Cancels the block on SIGINT, SIGTERM or SIGHUP: what it began in threads ends first."""
+    async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+def _compare_with(cache: Path) -> Compare | None:
+    """Asks the mount of a cache directory; None if none runs there."""
+    try:
+        control.ask(cache, "status", timeout=_ASK_SECONDS)
+    except NotRunning:
+        return None
+
+    async def compare(extents: Sequence[ReadExtent], compared: Compared) -> None:
+        for start in range(0, len(extents), _AT_ONCE):
+            await trio.to_thread.run_sync(_ask, cache, extents[start : start + _AT_ONCE], compared)
+
+    return compare
+
+
+def _ask(cache: Path, extents: Sequence[ReadExtent], compared: Compared) -> None:
+    asked = [
+        {
+            "inode": extent.inode,
+            "first": extent.first,
+            "pack": extent.pack_id.hex(),
+            "ordinal": extent.ordinal,
+            "sums": [f"{value:x}" for value in extent.sums],
+        }
+        for extent in extents
+    ]
+    answer = control.ask(cache, "compare", timeout=_ASK_SECONDS, extents=asked)
+    compared.same += answer["same"]
+    compared.remote += answer["remote"]
+    compared.changed += answer["changed"]
+    for page in answer["differ"]:
+        compared.differ.add(f"inode {page['inode']}, page {page['page']}: {page['why']}")
