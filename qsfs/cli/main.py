@@ -28,6 +28,8 @@ COMMANDS = (
     "mount",
     "umount",
     "status",
+    "info",
+    "cache",
     "sync",
     "collect",
     "takeover",

@@ -24,9 +24,11 @@ from qsfs.daemon.committer import Committer
 from qsfs.daemon.comparing import compare
 from qsfs.daemon.connect import Links, Opened, links, members_of, open_file_system, read_secret
 from qsfs.daemon.flushing import Flushing
+from qsfs.daemon.jobs import Jobs
 from qsfs.daemon.keeper import Keeper
 from qsfs.daemon.lock import CacheLock
 from qsfs.daemon.notify import notify
+from qsfs.daemon.operating import Operating
 from qsfs.daemon.owning import local_fleets
 from qsfs.daemon.paths import find, path_of
 from qsfs.daemon.placing import PlacementWatch
@@ -81,6 +83,7 @@ class Service:
         self._ready = ready
         self._tell_waiting = waiting
         self._stopping = trio.Event()
+        self.jobs = Jobs()
         self._pending = control.Pending()
         self._unmounts = control.Pending()
         self._finished = trio.Event()
@@ -144,6 +147,7 @@ class Service:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals)
                 nursery.start_soon(self.committer.run)
+                await nursery.start(self.jobs.run)
                 self.opened = await open_file_system(store, self.links, self._secret, self.clock)
                 await nursery.start(
                     control.serve,
@@ -355,6 +359,7 @@ class Service:
             "unblock": self._on_unblock,
             "placement": self._on_placement,
             "compare": self._on_compare,
+            **Operating(self).handlers(),
         }
 
     async def _on_status(self, _: Mapping[str, Any]) -> Any:

@@ -336,6 +336,11 @@ class Contents:
         del self._uncovered[inode.number]
         u.forget()
 
+    def uncovered_pages(self, number: int) -> int:
+        """Uncovered pages of the file in memory; those that were spilled are not counted."""
+        uncovered = self._uncovered.get(number)
+        return 0 if uncovered is None else len(uncovered.pages)
+
     def has_uncovered(self, number: int) -> bool:
         """Whether anything of the file is uncovered."""
         return number in self._uncovered

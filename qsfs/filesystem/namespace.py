@@ -269,7 +269,11 @@ class Namespace:
             gid = directory.gid
             mode |= stat.S_ISGID if is_directory else 0
         mode, acls = xattrs.inherited(self.tree, directory, mode, caller.umask)
-        flags = self.policies.for_new(parent, name) if stat.S_ISREG(mode) else 0
+        flags = 0
+        if stat.S_ISREG(mode):
+            flags = self.policies.for_new(parent, name)
+        elif is_directory:
+            flags = self.policies.for_new_directory(parent)
         number = self._store.allocate_inode()
         now = self._store.clock.time_ns()
         with self._store.change() as change:

@@ -18,6 +18,7 @@ from qsfs.store.schema import Inode, InodeFlag
 
 _LOCAL_ONLY = int(InodeFlag.LOCAL_ONLY)
 _ATOMIC_SYNC = int(InodeFlag.ATOMIC_SYNC)
+_PINNED_BY_HAND = int(InodeFlag.PINNED_BY_HAND)
 
 
 class Policies:
@@ -75,9 +76,9 @@ def safer(one: int, other: int) -> int:
 def settle(contents: Contents, inode: Inode, wanted: int) -> int:
     """The flags that a file can get now on its way to `wanted`; call it before the change that sets them.
 
-    Atomic sync stays until nothing of the file is uncovered.
+    Atomic sync stays until nothing of the file is uncovered; no rule takes a pin away that was set by hand.
     """
-    flags = wanted
+    flags = wanted | inode.flags & _PINNED_BY_HAND
     if inode.flags & ~wanted & _ATOMIC_SYNC and contents.has_uncovered(inode.number):
         flags |= _ATOMIC_SYNC
     return flags

@@ -19,7 +19,7 @@ from qsfs.filesystem.interfaces import Change
 from qsfs.filesystem.policies import Policies, safer, settle
 from qsfs.filesystem.policy_walk import PolicyWalk
 from qsfs.filesystem.tree import Tree
-from qsfs.store.schema import ROOT_INODE, Inode, Table
+from qsfs.store.schema import ROOT_INODE, Inode, InodeFlag, Table
 
 RULES_KEY = b"policies"
 
@@ -63,7 +63,13 @@ class PolicyKeeper:
 
     def for_new(self, parent: int, name: bytes) -> int:
         """The flags of a new regular file."""
-        return self._policies.flags(name, lambda: self._tree.path_in(parent, name))
+        flags = self._policies.flags(name, lambda: self._tree.path_in(parent, name))
+        return flags | self.for_new_directory(parent)
+
+    def for_new_directory(self, parent: int) -> int:
+        """The flags of a new directory: what was pinned by hand holds for what is made there."""
+        directory = self._tree.store.inode(parent)
+        return 0 if directory is None else directory.flags & InodeFlag.PINNED_BY_HAND
 
     def for_link(self, inode: Inode, parent: int, name: bytes) -> int:
         """The flags of a file that gets one more name."""
@@ -170,7 +176,7 @@ class PolicyKeeper:
 
     def _settle(self, inode: Inode, wanted: int) -> int:
         flags = settle(self._tree.contents, inode, wanted)
-        if flags != wanted:
+        if flags & ~InodeFlag.PINNED_BY_HAND != wanted & ~InodeFlag.PINNED_BY_HAND:
             self._waiting[inode.number] = wanted
         else:
             self._waiting.pop(inode.number, None)

@@ -21,7 +21,7 @@ from qsfs.store.schema import (
 )
 from qsfs.store.store import Store
 
-_KEPT = InodeFlag.LOCAL_ONLY | InodeFlag.PINNED
+_KEPT = InodeFlag.LOCAL_ONLY | InodeFlag.PINNED | InodeFlag.PINNED_BY_HAND
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,7 @@ class InodeFlag(IntFlag):
     WAIT = 8
     WRITE_THROUGH = 16
     RESTORE_ASIDE = 32
+    PINNED_BY_HAND = 64  # by `qsfs cache pin`, not by a rule; directories carry it for what is made in them
 
 
 _INODE = struct.Struct("<BIIIIQIqqqQQQQ")
