@@ -6,19 +6,24 @@ this mount still has it from that very extent and holds its bytes; everything el
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import trio
 from xxhash import xxh3_64_intdigest
 
 from qsfs.errors import Corrupt, QsfsError
-from qsfs.store.schema import BLOCK_PAGES, PackRow, Table, u64
+from qsfs.format.head import HeadRef
+from qsfs.health.drill_rows import sum_of
+from qsfs.store.schema import BLOCK_PAGES, PackRow, Table, split_u64, u64
 from qsfs.store.store import Store
 
 MOST_EXTENTS = 256
 """Extents in one request."""
+MOST_ROWS = 1024
+"""Rows in one request."""
 _MOST_PAGES = 1 << 12
+_ROWS_A_STEP = 32
 
 
 async def compare(store: Store, extents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -47,6 +52,48 @@ async def compare(store: Store, extents: Iterable[Mapping[str, Any]]) -> dict[st
             if index % BLOCK_PAGES == BLOCK_PAGES - 1:
                 await trio.lowlevel.checkpoint()
     return {**counts, "differ": differ}
+
+
+async def compare_rows(
+    store: Store, base: HeadRef | None, generation: HeadRef, rows: Sequence[Sequence[Any]]
+) -> dict[str, Any]:
+    """Compares rows of names and attributes, each a table, a key in hex and a checksum in hex.
+
+    What is not the same counts as `changed`, or is named in `differ` where it cannot have changed: `base`, the
+    newest generation of this mount, is the drill's, and no change mark says that the row changed since.
+    """
+    same = changed = 0
+    differ: list[str] = []
+    if len(rows) > MOST_ROWS:
+        raise QsfsError("a drill's request is too large")
+    for index, (number, text, wanted) in enumerate(rows):
+        table, key = Table(number), bytes.fromhex(text)
+        row = _row(store, table, key)
+        if row is not None and sum_of(table, key, row) == int(wanted, 16):
+            same += 1
+        elif base != generation or _is_marked(store, table, key):
+            changed += 1
+        else:
+            differ.append(f"{table.name.lower()}, key {text}: {'missing' if row is None else 'another row'}")
+        if index % _ROWS_A_STEP == _ROWS_A_STEP - 1:
+            await trio.lowlevel.checkpoint()
+    return {"same": same, "changed": changed, "differ": differ}
+
+
+def _row(store: Store, table: Table, key: bytes) -> bytes | None:
+    if table is not Table.INODES:
+        return store.get(table, key)
+    inode = store.inode(split_u64(key))
+    return None if inode is None else inode.encode()
+
+
+def _is_marked(store: Store, table: Table, key: bytes) -> bool:
+    for group in (store.layers.open, store.layers.committing):
+        if group is not None and (
+            key in group.rows[table] or (table is Table.INODES and split_u64(key) in group.inodes)
+        ):
+            return True
+    return store.layers.view.get(Table.CHANGED, bytes((table,)) + key) is not None
 
 
 def _compare_page(

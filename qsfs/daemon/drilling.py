@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -20,10 +21,12 @@ from qsfs.daemon.comparing import MOST_EXTENTS
 from qsfs.daemon.connect import links, read_secret
 from qsfs.daemon.restoring import Told
 from qsfs.errors import CacheError, NotRunning
+from qsfs.format.head import HeadRef
 from qsfs.health.drill import DrillResult, drill
 from qsfs.health.drill_backends import choose_down, for_drill
-from qsfs.health.drill_plan import Compared, Plan
+from qsfs.health.drill_plan import Compared, ComparedRows, Plan
 from qsfs.health.drill_read import Compare, ReadExtent
+from qsfs.health.drill_rows import CompareRows, Row
 from qsfs.store.limits import Limits
 
 _ASK_SECONDS = 60.0
@@ -73,6 +76,7 @@ async def drill_file_system(
                     generation=wishes.generation,
                     down=down,
                     compare=compare,
+                    compare_names=None if compare is None else _compare_rows_with(config.cache.directory),
                     say=Told(progress).say,
                     deadline_seconds=config.fetch.deadline_seconds,
                 )
@@ -120,6 +124,23 @@ def _compare_with(cache: Path) -> Compare | None:
     async def compare(extents: Sequence[ReadExtent], compared: Compared) -> None:
         for start in range(0, len(extents), _AT_ONCE):
             await trio.to_thread.run_sync(_ask, cache, extents[start : start + _AT_ONCE], compared)
+
+    return compare
+
+
+def _compare_rows_with(cache: Path) -> CompareRows:
+    async def compare(ref: HeadRef, rows: Sequence[Row], found: ComparedRows) -> None:
+        generation = [ref.owner.epoch, ref.owner.mount_id.hex(), ref.generation, ref.digest.hex()]
+        asked = [(table, key.hex(), f"{value:x}") for table, key, value in rows]
+
+        def ask() -> Any:
+            return control.ask(cache, "compare", timeout=_ASK_SECONDS, generation=generation, rows=asked)
+
+        answer = await trio.to_thread.run_sync(ask)
+        found.same += answer["same"]
+        found.changed += answer["changed"]
+        for what in answer["differ"]:
+            found.differ.add(what)
 
     return compare
 

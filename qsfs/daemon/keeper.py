@@ -181,7 +181,7 @@ class Keeper:
         _log.warning(
             "the cache is full and packs do not become full on the backends, or wait for their second look "
             "([cache] second_look_seconds); what is only written is evicted too; bring missing backends back, "
-            "or give [cache] size more"
+            "unpin files ('qsfs cache status' shows pins), or give [cache] size more"
         )
 
     @property

@@ -18,8 +18,9 @@ from qsfs.clock import Clock
 from qsfs.errors import NotFound
 from qsfs.format.erasure import Code
 from qsfs.format.head import Head, HeadRef
-from qsfs.health.drill_plan import Plan, Tally, Verdict
+from qsfs.health.drill_plan import ComparedRows, Plan, Tally, Verdict
 from qsfs.health.drill_read import Compare, ContentsReader
+from qsfs.health.drill_rows import CompareRows, compare_rows
 from qsfs.health.packs import PackDoctor
 from qsfs.remote.members import Candidate, Members, State
 from qsfs.remote.placement import FreeSpace
@@ -89,6 +90,7 @@ async def drill(
     timing: Timing | None = None,
     down: Collection[str] = (),
     compare: Compare | None = None,
+    compare_names: CompareRows | None = None,
     say: Say = lambda progress: None,
     deadline_seconds: float = 30.0,
     worth_a_thread: int = WORTH_A_THREAD,
@@ -96,9 +98,9 @@ async def drill(
     """Restores the newest generation (or a kept one by its number) into `directory`, empty and the drill's own.
 
     `candidates` are what the caller made of the configuration, those that shall count as down included
-    (`down` names them for the report); `compare` asks a running mount.  Too few answers to rule out a newer
-    generation do not end a drill: the result says it.  Raises what a restore raises where it does not come
-    as far as to have a file system, `NotFound` for a generation that is not kept.
+    (`down` names them for the report); `compare` and `compare_names` ask a running mount.  Too few answers to
+    rule out a newer generation do not end a drill: the result says it.  Raises what a restore raises where it
+    does not come as far as to have a file system, `NotFound` for a generation that is not kept.
     """
     started_ns, began = clock.time_ns(), clock.monotonic()
     say(Progress("looking for the generation", 0, len(candidates)))
@@ -132,6 +134,9 @@ async def drill(
             async with reader.running():
                 await contents.read(plan)
                 spares = await _metadata_spares(source, doctor, code)
+        if compare_names is not None:
+            contents.tally.rows = ComparedRows()
+            await compare_rows(environment, source.sealed.ref, plan, compare_names, contents.tally.rows)
         answering = _answering(source.members)
         recorded = _recorded(environment, source.superblock.code.k, {member for member, _ in answering})
     finally:

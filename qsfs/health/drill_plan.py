@@ -87,6 +87,20 @@ class Compared:
 
 
 @dataclass(slots=True)
+class ComparedRows:
+    """Rows of names and attributes that were asked for at the mount.
+
+    `changed`: they are not the same there, and may have changed since the generation; `differ`: they have not
+    changed since, and are not the same.
+    """
+
+    same: int = 0
+    changed: int = 0
+    differ: Problems = field(default_factory=Problems)
+    failure: str = ""
+
+
+@dataclass(slots=True)
 class Tally:
     """What reading the contents gave.  `gave_up`: so little came that the rest was not tried.
 
@@ -113,6 +127,7 @@ class Tally:
     unlisted: int = 0
     compared: Compared | None = None
     compare_failure: str = ""
+    rows: ComparedRows | None = None
 
     @property
     def whole(self) -> bool:
@@ -123,6 +138,7 @@ class Tally:
     def verdict(self) -> Verdict:
         """What was shown of what was to be read."""
         differ = 0 if self.compared is None else self.compared.differ.count
+        differ += 0 if self.rows is None else self.rows.differ.count
         if self.lost.count or self.wrong.count or differ:
             return Verdict.FAILED
         if self.missing.count or self.gave_up or self.read_extents < self.chosen_extents:

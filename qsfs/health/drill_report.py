@@ -50,7 +50,7 @@ def failure_text(error: QsfsError, now_ns: int) -> str:
 def json_of(result: DrillResult) -> dict[str, Any]:
     """The report for programs; bytes and seconds, times in seconds since 1970."""
     contents = result.contents
-    compared = contents.compared
+    compared, rows = contents.compared, contents.rows
     return {
         "verdict": result.verdict.value,
         "exit_code": exit_code(result),
@@ -102,6 +102,13 @@ def json_of(result: DrillResult) -> dict[str, Any]:
             "remote_pages": 0 if compared is None else compared.remote,
             "changed_pages": 0 if compared is None else compared.changed,
             "different": _problems(Problems() if compared is None else compared.differ),
+            "rows": {
+                "asked": rows is not None,
+                "failure": "" if rows is None else rows.failure,
+                "same": 0 if rows is None else rows.same,
+                "changed": 0 if rows is None else rows.changed,
+                "different": _problems(Problems() if rows is None else rows.differ),
+            },
         },
         "seconds": {
             "find": result.find_seconds,
@@ -138,6 +145,8 @@ def _lines(result: DrillResult) -> Iterator[str]:
     compared = contents.compared
     if compared is not None and compared.same:
         yield f"- {counted(compared.same, 'page')} are byte for byte what the running mount holds."
+    if contents.rows is not None and contents.rows.same:
+        yield f"- {counted(contents.rows.same, 'record')} of names and attributes are what the running mount holds."
     least = could_still_lose(result)
     if least is not None and least >= 0:
         yield f"- Of each pack that was read, and of all metadata, {_more(least)} (as far as backends list shards)."
@@ -216,6 +225,11 @@ def _not_proven(result: DrillResult) -> list[str]:
             found.append(f"{counted(compared.changed, 'page')} changed on the mount since: not compared.")
         if compared.remote:
             found.append(f"{counted(compared.remote, 'page')} are not local on the mount: nothing to compare with.")
+    rows = contents.rows
+    if rows is not None and rows.failure:
+        found.append(f"That the mount has the other names and attributes too: {rows.failure}")
+    if rows is not None and rows.changed:
+        found.append(f"{counted(rows.changed, 'record')} of names and attributes changed on the mount since.")
     return found
 
 
@@ -231,6 +245,10 @@ def _failures(contents: Tally) -> Iterator[str]:
     if contents.compared is not None and contents.compared.differ.count:
         yield f"- {counted(contents.compared.differ.count, 'page')} differ from what the running mount holds:"
         yield from (f"  - {named}" for named in contents.compared.differ.named)
+    if contents.rows is not None and contents.rows.differ.count:
+        records = counted(contents.rows.differ.count, "record")
+        yield f"- {records} of names and attributes differ from what the running mount holds:"
+        yield from (f"  - {named}" for named in contents.rows.differ.named)
 
 
 def _spares(spares: Counter[int]) -> str:

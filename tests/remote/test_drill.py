@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from qsfs.daemon.comparing import compare
+from qsfs.daemon.comparing import compare, compare_rows
 from qsfs.errors import ConfigError, DataLost, NotFound, NotRunning, QsfsBug
 from qsfs.format.head import KeptGeneration
 from qsfs.format.shard import shard_key
@@ -19,7 +19,7 @@ from qsfs.health.drill_backends import choose_down, for_drill
 from qsfs.health.drill_plan import LEAST_EXTENTS, Plan, Verdict
 from qsfs.health.drill_report import exit_code, json_of, text_of
 from qsfs.remote.survey import Timing
-from qsfs.store.schema import PAGE
+from qsfs.store.schema import PAGE, Table
 from tests.remote.harness import keys_of
 from tests.remote.small_fs import LIMITS, SECRET, SmallFs, noise
 
@@ -284,6 +284,47 @@ async def test_a_mount_that_stops_answering_takes_nothing_from_the_proof(fs, scr
     found = await run(fs, scratch, compare=gone)
     assert found.verdict is Verdict.PROVEN
     assert "That the mount holds the rest too: the daemon ended" in text_of(found)
+
+
+async def rows_asked(fs: SmallFs, base, ref, rows, found) -> None:
+    """As a mount is asked for names and attributes, without its socket."""
+    asked = [(table, key.hex(), f"{value:x}") for table, key, value in rows]
+    answer = await compare_rows(fs.store, base, ref, asked)
+    found.same += answer["same"]
+    found.changed += answer["changed"]
+    for what in answer["differ"]:
+        found.differ.add(what)
+
+
+async def test_names_and_attributes_are_those_of_the_mount(fs, scratch):
+    """The same rows are counted; those that changed since, in memory or in LMDB, are not called wrong."""
+    files = a_tree(fs)
+    for key, _ in list(fs.store.scan(Table.CHANGED, b"", None)):
+        fs.store.layers.delete(Table.CHANGED, key)
+    fs.commit()
+    with fs.store.change() as change:
+        change.patch(files["a"], mode=stat.S_IFREG | 0o600)
+    fs.commit()
+    with fs.store.change() as change:
+        change.patch(files["b"], uid=7)
+    found = await run(fs, scratch, compare_names=partial(rows_asked, fs, fs.sealed.ref))
+    rows = found.contents.rows
+    assert (rows.same, rows.changed, rows.differ.count, rows.failure) == (5, 2, 0, "")
+    assert found.verdict is Verdict.PROVEN and "5 records of names and attributes are" in text_of(found)
+
+
+@pytest.mark.parametrize("newest", [True, False])
+async def test_a_name_that_differs_without_a_change_fails_the_drill(fs, scratch, newest):
+    """Unchanged since the mount's own newest generation and not the same: wrong; else it may have changed."""
+    files = a_tree(fs)
+    for key, _ in list(fs.store.scan(Table.CHANGED, b"", None)):
+        fs.store.layers.delete(Table.CHANGED, key)
+    fs.commit()
+    fs.inode(files["a"]).mode = stat.S_IFREG | 0o600
+    found = await run(fs, scratch, compare_names=partial(rows_asked, fs, fs.sealed.ref if newest else None))
+    rows = found.contents.rows
+    assert (rows.same, rows.changed, rows.differ.count) == ((6, 0, 1) if newest else (6, 1, 0))
+    assert found.verdict is (Verdict.FAILED if newest else Verdict.PROVEN)
 
 
 @pytest.mark.parametrize("lost", [0, 3])
