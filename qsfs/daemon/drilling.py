@@ -6,7 +6,9 @@ import contextlib
 import os
 import shutil
 import signal
+import stat
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,9 @@ from qsfs.config import Config
 from qsfs.daemon import control
 from qsfs.daemon.comparing import MOST_EXTENTS
 from qsfs.daemon.connect import links, read_secret
+from qsfs.daemon.lock import CacheLock, holder
 from qsfs.daemon.restoring import Told
-from qsfs.errors import CacheError, NotRunning
+from qsfs.errors import CacheError, QsfsError
 from qsfs.format.head import HeadRef
 from qsfs.health.drill import DrillResult, drill
 from qsfs.health.drill_backends import choose_down, for_drill
@@ -29,6 +32,8 @@ from qsfs.health.drill_read import Compare, ReadExtent
 from qsfs.health.drill_rows import CompareRows, Row
 from qsfs.store.limits import Limits
 
+_PREFIX = "qsfs-drill-"
+_YOUNG_SECONDS = 60.0
 _ASK_SECONDS = 60.0
 _AT_ONCE = 16
 """Extents in one question, so that one answer is short work for the mount."""
@@ -59,9 +64,13 @@ async def drill_file_system(
     down = choose_down(names, wishes.down, wishes.down_named, wishes.plan.seed)
     if down:
         progress(f"counted as down (seed {wishes.plan.seed}): {', '.join(down)}")
-    compare = _compare_with(config.cache.directory) if wishes.ask_mount else None
-    if wishes.ask_mount and compare is None:
-        progress("no mount runs here: nothing is compared with it")
+    compare = None
+    if wishes.ask_mount:
+        try:
+            compare = await trio.to_thread.run_sync(_compare_with, config.cache.directory)
+        except QsfsError as error:
+            # The drill needs neither the mount nor this machine's cache.
+            progress(f"nothing is compared with a mount: {error}")
     found = links(config, clock)
     try:
         with _scratch(wishes.scratch) as directory:
@@ -87,16 +96,35 @@ async def drill_file_system(
 
 @contextlib.contextmanager
 def _scratch(parent: Path | None) -> Iterator[Path]:
-    """A private directory that is gone after the block.  Raises `CacheError` if there can be none."""
+    """A private, locked directory that is gone after the block.  Raises `CacheError` if there can be none.
+
+    What drills left there that were killed goes too.
+    """
     where = parent or Path(os.environ.get("TMPDIR", "/var/tmp"))
+    _sweep(where)
     try:
-        directory = Path(tempfile.mkdtemp(prefix="qsfs-drill-", dir=where))
+        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=where))
     except OSError as error:
         raise CacheError(f"{where}: no scratch directory can be made: {error.strerror}; give --scratch") from error
     try:
-        yield directory
+        lock = CacheLock(directory)
+        try:
+            yield directory
+        finally:
+            lock.release()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _sweep(where: Path) -> None:
+    """Removes the scratch directories of this user that no living drill has locked."""
+    with contextlib.suppress(OSError):
+        for path in where.glob(f"{_PREFIX}*"):
+            with contextlib.suppress(OSError, QsfsError):
+                found = path.lstat()
+                old = time.time() - found.st_mtime > _YOUNG_SECONDS  # a drill that begins has no lock yet
+                if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and old and holder(path) is None:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.asynccontextmanager
@@ -114,12 +142,9 @@ async def _ended_by_signals() -> AsyncIterator[None]:
         nursery.cancel_scope.cancel()
 
 
-def _compare_with(cache: Path) -> Compare | None:
-    """Asks the mount of a cache directory; None if none runs there."""
-    try:
-        control.ask(cache, "status", timeout=_ASK_SECONDS)
-    except NotRunning:
-        return None
+def _compare_with(cache: Path) -> Compare:
+    """What asks the mount of a cache directory.  Raises `QsfsError` if none answers there."""
+    control.ask(cache, "status", timeout=_ASK_SECONDS)
 
     async def compare(extents: Sequence[ReadExtent], compared: Compared) -> None:
         for start in range(0, len(extents), _AT_ONCE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -47,13 +48,17 @@ def test_a_drill_beside_a_mount(fs, scratch):
 
 
 def test_an_interrupted_drill_leaves_nothing(fs, scratch):
-    """SIGINT in the middle: exit code 130, and no scratch directory."""
+    """SIGINT in the middle: exit code 130, and no scratch directory; nor one of a drill that was killed before."""
     place = scratch / "place"
-    place.mkdir()
+    killed, young, other = (place / name for name in ("qsfs-drill-killed", "qsfs-drill-young", "other"))
+    for path in (killed, young, other):
+        (path / "restoring").mkdir(parents=True)
+    for path in (killed, other):
+        os.utime(path, (1, 1))
     with running(fs, "drill", "--full", "--scratch", str(place)) as process:
         for line in process.stdout:
             if "reading metadata" in line:
                 process.send_signal(signal.SIGINT)
                 break
         code, _ = ended(process)
-    assert (code, list(place.iterdir())) == (130, [])
+    assert (code, sorted(place.iterdir())) == (130, [other, young])
