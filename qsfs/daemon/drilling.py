@@ -8,7 +8,6 @@ import shutil
 import signal
 import stat
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +72,7 @@ async def drill_file_system(
             progress(f"nothing is compared with a mount: {error}")
     found = links(config, clock)
     try:
-        with _scratch(wishes.scratch) as directory:
+        with _scratch(wishes.scratch, clock) as directory:
             async with _ended_by_signals():
                 return await drill(
                     for_drill(found.candidates, down),
@@ -95,13 +94,13 @@ async def drill_file_system(
 
 
 @contextlib.contextmanager
-def _scratch(parent: Path | None) -> Iterator[Path]:
+def _scratch(parent: Path | None, clock: Clock) -> Iterator[Path]:
     """A private, locked directory that is gone after the block.  Raises `CacheError` if there can be none.
 
     What drills left there that were killed goes too.
     """
     where = parent or Path(os.environ.get("TMPDIR", "/var/tmp"))
-    _sweep(where)
+    _sweep(where, clock.time_ns() / 1e9)
     try:
         directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=where))
     except OSError as error:
@@ -116,13 +115,13 @@ def _scratch(parent: Path | None) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _sweep(where: Path) -> None:
+def _sweep(where: Path, now: float) -> None:
     """Removes the scratch directories of this user that no living drill has locked."""
     with contextlib.suppress(OSError):
         for path in where.glob(f"{_PREFIX}*"):
             with contextlib.suppress(OSError, QsfsError):
                 found = path.lstat()
-                old = time.time() - found.st_mtime > _YOUNG_SECONDS  # a drill that begins has no lock yet
+                old = now - found.st_mtime > _YOUNG_SECONDS  # a drill that begins has no lock yet
                 if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and old and holder(path) is None:
                     shutil.rmtree(path, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Requests of `qsfs info` and `qsfs cache` on the control socket: each starts a job."""
+"""Requests of `qsfs info`, `qsfs cache` and `qsfs drill` on the control socket; the first two start jobs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qsfs.daemon.caching import Caching, Range
+from qsfs.daemon.comparing import compare, compare_rows
 from qsfs.daemon.informing import inform
 from qsfs.daemon.jobs import Progress
 from qsfs.daemon.walking import resolve
 from qsfs.errors import MountError, QsfsError
+from qsfs.format.head import HeadRef, Owner
+from qsfs.remote.base import BASE_KEY, local_head
 from qsfs.store.schema import Inode
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ class Operating:
         return {
             "info": self._info,
             "cache": self._cache,
+            "compare": self._compare,
             "job": self._job,
             "job-cancel": self._job_cancel,
         }
@@ -74,6 +78,15 @@ class Operating:
         if work is None:
             raise QsfsError(f"{what}: unknown to this daemon, which is of another version; remount it")
         return await service.jobs.start(work)
+
+    async def _compare(self, request: Mapping[str, Any]) -> Any:
+        service = self._service
+        if "rows" not in request:
+            return await compare(service.store, request.get("extents") or ())
+        base = local_head(service.store, BASE_KEY, service.opened.keys)
+        epoch, mount, generation, digest = request["generation"]
+        ref = HeadRef(Owner(epoch, bytes.fromhex(mount)), generation, bytes.fromhex(digest))
+        return await compare_rows(service.store, None if base is None else base.sealed.ref, ref, request["rows"])
 
     async def _job(self, request: Mapping[str, Any]) -> Any:
         return await self._service.jobs.ask(_number(request, "number") or 0)

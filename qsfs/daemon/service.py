@@ -21,7 +21,6 @@ from qsfs.clock import Clock
 from qsfs.config import Config
 from qsfs.daemon import control, mountpoint
 from qsfs.daemon.committer import Committer
-from qsfs.daemon.comparing import compare, compare_rows
 from qsfs.daemon.connect import Links, Opened, links, members_of, open_file_system, read_secret
 from qsfs.daemon.flushing import Flushing
 from qsfs.daemon.jobs import Jobs
@@ -44,11 +43,9 @@ from qsfs.filesystem.contents import Contents
 from qsfs.filesystem.namespace import Namespace
 from qsfs.filesystem.needs import Need
 from qsfs.filesystem.policies import Policies
-from qsfs.format.head import HeadRef, Owner
 from qsfs.fuse import loop, session
 from qsfs.fuse.operations import Operations
 from qsfs.fuse.state import MountState
-from qsfs.remote.base import BASE_KEY, local_head
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.images import refuse_images
 from qsfs.remote.reader import PackReader
@@ -360,7 +357,6 @@ class Service:
             "umount": self._on_umount,
             "unblock": self._on_unblock,
             "placement": self._on_placement,
-            "compare": self._on_compare,
             **Operating(self).handlers(),
         }
 
@@ -401,14 +397,6 @@ class Service:
         if not hasattr(self, "placing"):
             raise MountError(f"the daemon is {self.phase}; try again")
         return await self.placing.check([str(word) for word in request.get("lose", ())])
-
-    async def _on_compare(self, request: Mapping[str, Any]) -> Any:
-        if "rows" not in request:
-            return await compare(self.store, request.get("extents") or ())
-        base = local_head(self.store, BASE_KEY, self.opened.keys)
-        epoch, mount, generation, digest = request["generation"]
-        ref = HeadRef(Owner(epoch, bytes.fromhex(mount)), generation, bytes.fromhex(digest))
-        return await compare_rows(self.store, None if base is None else base.sealed.ref, ref, request["rows"])
 
     def _number_of(self, path: str) -> int:
         inode = find(self.namespace.tree, path.encode("utf-8", "surrogateescape"))
