@@ -143,7 +143,7 @@ class Caching:
                 async for first, count, wanted in self._chunks(inode, part):
                     full = full or self.room() <= 0
                     if full or len(failures) >= _MOST_FAILURES:
-                        break
+                        continue
                     await slots.acquire()
                     nursery.start_soon(fetch, inode.number, first, count, wanted)
         await self._committer.commit()

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from qsfs.config import PolicyRule
+from qsfs.daemon import caching as caching_module
 from qsfs.daemon.caching import Caching, Range
 from qsfs.daemon.informing import answering_of, inform
 from qsfs.daemon.jobs import Jobs
@@ -229,14 +230,16 @@ async def test_a_warm_that_does_not_fit_begins_nothing(fs):
     assert fs.resident(number) == 0
 
 
-async def test_a_warm_that_does_not_come_says_so(fs, autojump_clock, expect_log):
+async def test_a_warm_that_does_not_come_says_so(fs, autojump_clock, expect_log, monkeypatch):
     """Backends that do not answer: an error with what came, never silence."""
     expect_log(r"not here after", optional=True)
-    number = fs.remote_file("a", noise(16 * PAGE))
+    monkeypatch.setattr(caching_module, "_CHUNK_PAGES", 4)
+    monkeypatch.setattr(caching_module, "_MOST_FAILURES", 2)
+    number = fs.remote_file("a", noise(64 * PAGE))
     for backend in fs.backends.values():
         backend.down = True
     async with fs.fetching(deadline_seconds=1) as fetcher:
-        with pytest.raises(Unavailable, match=r"0 B of 64.0 KiB were fetched"):
+        with pytest.raises(Unavailable, match=r"0 B of 256.0 KiB were fetched, then [2-9] parts"):
             await caching(fs, fetcher).warm([fs.inode(number)], Range(), {})
 
 
