@@ -127,7 +127,9 @@ def _packs(found: dict[str, Any], now: float) -> Iterator[str]:
     for pack in found["listed_packs"]:
         verified = pack["verified_at"]
         seen = "not yet" if verified is None else f"{format_duration(max(0.0, now - verified))} ago"
-        yield f"  pack {pack['id']}: {pack['class']}, second look {seen}, may lose {pack['spare_now']} now"
+        spare = pack["spare_now"]
+        now_may = f"may lose {spare} now" if spare >= 0 else f"lacks {counted(-spare, 'shard')} to be read now"
+        yield f"  pack {pack['id']}: {pack['class']}, second look {seen}, {now_may}"
         yield "    " + " ".join(f"{i}:{name or 'nowhere'}" for i, name in enumerate(pack["shards"]))
     more = packs["count"] - packs["missing_rows"] - len(found["listed_packs"])
     if more > 0 and found["listed_packs"]:

@@ -18,7 +18,8 @@ from qsfs.daemon import control
 from qsfs.errors import LimitExceeded, NotFound, QsfsBug, QsfsError
 
 MOST_JOBS = 16
-_ALONE_SECONDS = 30.0
+_ALONE_SECONDS = 10.0
+_FIRST_ANSWER_SECONDS = 0.05
 _ANSWER_SECONDS = 0.5
 _POLL_SECONDS = 0.2
 
@@ -64,9 +65,10 @@ class Jobs:
         self._last += 1
         job = self._jobs[self._last] = _Job()
         self._nursery.start_soon(self._do, self._last, job, work)
-        return await self.ask(self._last)
+        # At once: before its command knows the number, an interrupt cannot end the job.
+        return await self.ask(self._last, _FIRST_ANSWER_SECONDS)
 
-    async def ask(self, number: int) -> dict[str, Any]:
+    async def ask(self, number: int, seconds: float = _ANSWER_SECONDS) -> dict[str, Any]:
         """`{"job", "progress", "done"}` of a job, with `result` once it is done.
 
         Raises what the job raised, `NotFound` for one that is not known (any more).
@@ -75,7 +77,7 @@ class Jobs:
         if job is None:
             raise NotFound("the daemon does not know this command any more; run it again")
         job.asked.set()
-        with trio.move_on_after(_ANSWER_SECONDS):
+        with trio.move_on_after(seconds):
             await job.done.wait()
         if not job.done.is_set():
             return {"job": number, "done": False, "progress": dict(job.progress)}
