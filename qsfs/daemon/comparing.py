@@ -1,7 +1,8 @@
 """What a mount answers to a drill: whether its local pages are those that were read from the backends.
 
-A drill sends, for each extent that it read, the checksums of its pages.  A page is compared where
-this mount still has it from that very extent and holds its bytes; everything else is said as it is.
+A drill sends, for each extent that it read, the checksums of its pages.  A local page with the same
+bytes is the same; other bytes are wrong where this mount has the page from that very extent, unchanged,
+and a later version elsewhere.
 """
 
 from __future__ import annotations
@@ -101,21 +102,22 @@ def _compare_page(
 ) -> tuple[str, str]:
     """Which count a page goes to, or why it differs."""
     row = store.blocks.remote_extent(inode, page)
-    if row is None or row.ordinal != ordinal or _pack_id(store, row.pack) != pack:
-        return "changed", ""
     number, index = divmod(page, BLOCK_PAGES)
     state = store.blocks.state(inode, number)
     if state is None or not state.resident & 1 << index:
-        return "remote", ""
-    if state.dirty & 1 << index:
-        return "changed", ""
+        return ("changed" if row is None else "remote"), ""
     try:
         data = store.blocks.pages(inode, page, 1)[0]
     except Corrupt as error:
         return "", str(error)
     if data is None:
-        return "remote", ""
-    return ("same", "") if xxh3_64_intdigest(data) == wanted else ("", "other bytes")
+        return "changed", ""
+    # A cut and an upload ahead of it may have put the same page into two packs.
+    if xxh3_64_intdigest(data) == wanted:
+        return "same", ""
+    if row is None or row.ordinal != ordinal or _pack_id(store, row.pack) != pack or state.dirty & 1 << index:
+        return "changed", ""
+    return "", "other bytes"
 
 
 def _pack_id(store: Store, number: int) -> bytes | None:

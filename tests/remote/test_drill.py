@@ -263,6 +263,16 @@ async def test_the_mount_holds_the_same_pages(fs, scratch):
     assert not compared.differ.count and found.verdict is Verdict.PROVEN
 
 
+async def test_the_same_bytes_from_another_pack_are_the_same(fs, scratch):
+    """A cut and an upload ahead of it may seal one page twice: the mount then names another pack than the head."""
+    files = a_tree(fs)
+    data = b"".join(fs.read(files["b"], 0, 4))
+    fs.overwrite(files["b"], 0, data)
+    fs.upload(files["b"])
+    found = await run(fs, scratch, compare=partial(asked, fs))
+    assert (found.contents.compared.same, found.contents.compared.changed) == (68, 0)
+
+
 async def test_a_page_that_differs_from_the_mount_fails_the_drill(fs, scratch):
     """Other local bytes for a page that has not changed since the generation: never passed over."""
     files = a_tree(fs)
