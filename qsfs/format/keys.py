@@ -4,16 +4,16 @@ All derivations are HKDF-SHA256 with the file system id as salt.  The info strin
 a label that names the use, so no two uses share a key.
 
 A key slot is a master key wrapped under what a person keeps.  It says which master key it holds
-and how its wrapping key comes from a secret.  Kind `keyfile` is written; `argon2id` is reserved
-for passphrases, with `salt`, `memory_kib`, `iterations` and `lanes` as parameters.  Slots of kinds
-that this version cannot open are kept as they are.
+and how its wrapping key comes from a secret: that of a key file (kind `keyfile`) or what Argon2id
+makes of a passphrase (`argon2id`; see `slots`).  Slots of kinds that this version cannot open are
+kept as they are.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
@@ -36,6 +36,7 @@ KEYFILE = "keyfile"
 ARGON2ID = "argon2id"
 SALT_SIZE = 32
 NONCE_SIZE = 12
+SLOT_DIGEST = b"qsfs slot digest"
 
 _KEY_FILE_VERSION = "qsfs-key-1"
 _KEY_FILE_CHECK = "qsfs 1 key file check"
@@ -74,7 +75,7 @@ class KeyRing:
         if not keys:
             raise QsfsBug("a key ring needs at least one master key")
         self._fsid = fsid
-        self._keys = {key.number: key for key in sorted(keys, key=lambda key: key.number)}
+        self._keys: Mapping[int, MasterKey] = {key.number: key for key in sorted(keys, key=lambda key: key.number)}
         self._derived = lru_cache(maxsize=64)(self._derive)
         self._ciphers = lru_cache(maxsize=256)(self._cipher)
 
@@ -106,6 +107,18 @@ class KeyRing:
         if key is None:
             raise Corrupt(f"master key {number} is not one of file system {self._fsid.hex()}: {self.numbers}")
         return key
+
+    def learn(self, keys: Iterable[MasterKey]) -> None:
+        """Takes up further master keys, as after a rotation: what is sealed from now on is under the newest.
+
+        `QsfsBug` if one of them is held with another secret: then none is taken.
+        """
+        held = dict(self._keys)
+        for key in keys:
+            if held.setdefault(key.number, key) != key:
+                raise QsfsBug(f"master key {key.number} of {self._fsid.hex()} has two different secrets")
+        # One assignment: other threads see the old keys or all.
+        self._keys = dict(sorted(held.items()))
 
     def digest_key(self, number: int) -> bytes:
         """The BLAKE3 key for digests of plaintexts under master key `number`."""
@@ -201,13 +214,24 @@ def wrap_key(secret: bytes, master: MasterKey, *, fsid: bytes, slot_number: int,
     The salt is made of random bits and of both secrets, so also a machine whose random numbers
     repeat never wraps two master keys under one wrapping key.
     """
-    digest = blake3(master.secret, key=derive(secret, fsid, b"qsfs slot digest")).digest()
-    salt = blake3(clock.random_bytes(SALT_SIZE) + digest, derive_key_context="qsfs 1 slot salt").digest()
+    digest = blake3(master.secret, key=derive(secret, fsid, SLOT_DIGEST)).digest()
+    salt = slot_salt(digest, clock)
+    return wrap_under(secret, master, KEYFILE, {"salt": salt}, salt, fsid=fsid, slot_number=slot_number)
+
+
+def slot_salt(digest: bytes, clock: Clock) -> bytes:
+    """The salt of a slot, of random bits and a digest of what the slot will hold."""
+    return blake3(clock.random_bytes(SALT_SIZE) + digest, derive_key_context="qsfs 1 slot salt").digest()
+
+
+def wrap_under(
+    secret: bytes, master: MasterKey, kind: str, params: SlotParams, salt: bytes, *, fsid: bytes, slot_number: int
+) -> KeySlot:
+    """`master` under a key derived from 32 secret bytes, numbers and `salt`: equal ones must mean an equal `master`."""
     nonce = bytes(NONCE_SIZE)
     info = _slot_info(slot_number, master.number, salt)
     wrapped = AESGCM(derive(secret, fsid, b"qsfs slot" + info)).encrypt(nonce, master.secret, fsid + info)
-    params = MappingProxyType({"salt": salt})
-    return KeySlot(slot_number, KEYFILE, params, master.number, nonce, wrapped)
+    return KeySlot(slot_number, kind, MappingProxyType(dict(params)), master.number, nonce, wrapped)
 
 
 def wrap_keys(secret: bytes, keys: KeyRing, *, slot_number: int, clock: Clock) -> tuple[KeySlot, ...]:
@@ -221,14 +245,21 @@ def wrap_keys(secret: bytes, keys: KeyRing, *, slot_number: int, clock: Clock) -
 def unwrap_key(slot: KeySlot, secret: bytes, *, fsid: bytes) -> MasterKey:
     """The master key in `slot`; `KeyFileError` if this secret does not open it."""
     salt = slot.params.get("salt")
-    if slot.kind != KEYFILE or not isinstance(salt, bytes) or len(slot.nonce) != NONCE_SIZE:
+    if slot.kind != KEYFILE or not isinstance(salt, bytes):
         raise KeyFileError(f"key slot {slot.number} of kind '{slot.kind}' does not open with a key file")
+    return unwrap_under(slot, secret, salt, fsid=fsid)
+
+
+def unwrap_under(slot: KeySlot, secret: bytes, salt: bytes, *, fsid: bytes) -> MasterKey:
+    """What `wrap_under` wrapped; `KeyFileError` if these 32 secret bytes do not open it."""
+    if len(slot.nonce) != NONCE_SIZE:
+        raise KeyFileError(f"key slot {slot.number} of {fsid.hex()} has a nonce of a wrong length")
     info = _slot_info(slot.number, slot.master_key_number, salt)
     try:
         cipher = AESGCM(derive(secret, fsid, b"qsfs slot" + info))
         master = cipher.decrypt(slot.nonce, slot.wrapped, fsid + info)
     except InvalidTag:
-        raise KeyFileError(f"the key file does not open key slot {slot.number} of {fsid.hex()}") from None
+        raise KeyFileError(f"the secret does not open key slot {slot.number} of {fsid.hex()}") from None
     if len(master) != SECRET_SIZE:
         raise KeyFileError(f"key slot {slot.number} of {fsid.hex()} holds no master key")
     return MasterKey(slot.master_key_number, master)

@@ -32,10 +32,10 @@ from qsfs.format.keys import (
     KeySlot,
     MasterKey,
     SlotParams,
-    unwrap_key,
-    wrap_keys,
 )
+from qsfs.format.passphrase import KdfCost
 from qsfs.format.seal import open_sealed, require_readable, seal
+from qsfs.format.slots import Secret, masters_of, name_of, wrap
 from qsfs.format.units import (
     DEFAULT_BLOCK,
     FORMAT_VERSION,
@@ -77,13 +77,19 @@ class Superblock:
 
 
 def create_superblock(
-    secret: bytes, *, code: CodeParams, clock: Clock, block_size: int = DEFAULT_BLOCK, label: str = ""
+    secret: Secret,
+    *,
+    code: CodeParams,
+    clock: Clock,
+    block_size: int = DEFAULT_BLOCK,
+    label: str = "",
+    cost: KdfCost | None = None,
 ) -> tuple[Superblock, KeyRing]:
-    """A new file system with master key 1, wrapped in slot 1 under a key file's `secret`."""
+    """A new file system with master key 1, wrapped in slot 1 under `secret`; `cost` is of a passphrase."""
     fsid = clock.random_bytes(FSID_SIZE)
     master = MasterKey(1, clock.random_bytes(SECRET_SIZE))
     keys = KeyRing(fsid, [master])
-    slots = wrap_keys(secret, keys, slot_number=1, clock=clock)
+    slots = wrap(secret, keys, slot_number=1, clock=clock, cost=cost)
     return Superblock(fsid, FORMAT_VERSION, code, block_size, slots, clock.time_ns(), label), keys
 
 
@@ -122,21 +128,45 @@ def superblock_fsid(value: Buffer) -> bytes:
     return _split(value)[0]
 
 
-def open_superblock(value: Buffer, secret: bytes) -> tuple[Superblock, KeyRing]:
-    """The superblock, and the key ring that a key file's `secret` opens.
+def open_superblock(value: Buffer, secret: Secret) -> tuple[Superblock, KeyRing]:
+    """The superblock, and the key ring that a secret opens.
 
     `FormatMismatch` for something else or a newer version, `Corrupt` if it rotted or was tampered
     with, `KeyFileError` if the secret opens no slot, or only slots of master keys since replaced.
+    With a passphrase it takes as long as the slots' costs, which are bounded, say.
     """
     fsid, public, sealed = _split(value)
     keys = KeyRing(fsid, _unwrap(_take_slots(public), secret, fsid))
     number = Preamble.decode(sealed, _WHAT).key_number
     if number not in keys.numbers:
         raise KeyFileError(
-            f"the key file opens master keys {keys.numbers} of {fsid.hex()}, but {number} is in use: "
-            "its slot was removed; use the present key file"
+            f"the {name_of(secret)} opens master keys {keys.numbers} of {fsid.hex()}, but {number} is in use: "
+            f"its slot was removed; use the present {name_of(secret)}"
         )
     return _read(fsid, public, sealed, keys), keys
+
+
+def read_superblock(value: Buffer, keys: KeyRing) -> Superblock:
+    """The superblock by master keys that are held already: also one whose slots our secret does not open.
+
+    Raises as `open_superblock`; `KeyFileError` if it says that it is sealed under a master key newer than
+    all that are held: whether that is so cannot be known.
+    """
+    fsid, public, sealed = _split(value)
+    if fsid != keys.fsid:
+        raise FormatMismatch(f"superblock: is of file system {fsid.hex()}, not of {keys.fsid.hex()}")
+    number = Preamble.decode(sealed, _WHAT).key_number
+    if number > keys.current.number:
+        raise KeyFileError(
+            f"the superblock is sealed under master key {number}, the newest known here is {keys.current.number}: "
+            "the master key was rotated"
+        )
+    return _read(fsid, public, sealed, keys)
+
+
+def slots_of(value: Buffer) -> tuple[KeySlot, ...]:
+    """The key slots of a superblock, which nothing authenticates; raises as `superblock_fsid`."""
+    return _take_slots(_split(value)[1])
 
 
 def replace_slots(superblock: Superblock, slots: tuple[KeySlot, ...]) -> Superblock:
@@ -183,17 +213,15 @@ def _split(value: Buffer) -> tuple[bytes, bytes, bytes]:
     return fsid, data[_HEADER.size : end], data[end : end + sealed_length]
 
 
-def _unwrap(slots: tuple[KeySlot, ...], secret: bytes, fsid: bytes) -> list[MasterKey]:
-    masters: dict[int, MasterKey] = {}
-    for slot in slots:
-        try:
-            master = unwrap_key(slot, secret, fsid=fsid)
-        except KeyFileError:
-            continue
-        masters[master.number] = master
+def _unwrap(slots: tuple[KeySlot, ...], secret: Secret, fsid: bytes) -> list[MasterKey]:
+    opened, refused = masters_of(slots, secret, fsid)
+    masters = {number: master for slot in opened.values() for number, master in slot.items()}
     if not masters:
-        kinds = ", ".join(f"{slot.number} ({slot.kind})" for slot in slots) or "none"
-        raise KeyFileError(f"the key file opens no key slot of file system {fsid.hex()}; its slots: {kinds}")
+        kinds = ", ".join(dict.fromkeys(f"{slot.number} ({slot.kind})" for slot in slots)) or "none"
+        raise KeyFileError(
+            f"the {name_of(secret)} opens no key slot of file system {fsid.hex()}; its slots: {kinds}"
+            + "".join(f"; {reason}" for reason in refused)
+        )
     return list(masters.values())
 
 

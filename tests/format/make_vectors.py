@@ -14,10 +14,13 @@ from typing import Any
 from qsfs.clock import FixedClock
 from qsfs.format.erasure import Code, CodeParams
 from qsfs.format.head import seal_head
-from qsfs.format.keys import new_key_file, parse_key_file, wrap_keys
+from qsfs.format.keys import KeyRing, MasterKey, new_key_file, parse_key_file, wrap_keys
 from qsfs.format.pack import PackKind, PlainExtent, build_pack
+from qsfs.format.passphrase import KdfCost, Passphrase
 from qsfs.format.rows import encode_rows
 from qsfs.format.shard import encode_shards, shard_key
+from qsfs.format.sheet import sheet_lines
+from qsfs.format.slots import wrap
 from qsfs.format.superblock import SUPERBLOCK_KEY, create_superblock, encode_superblock, replace_slots
 from tests.format import samples
 from tests.format.samples import CODE, FSID, KEYS
@@ -48,6 +51,31 @@ def exact() -> dict[str, Any]:
         "data_pack": _pack(data),
         "metadata_pack": _pack(metadata),
         "rows": [chunk.hex() for chunk in encode_rows(ROWS, 200)],
+    }
+
+
+PASSPHRASE = "Prüfung am grünen See"
+
+
+def slots() -> dict[str, Any]:
+    """A superblock with slots of both kinds, before and after a rotation of the master key; and a sheet."""
+    clock = FixedClock(13)
+    secret, phrase, cost = b"\x99" * 32, Passphrase(PASSPHRASE), KdfCost(256, 2, 2)
+    superblock, keys = create_superblock(secret, code=CODE, clock=clock, label="slots")
+    both = (*superblock.slots, *wrap(phrase, keys, slot_number=2, clock=clock, cost=cost))
+    second = replace_slots(superblock, both)
+    ring = KeyRing(keys.fsid, [keys.current, MasterKey(2, clock.random_bytes(32))])
+    rotated = (
+        *wrap(secret, ring, slot_number=1, clock=clock),
+        *wrap(phrase, ring, slot_number=2, clock=clock, cost=cost),
+    )
+    return {
+        "passphrase": PASSPHRASE,
+        "secret": secret.hex(),
+        "two_kinds": encode_superblock(second, keys, clock).hex(),
+        "rotated": encode_superblock(replace_slots(second, rotated), ring, clock).hex(),
+        "masters": [ring.get(number).secret.hex() for number in ring.numbers],
+        "sheet": sheet_lines(secret),
     }
 
 
@@ -91,6 +119,7 @@ def main() -> None:
         ("format-1-zstd.json", opened()),
         ("format-1-isa-l.json", isal()),
         ("format-1-ranges.json", ranges()),
+        ("format-1-slots.json", slots()),
     )
     for name, vectors in files:
         text = json.dumps(vectors, indent=1, ensure_ascii=False, sort_keys=True)

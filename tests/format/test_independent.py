@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import zstandard
 from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 VECTORS = Path(__file__).parent.parent / "vectors"
@@ -163,3 +165,47 @@ def test_the_superblock_reads():
     sealed = read_sealed(value[32 + public_length : -32], 7, fsid, {1: master})
     assert sealed[:5] == [1, 4, 6, "zfec", 16384]
     assert sealed[6:] == ["prüf", 1, blake3(public).digest()]
+
+
+def test_slots_of_passphrases_read():
+    stored = load("format-1-slots.json")
+    value = bytes.fromhex(stored["rotated"])
+    fsid, (public_length,) = value[8:24], struct.unpack(">I", value[24:28])
+    _, slots = msgpack.unpackb(value[32 : 32 + public_length])
+    words = unicodedata.normalize("NFC", stored["passphrase"]).encode()
+    masters: dict[str, dict[int, bytes]] = {"keyfile": {}, "argon2id": {}}
+    for slot, kind, params, number, nonce, wrapped in slots:
+        secret = bytes.fromhex(stored["secret"])
+        if kind == "argon2id":
+            secret = Argon2id(
+                salt=params["salt"],
+                length=32,
+                iterations=params["iterations"],
+                lanes=params["lanes"],
+                memory_cost=params["memory_kib"],
+            ).derive(words)
+        bound = struct.pack(">II", slot, number) + params["salt"]
+        cipher = AESGCM(hkdf(secret, fsid, b"qsfs slot" + bound))
+        masters[kind][number] = cipher.decrypt(nonce, wrapped, fsid + bound)
+    assert masters["keyfile"] == masters["argon2id"]
+    sealed = read_sealed(value[32 + public_length : -32], 7, fsid, masters["argon2id"])
+    assert sealed[6:8] == ["slots", 3]
+
+
+def test_a_sheet_reads():
+    alphabet = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+    def number(digits: str) -> int:
+        return sum(alphabet.index(digit) << (5 * place) for place, digit in enumerate(reversed(digits)))
+
+    stored = load("format-1-slots.json")
+    parts = []
+    for place, line in enumerate(stored["sheet"], 1):
+        head, _, body = line.partition(": ")
+        digits = body.replace("-", "")
+        parts.append(number(digits[:13]).to_bytes(8, "big"))
+        check = blake3(bytes([place]) + parts[-1], derive_key_context="qsfs 1 sheet line").digest()[:2]
+        assert (head, number(digits[13:])) == (str(place), int.from_bytes(check, "big") >> 1)
+    secret = b"".join(parts[:4])
+    assert secret.hex() == stored["secret"]
+    assert blake3(secret, derive_key_context="qsfs 1 sheet whole").digest()[:8] == parts[4]

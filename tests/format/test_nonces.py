@@ -12,6 +12,9 @@ from qsfs.format import seal
 from qsfs.format.erasure import CodeParams
 from qsfs.format.keys import KeyRing, MasterKey, wrap_key
 from qsfs.format.pack import PackKind, PlainExtent, build_pack
+from qsfs.format.passphrase import KdfCost, Passphrase
+from qsfs.format.slots import wrap
+from qsfs.format.superblock import create_superblock, encode_superblock, replace_slots
 from qsfs.format.units import ObjectKind
 from tests.format.samples import FSID, noise
 
@@ -97,6 +100,53 @@ def test_slots_of_clones_never_share_a_key_for_two_master_keys(uses):
         for master in (b"\x01" * 32, b"\x02" * 32):
             wrap_key(b"s" * 32, MasterKey(number, master), fsid=FSID, slot_number=1, clock=FixedClock(1))
     assert len(uses) == 4
+
+
+SECRETS = (b"s" * 32, b"t" * 32, Passphrase("correct horse"), Passphrase("battery staple"))
+CHEAP = KdfCost(64, 1, 1)
+
+
+def test_slots_of_both_kinds_in_clones_never_share_a_key_for_two_master_keys(uses):
+    """Each clone rotates the master key with the same random bytes, but not to the same key."""
+    first = MasterKey(1, b"\x01" * 32)
+    rings = [KeyRing(FSID, [first])]
+    rings += [KeyRing(FSID, [first, MasterKey(2, bytes([n]) * 32)]) for n in (2, 3)]
+    rings += [KeyRing(FSID, [first, MasterKey(3, b"\x02" * 32)])]
+    rings += [KeyRing(FSID, [first, MasterKey(2, b"\x02" * 32), MasterKey(3, bytes([n]) * 32)]) for n in (4, 5)]
+    sealed = 0
+    for keys in rings:
+        for secret in SECRETS:
+            for number in (1, 2):
+                sealed += len(wrap(secret, keys, slot_number=number, clock=FixedClock(1), cost=CHEAP))
+    # A key file wraps an old master key again as it did before; a passphrase's salt is of all master keys.
+    assert sealed == 2 * 4 * sum(len(keys.numbers) for keys in rings)
+    assert len(uses) < sealed
+
+
+def test_a_slot_that_changes_its_secret_or_its_cost_changes_its_key(uses):
+    keys = KeyRing(FSID, [MasterKey(1, b"\x01" * 32)])
+    for secret in SECRETS:
+        wrap(secret, keys, slot_number=1, clock=FixedClock(1), cost=CHEAP)
+    for cost in (KdfCost(72, 1, 1), KdfCost(64, 2, 1), KdfCost(64, 1, 2)):
+        wrap(SECRETS[2], keys, slot_number=1, clock=FixedClock(1), cost=cost)
+    assert len(uses) == 7
+
+
+def test_superblocks_of_two_commands_that_ran_at_once_on_clones_share_no_key(uses, monkeypatch):
+    """Both make revision 2 of one superblock with the same random bytes, each with another change."""
+    monkeypatch.setattr("qsfs.format.superblock.require_readable", lambda *_: None)
+    superblock, keys = create_superblock(SECRETS[0], code=CodeParams(4, 6), clock=FixedClock(1))
+    rotated = [KeyRing(keys.fsid, [keys.current, MasterKey(2, bytes([n]) * 32)]) for n in (2, 3)]
+    changes = [(keys, superblock.slots)]
+    changes += [
+        (keys, (*superblock.slots, *wrap(secret, keys, slot_number=2, clock=FixedClock(3), cost=CHEAP)))
+        for secret in SECRETS[1:3]
+    ]
+    changes += [(ring, wrap(SECRETS[0], ring, slot_number=1, clock=FixedClock(3))) for ring in rotated]
+    before = len(uses)
+    for ring, slots in changes:
+        encode_superblock(replace_slots(superblock, slots), ring, FixedClock(4))
+    assert len(uses) == before + len(changes), "each superblock has a key of its own"
 
 
 def test_positions_inside_a_pack_each_have_a_nonce_of_their_own(uses):

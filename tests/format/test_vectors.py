@@ -11,8 +11,10 @@ import pytest
 from qsfs.format.erasure import Code, CodeParams
 from qsfs.format.keys import parse_key_file
 from qsfs.format.pack import open_body
+from qsfs.format.passphrase import Passphrase
 from qsfs.format.rows import decode_rows
 from qsfs.format.shard import Shard, open_shard
+from qsfs.format.sheet import parse_sheet
 from qsfs.format.superblock import open_superblock
 from tests.format import make_vectors, samples
 from tests.format.samples import CODE, KEYS
@@ -93,6 +95,17 @@ def test_stored_superblocks_open_with_the_stored_key_file():
     assert (first.label, first.code, first.block_size, first.revision) == ("prüf", CODE, 16384, 1)
     assert (second.revision, len(second.slots)) == (2, 2)
     assert keys.current == again.current
+
+
+def test_slots_are_written_as_their_vectors_say_and_open_with_either_secret():
+    stored = load("format-1-slots.json")
+    assert json.loads(json.dumps(make_vectors.slots())) == stored
+    for secret in (bytes.fromhex(stored["secret"]), Passphrase(stored["passphrase"])):
+        _, before = open_superblock(bytes.fromhex(stored["two_kinds"]), secret)
+        superblock, keys = open_superblock(bytes.fromhex(stored["rotated"]), secret)
+        assert (superblock.revision, before.numbers, keys.numbers) == (3, (1,), (1, 2))
+        assert [keys.get(number).secret.hex() for number in keys.numbers] == stored["masters"]
+    assert parse_sheet("\n".join(stored["sheet"])).hex() == stored["secret"]
 
 
 def test_stored_rows_decode():
