@@ -154,6 +154,12 @@ class WrongBackend(BackendError):
     exit_code: ClassVar[int] = 20
 
 
+class KeyConflict(QsfsError):
+    """Two commands changed the key slots at the same time; at most one of the changes holds."""
+
+    exit_code: ClassVar[int] = 24
+
+
 class QsfsBug(QsfsError):
     """An assertion of qsfs itself failed.  Please report it with the log."""
 

@@ -18,6 +18,7 @@ from qsfs.errors import BackendError, ConfigError, FormatMismatch, KeyFileError
 from qsfs.format.erasure import Code
 from qsfs.format.head import Fleet
 from qsfs.format.keys import KeyRing, parse_key_file
+from qsfs.format.slots import Secret
 from qsfs.format.superblock import Superblock, encode_superblock, open_superblock
 from qsfs.remote.control import Records
 from qsfs.remote.identity import Stranger, find_members
@@ -136,13 +137,13 @@ async def prepare_namespaces(config: Config, clock: Clock) -> dict[str, str]:
     return control
 
 
-async def open_from_backends(found: Links, secret: bytes) -> Opened:
+async def open_from_backends(found: Links, secret: Secret) -> Opened:
     """Finds and opens the superblock on the backends; raises as `find_superblock` does."""
     answer = await find_superblock(found.candidates, secret)
     return _opened(answer.superblock, answer.keys)
 
 
-async def open_file_system(store: Store, found: Links, secret: bytes, clock: Clock) -> Opened:
+async def open_file_system(store: Store, found: Links, secret: Secret, clock: Clock) -> Opened:
     """Opens the superblock that the local store keeps; a restored store takes it from the backends.
 
     Raises `KeyFileError` for another key, `CacheError` or `FormatMismatch` if the store is of no, or of

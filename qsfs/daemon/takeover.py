@@ -16,6 +16,7 @@ from qsfs.daemon.owning import local_fleets, own_when_possible
 from qsfs.daemon.restoring import restore_file_system
 from qsfs.errors import Fenced
 from qsfs.filesystem.contents import Contents
+from qsfs.format.slots import Secret
 from qsfs.remote.ownership import Ownership
 from qsfs.remote.spool import Spool
 from qsfs.store.limits import Limits
@@ -44,7 +45,7 @@ async def take_over(config: Config, clock: Clock, progress: Callable[[str], None
 
 
 async def _own(
-    config: Config, store: Store, secret: bytes, clock: Clock, progress: Callable[[str], None]
+    config: Config, store: Store, secret: Secret, clock: Clock, progress: Callable[[str], None]
 ) -> Ownership:
     spool = Spool(store.directory / "spool", store.limits.spool_bytes)
     found = links(config, clock)

@@ -19,6 +19,7 @@ from qsfs.format.erasure import Code
 from qsfs.format.head import Head, HeadRef, MetadataPack
 from qsfs.format.keys import KeyRing
 from qsfs.format.pack import PackKind
+from qsfs.format.slots import Secret
 from qsfs.fsck.copies_layer import CopiesCheck, kept_heads
 from qsfs.fsck.extents_layer import check_extents
 from qsfs.fsck.journal_layer import check_journal
@@ -55,10 +56,10 @@ Say = Callable[[str, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Backends:
-    """How to reach the backends, and the key file's secret."""
+    """How to reach the backends, and a secret that opens a key slot."""
 
     candidates: Sequence[Candidate]
-    secret: bytes
+    secret: Secret
     timing: Timing | None = None
 
 
@@ -172,7 +173,7 @@ async def _check_backends(
     )
     code = Code(found.superblock.code)
     quorums = fleet_quorums(base.head.fleets, code.params)
-    copies = CopiesCheck(members, keys, backends.secret, quorums, report, repair=mends is not None)
+    copies = CopiesCheck(members, keys, quorums, report, repair=mends is not None)
     await copies.refill_emptied(strangers, base.head, clock)
     for entry in members.adopt(base.head.fleets):
         report.fail(f"entry {entry.number} of the fleet, {entry.address}/{entry.namespace}: is not reached")

@@ -33,7 +33,6 @@ class CopiesCheck:
         self,
         members: Members,
         keys: KeyRing,
-        secret: bytes,
         quorums: Collection[FleetQuorum],
         report: Report,
         *,
@@ -41,7 +40,6 @@ class CopiesCheck:
     ) -> None:
         self._members = members
         self._keys = keys
-        self._secret = secret
         self._quorums = quorums
         self._report = report
         self._repair = repair
@@ -93,7 +91,7 @@ class CopiesCheck:
 
     async def run(self, newest: HeadRef, head: Head, owner_heads: Collection[HeadRef]) -> list[Head]:
         """Checks all copies; returns the heads that could be read, the newest first."""
-        await self._check(await superblock_copies(self._members, self._secret))
+        await self._check(await superblock_copies(self._members, self._keys))
         for copies in await identity_copies(self._members, self._keys):
             await self._check(copies)
         await self._check(await owner_copies(self._members, self._keys, newest.owner))

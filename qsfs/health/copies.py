@@ -6,6 +6,7 @@ something else is refilled.  Heads and owner records lie in the control namespac
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from qsfs.errors import BackendError, Corrupt, FormatMismatch, KeyFileError
 from qsfs.format.head import HeadRef, Owner, head_key, open_head, open_owner_record, owner_key
 from qsfs.format.identity import identity_key, open_identity
 from qsfs.format.keys import KeyRing
-from qsfs.format.superblock import SUPERBLOCK_KEY, open_superblock
+from qsfs.format.superblock import SUPERBLOCK_KEY, read_superblock
 from qsfs.remote.ask import Finding
 from qsfs.remote.members import Member, Members
 
@@ -50,15 +51,19 @@ class CopySet:
         return [copy for copy in self.copies if copy.finding in (Finding.ABSENT, Finding.CORRUPT)]
 
 
-async def superblock_copies(members: Members, secret: bytes) -> CopySet:
-    """The superblock on every backend; the right one is that of the highest revision."""
+async def superblock_copies(members: Members, keys: KeyRing) -> CopySet:
+    """The superblock on every backend; the right one is that of the highest revision.
+
+    One that says it is of a newer master key than `keys` has is unknown, and stays.
+    """
     revisions: dict[bytes, int] = {}
 
     def check(value: bytes) -> None:
-        revisions[value] = open_superblock(value, secret)[0].revision
+        revisions[value] = read_superblock(value, keys).revision
 
     found = await _read(members, "superblock", SUPERBLOCK_KEY, lambda member: member.data, check)
-    right = max(revisions, key=lambda value: revisions[value], default=None)
+    held = Counter(copy.value for copy in found)
+    right = max(revisions, key=lambda value: (revisions[value], held[value], value), default=None)
     copies = tuple(
         copy
         if copy.finding is not Finding.GOOD or copy.value == right
@@ -170,6 +175,8 @@ async def _read_one(
         return copy(Finding.ABSENT, f"backend {backend.name}: lacks the {what}")
     try:
         check(value)
-    except (Corrupt, FormatMismatch, KeyFileError) as error:
+    except KeyFileError as error:
+        return copy(Finding.UNKNOWN, f"backend {backend.name}: its {what} cannot be judged: {error}")
+    except (Corrupt, FormatMismatch) as error:
         return copy(Finding.CORRUPT, f"backend {backend.name}: its {what} is not what was written ({error})")
     return copy(Finding.GOOD, "", value)

@@ -21,6 +21,7 @@ from qsfs.format.fleet import Fleet, FleetEntry
 from qsfs.format.head import Head, HeadRef, MetadataPack
 from qsfs.format.keys import KeyRing
 from qsfs.format.owner import Owner, OwnerRecord, seal_owner_record
+from qsfs.format.slots import Secret
 from qsfs.format.superblock import SUPERBLOCK_KEY, Superblock, create_superblock, encode_superblock
 from qsfs.format.units import DEFAULT_BLOCK, ID_SIZE
 from qsfs.remote.control import Reading, Records
@@ -78,7 +79,7 @@ class FormatReport:
 async def format_fs(
     candidates: Sequence[Candidate],
     *,
-    secret: bytes,
+    secret: Secret,
     code: CodeParams,
     clock: Clock,
     host: str,

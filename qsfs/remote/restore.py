@@ -23,6 +23,7 @@ from qsfs.format.head import Head, HeadRef, MetadataPack, SealedHead, head_key, 
 from qsfs.format.keys import KeyRing
 from qsfs.format.pack import open_body
 from qsfs.format.rows import Row, decode_rows
+from qsfs.format.slots import Secret
 from qsfs.format.superblock import Superblock
 from qsfs.remote.control import Records
 from qsfs.remote.identity import Stranger, find_members
@@ -89,7 +90,7 @@ class Source:
 async def find_source(
     candidates: Sequence[Candidate],
     *,
-    secret: bytes,
+    secret: Secret,
     clock: Clock,
     timing: Timing | None = None,
     chosen: HeadRef | None = None,
@@ -117,14 +118,15 @@ async def find_source(
     )
     _add_silent(members, strangers, found.head, clock)
     sealed = await _sealed(members, found, opened.keys, timing)
-    problems = tuple(f"Superblock: {error}." for _, error in opened.problems)
+    removed = (f"{opened.removed}.",) if opened.removed else ()
+    problems = (*removed, *(f"Superblock: {error}." for _, error in opened.problems))
     return Source(opened.superblock, opened.keys, members, tuple(strangers), problems, found, sealed)
 
 
 async def restore(
     candidates: Sequence[Candidate],
     *,
-    secret: bytes,
+    secret: Secret,
     directory: Path,
     limits: Limits,
     clock: Clock,

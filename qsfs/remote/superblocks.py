@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,34 +15,54 @@ from qsfs.errors import (
     FormatMismatch,
     KeyFileError,
     NotFound,
+    QsfsBug,
     QsfsError,
     QuorumUnavailable,
 )
 from qsfs.format.keys import KeyRing
-from qsfs.format.superblock import SUPERBLOCK_KEY, Superblock, open_superblock
+from qsfs.format.passphrase import Passphrase
+from qsfs.format.slots import Secret, masters_of, name_of
+from qsfs.format.superblock import (
+    SUPERBLOCK_KEY,
+    Superblock,
+    open_superblock,
+    read_superblock,
+    superblock_fsid,
+)
 from qsfs.remote.members import Candidate
 from qsfs.remote.reasons import summary
 
 
 @dataclass(frozen=True, slots=True)
 class FoundSuperblock:
-    """The superblock of the highest revision, its key ring, and what every other backend gave instead."""
+    """The superblock of the highest revision, its key ring, and what every other backend gave instead.
+
+    `value` is the superblock as it lies on backends, `copies` what each backend that answered holds, by
+    name.  `used` are the slots that the secret opens in it; none if only an older copy opens: the secret
+    was removed since, and `removed` says so for people.  `newest_master` is the highest number of a master
+    key in any copy that is ours, also of a change that did not hold.
+    """
 
     superblock: Superblock
     keys: KeyRing
     problems: tuple[tuple[Candidate, QsfsError], ...]
+    value: bytes
+    copies: dict[str, bytes]
+    used: frozenset[int]
+    newest_master: int
+    removed: str = ""
 
 
 async def find_superblock(
-    candidates: Sequence[Candidate], secret: bytes, *, attempt_seconds: float = 10.0
+    candidates: Sequence[Candidate], secret: Secret, *, attempt_seconds: float = 10.0
 ) -> FoundSuperblock:
-    """Asks all candidates at once and opens what they have with a key file's `secret`.
+    """Asks all candidates at once and opens what they have with a secret.
 
     Raises `NotFound` (all answered, none has one), `QuorumUnavailable` (none found, and some did not
     answer), `KeyFileError` (found, and the key does not open it), `Corrupt` (all rotten), and
     `FormatMismatch` (a newer version, or backends of two file systems of one key).
     """
-    opened: list[tuple[Candidate, Superblock, KeyRing]] = []
+    copies: dict[str, bytes] = {}
     problems: list[tuple[Candidate, QsfsError]] = []
 
     async def ask(candidate: Candidate) -> None:
@@ -50,7 +71,7 @@ async def find_superblock(
                 value = await candidate.data.get(SUPERBLOCK_KEY)
             if value is None:
                 raise NotFound(f"backend {candidate.name}: has no superblock")
-            opened.append((candidate, *open_superblock(value, secret)))
+            copies[candidate.name] = value
         except trio.TooSlowError:
             late = BackendUnavailable(f"backend {candidate.name}: no answer in {attempt_seconds:g} s")
             problems.append((candidate, late))
@@ -60,24 +81,125 @@ async def find_superblock(
     async with trio.open_nursery() as nursery:
         for candidate in candidates:
             nursery.start_soon(ask, candidate)
-    if not opened:
+    work = _Opening(copies, secret)
+    if isinstance(secret, Passphrase):
+        await trio.to_thread.run_sync(work.run)
+    else:
+        work.run()
+    held = [(candidate, copies[candidate.name]) for candidate in candidates if candidate.name in copies]
+    problems += [(candidate, work.errors[value]) for candidate, value in held if value in work.errors]
+    if not work.opened:
         raise _why_none([error for _, error in problems])
-    systems = {superblock.fsid for _, superblock, _ in opened}
-    if len(systems) > 1:
-        told = summary(f"backend {candidate.name}: {found.fsid.hex()}" for candidate, found, _ in opened)
+    if len({superblock.fsid for superblock in work.opened.values()}) > 1:
+        told = summary(
+            f"backend {candidate.name}: {work.opened[value].fsid.hex()}"
+            for candidate, value in held
+            if value in work.opened
+        )
         raise FormatMismatch(
             f"the configured backends belong to several file systems: {told}; configure those of one"
         )
-    _, superblock, keys = max(opened, key=lambda found: found[1].revision)
+    value = work.best()
+    superblock = work.opened[value]
     problems += [
-        (
-            candidate,
-            Corrupt(f"backend {candidate.name}: its superblock has revision {old.revision}, an older one"),
-        )
-        for candidate, old, _ in opened
-        if old.revision < superblock.revision
+        (candidate, _outdated(candidate, work.opened[other], superblock))
+        for candidate, other in held
+        if other != value and other in work.opened
     ]
-    return FoundSuperblock(superblock, keys, tuple(problems))
+    keys, used, removed = work.ring_of(value)
+    return FoundSuperblock(superblock, keys, tuple(problems), value, copies, used, work.newest_master, removed)
+
+
+def _outdated(candidate: Candidate, old: Superblock, right: Superblock) -> Corrupt:
+    if old.revision < right.revision:
+        what = f"its superblock has revision {old.revision}, an older one"
+    else:
+        what = f"its superblock of revision {old.revision} is another one: two key commands ran at once"
+    return Corrupt(f"backend {candidate.name}: {what}")
+
+
+class _Opening:
+    """Opens each different value once, those that most backends hold first.
+
+    A secret that opens one of them gives master keys, which authenticate the others without it: so
+    what a hostile backend writes into slots is rarely tried, and a superblock is also read where a
+    later revision has removed the secret.
+    """
+
+    def __init__(self, copies: dict[str, bytes], secret: Secret) -> None:
+        self.opened: dict[bytes, Superblock] = {}
+        self.errors: dict[bytes, QsfsError] = {}
+        self.newest_master = 0
+        self._names: dict[bytes, str] = {}
+        for name, value in sorted(copies.items()):
+            self._names.setdefault(value, name)
+        self._counts = Counter(copies.values())
+        self._secret = secret
+        self._rings: dict[bytes, KeyRing] = {}
+
+    def run(self) -> None:
+        """Fills `opened` and `errors`."""
+        values = sorted(self._counts, key=lambda value: (-self._counts[value], value))
+        for value in values:
+            self._try(value)
+        # What the secret does not open may still be ours, under keys that it gave since.
+        for value in values:
+            if isinstance(self.errors.get(value), KeyFileError):
+                self._try(value)
+
+    def best(self) -> bytes:
+        """The highest revision; of two that were made at once the one that more backends hold."""
+        return max(
+            self.opened, key=lambda value: (self.opened[value].revision, self._counts[value], value)
+        )
+
+    def ring_of(self, value: bytes) -> tuple[KeyRing, frozenset[int], str]:
+        """The master keys for a superblock, the slots that gave them, and what to say where none did."""
+        superblock, fsid = self.opened[value], self.opened[value].fsid
+        slots, _ = masters_of(superblock.slots, self._secret, fsid)
+        newest = max((slot.master_key_number for slot in superblock.slots), default=0)
+        masters = {number: key for slot in slots.values() for number, key in slot.items()}
+        if newest in masters:
+            used = frozenset(number for number, keys in slots.items() if newest in keys)
+            return KeyRing(fsid, list(masters.values())), used, ""
+        held = self._rings[fsid]
+        return (
+            held,
+            frozenset(),
+            f"The {name_of(self._secret)} was removed in revision {superblock.revision} of the key slots, or before; "
+            "an older copy of the superblock still opens with it",
+        )
+
+    def _try(self, value: bytes) -> None:
+        self.errors.pop(value, None)
+        try:
+            opened = self.opened[value] = self._open(value)
+            self._note(opened)
+        except QsfsError as error:
+            self.errors[value] = error
+
+    def _note(self, superblock: Superblock) -> None:
+        numbers = (slot.master_key_number for slot in superblock.slots)
+        self.newest_master = max(self.newest_master, *numbers)
+
+    def _open(self, value: bytes) -> Superblock:
+        fsid = superblock_fsid(value)
+        ring = self._rings.get(fsid)
+        if ring is not None:
+            try:
+                return read_superblock(value, ring)
+            except KeyFileError:
+                pass
+        superblock, keys = open_superblock(value, self._secret)
+        self._note(superblock)
+        try:
+            self._rings.setdefault(fsid, keys).learn(keys.get(number) for number in keys.numbers)
+        except QsfsBug:
+            raise Corrupt(
+                f"backend {self._names[value]}: its superblock has another master key {keys.current.number} than "
+                "others: two rotations ran at once"
+            ) from None
+        return superblock
 
 
 def _why_none(errors: Sequence[QsfsError]) -> QsfsError:
