@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from qsfs.errors import ConfigError
 from qsfs.values import (
+    Credential,
     Reader,
     choice,
     duration,
@@ -28,6 +29,7 @@ from qsfs.values import (
     fraction,
     number,
     parse_address,
+    secret_file,
     size,
     text,
     word,
@@ -48,10 +50,14 @@ def _key(default: _T, read: Reader, name: str = "") -> _T:
 
 @dataclass(frozen=True)
 class FilesystemConfig:
-    """`[filesystem]`: where it is mounted and which key opens it."""
+    """`[filesystem]`: where it is mounted and which key opens it.
+
+    Where `passphrase_file` is given it stands in the place of `key_file`.
+    """
 
     mountpoint: Path = _key(Path("mnt"), file_path)
-    key_file: Path = _key(Path("qsfs.key"), file_path)
+    key_file: Path | Credential = _key(Path("qsfs.key"), secret_file)
+    passphrase_file: Path | Credential | None = _key(None, secret_file)
     label: str = _key("", text)
     # Promises: the loss of so many whole groups or nodes loses nothing.
     redundant_groups: int = _key(0, number(0, 255))
@@ -271,6 +277,9 @@ class Config:
         for name in document:
             if name not in _SECTIONS and name not in _LISTS:
                 raise ConfigError(f"{path}: {_unknown(name, '', document[name])}")
+        opened_with = document.get("filesystem", {})
+        if isinstance(opened_with, dict) and {"key_file", "passphrase_file"} <= opened_with.keys():
+            raise ConfigError(f"{path}: [filesystem] key_file and passphrase_file are both set; keep one")
         backends = _read_list(BackendConfig, "backend", document, path)
         for name, count in Counter(backend.name for backend in backends).items():
             if count > 1:
@@ -299,10 +308,11 @@ class Config:
         needed = {
             "[cache] directory": self.cache.directory,
             "[filesystem] key_file": self.filesystem.key_file,
+            "[filesystem] passphrase_file": self.filesystem.passphrase_file,
             "[log] file": self.log.file,
         }
         for key, place in needed.items():
-            if place is not None and _plain(place).is_relative_to(mountpoint):
+            if isinstance(place, Path) and _plain(place).is_relative_to(mountpoint):
                 raise ConfigError(
                     f"{self.path}: {key}: {place} lies below the mount point {mountpoint}, which would hide it; "
                     "name another place"

@@ -9,10 +9,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Reader = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Credential:
+    """A secret that systemd hands to the service, by its name in the unit; as text `credential:NAME`."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"{CREDENTIAL}{self.name}"
+
+
+CREDENTIAL = "credential:"
 
 _SIZE_UNITS = {
     "": 1,
@@ -139,6 +153,17 @@ def flag(value: object) -> bool:
 def fraction(value: object) -> float:
     """A number from 0 to 1."""
     return float(number(0.0, 1.0)(value))
+
+
+def secret_file(value: object) -> Path | Credential:
+    """A path, or `credential:NAME` for a secret that systemd hands over.  Raises `ValueError`."""
+    if not isinstance(value, str) or not value.startswith(CREDENTIAL):
+        path: Path = file_path(value)
+        return path
+    name = value.removeprefix(CREDENTIAL)
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ValueError(f'"{value}" names no credential; write credential:NAME as the unit calls it')
+    return Credential(name)
 
 
 def file_path(value: object) -> Path:

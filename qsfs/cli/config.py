@@ -81,6 +81,7 @@ def warnings(config: Config) -> list[str]:
     """What can be used but is probably not meant."""
     from qsfs.daemon.promises import promises_of
     from qsfs.remote.promises import Place
+    from qsfs.values import Credential
 
     found = []
     k, m = config.code.data_shards, config.code.parity_shards
@@ -98,14 +99,17 @@ def warnings(config: Config) -> list[str]:
     ):
         if promised and any(not getattr(backend, key) for backend in config.backends):
             found.append(f"redundant_{key}s is {promised}, but some backends name no {key}")
-    key_file = config.filesystem.key_file
+    named = config.filesystem.passphrase_file or config.filesystem.key_file
+    what = "key file" if config.filesystem.passphrase_file is None else "passphrase file"
+    if isinstance(named, Credential):
+        return found
     try:
-        mode = key_file.stat().st_mode
+        mode = named.stat().st_mode
     except OSError as error:
-        found.append(f"key file {key_file} cannot be read: {error.strerror}")
+        found.append(f"{what} {named} cannot be read: {error.strerror}")
     else:
         if mode & 0o077:
-            found.append(f"key file {key_file} can be read by others; run `chmod 600 {key_file}`")
+            found.append(f"{what} {named} can be read by others; run `chmod 600 {named}`")
     return found
 
 
@@ -114,6 +118,9 @@ def settings(config: Config) -> dict[str, Any]:
     import dataclasses
 
     plain = dataclasses.asdict(config)
+    for name in ("key_file", "passphrase_file"):
+        value = getattr(config.filesystem, name)
+        plain["filesystem"][name] = None if value is None else str(value)
     for backend in plain["backends"]:
         for key in ("password", "admin_password"):
             if backend[key]:

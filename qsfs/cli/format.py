@@ -9,6 +9,8 @@ from qsfs.errors import ConfigError
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `format`."""
+    from qsfs.cli.unlock import add_unlock_options
+
     parser = subparsers.add_parser(
         "format",
         help="make a new file system on the backends",
@@ -18,6 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--force", metavar="ID", help="id of the file system on these backends that may be lost"
     )
+    add_unlock_options(parser, new=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,13 +28,18 @@ def run(args: argparse.Namespace) -> int:
     import trio
 
     from qsfs.cli.output import print_json
+    from qsfs.cli.unlock import kdf_cost, unlocking
     from qsfs.clock import SystemClock
     from qsfs.config import Config
     from qsfs.daemon.formatting import format_file_system
 
     config = Config.load(args.config)
+    secret = unlocking(args, new=True)
     force = None if args.force is None else _id(args.force)
-    report = trio.run(lambda: format_file_system(config, SystemClock(), force=force))
+    cost = kdf_cost(args)
+    report = trio.run(
+        lambda: format_file_system(config, SystemClock(), force=force, secret=secret, cost=cost)
+    )
     if args.json:
         print_json(
             {

@@ -24,6 +24,8 @@ class _Parser(argparse.ArgumentParser):
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `fsck`."""
+    from qsfs.cli.unlock import add_unlock_options
+
     kind, subparsers._parser_class = subparsers._parser_class, _Parser
     parser = subparsers.add_parser(
         "fsck",
@@ -38,6 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--repair", action="store_true", help="rebuild missing and wrong shards; mend what can be mended"
     )
     parser.add_argument("--local", action="store_true", help="check this machine only, ask no backend")
+    add_unlock_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,12 +48,14 @@ def run(args: argparse.Namespace) -> int:
     import trio
 
     from qsfs.cli.output import print_json
+    from qsfs.cli.unlock import unlocking
     from qsfs.clock import SystemClock
     from qsfs.config import Config
     from qsfs.daemon.checking import check_file_system
 
     try:
         config = Config.load(args.config)
+        secret = unlocking(args)
         report = trio.run(
             lambda: check_file_system(
                 config,
@@ -59,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
                 repair=args.repair,
                 local_only=args.local,
                 say=_progress,
+                secret=secret,
             )
         )
     except QsfsError as error:

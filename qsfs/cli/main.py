@@ -36,6 +36,7 @@ COMMANDS = (
     "restore",
     "drill",
     "unblock",
+    "key",
     "fsck",
     "placement",
     "codec",

@@ -14,10 +14,13 @@ from qsfs.errors import QsfsError, error_of
 
 if TYPE_CHECKING:
     from qsfs.config import Config
+    from qsfs.format.slots import Secret
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `mount`."""
+    from qsfs.cli.unlock import add_unlock_options
+
     parser = subparsers.add_parser(
         "mount",
         help="mount the file system",
@@ -46,11 +49,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     which.add_argument("--snapshot", metavar="NAME", help="with --read-only: the generation of this snapshot")
     parser.set_defaults(wrong=parser.error)
+    add_unlock_options(parser)
     parser.add_argument("--report-fd", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--secret-stdin", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Mounts; raises what the daemon could not do."""
+    from qsfs.cli.unlock import unlocking
     from qsfs.config import Config
 
     config = Config.load(args.config)
@@ -61,12 +67,19 @@ def run(args: argparse.Namespace) -> int:
         args.wrong("a read-only mount and --offline exclude each other: a generation is read from the backends")
     if not args.read_only and (chosen or args.follow):
         args.wrong("--generation, --snapshot and --follow need --read-only")
+    secret = _handed_over() if args.secret_stdin else unlocking(args)
     if args.foreground:
-        return _serve(config, args)
-    return _start(config, args)
+        return _serve(config, args, secret)
+    return _start(config, args, secret)
 
 
-def _serve(config: Config, args: argparse.Namespace) -> int:
+def _handed_over() -> Secret:
+    from qsfs.daemon.secret import decode_secret
+
+    return decode_secret(sys.stdin.buffer.read())
+
+
+def _serve(config: Config, args: argparse.Namespace, secret: Secret | None) -> int:
     from qsfs.clock import SystemClock
     from qsfs.daemon import log, reading, service
     from qsfs.daemon.lock import require_access
@@ -85,6 +98,7 @@ def _serve(config: Config, args: argparse.Namespace) -> int:
                 SystemClock(),
                 Wanted(args.generation, args.snapshot),
                 follow=args.follow,
+                secret=secret,
                 ready=lambda shown: report.send(ready=True, shown=shown),
                 waiting=lambda what: report.send(waiting=what),
             )
@@ -93,6 +107,7 @@ def _serve(config: Config, args: argparse.Namespace) -> int:
             config,
             SystemClock(),
             offline=args.offline,
+            secret=secret,
             ready=lambda: report.send(ready=True),
             waiting=lambda what: report.send(waiting=what),
         )
@@ -130,7 +145,9 @@ class _Report:
             self._file = None
 
 
-def _start(config: Config, args: argparse.Namespace) -> int:
+def _start(config: Config, args: argparse.Namespace, secret: Secret | None) -> int:
+    from qsfs.daemon.secret import encode_secret
+
     read, write = os.pipe()
     command = [sys.executable, "-m", "qsfs.cli.main", "-c", str(config.path), "mount", "--foreground"]
     command += ["--report-fd", str(write), *(["--offline"] if args.offline else [])]
@@ -139,11 +156,12 @@ def _start(config: Config, args: argparse.Namespace) -> int:
     command += ["--follow"] if args.follow else []
     command += ["--generation", str(args.generation)] if args.generation is not None else []
     command += ["--snapshot", args.snapshot] if args.snapshot is not None else []
+    command += [] if secret is None else ["--secret-stdin"]
     environment = {"MALLOC_ARENA_MAX": "2", **os.environ}
     with open(os.devnull, "r+b") as nothing:  # noqa: PTH123 - a device, not a path of ours
         process = subprocess.Popen(
             command,
-            stdin=nothing,
+            stdin=nothing if secret is None else subprocess.PIPE,
             stdout=nothing,
             stderr=nothing,
             pass_fds=(write,),
@@ -152,6 +170,9 @@ def _start(config: Config, args: argparse.Namespace) -> int:
             env=environment,
         )
     os.close(write)
+    if process.stdin is not None and secret is not None:
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+            pipe.write(encode_secret(secret))
     with open(read, encoding="utf-8") as lines:  # noqa: PTH123 - a descriptor
         for line in lines:
             answer = json.loads(line)

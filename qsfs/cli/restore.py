@@ -8,6 +8,8 @@ import sys
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `restore`."""
+    from qsfs.cli.unlock import add_unlock_options
+
     parser = subparsers.add_parser(
         "restore",
         help="rebuild the local state from the backends",
@@ -24,6 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="first move the local state that is there beside the cache directory; nothing is deleted",
     )
+    add_unlock_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,18 +34,20 @@ def run(args: argparse.Namespace) -> int:
     import trio
 
     from qsfs.cli.output import print_json
+    from qsfs.cli.unlock import unlocking
     from qsfs.clock import SystemClock
     from qsfs.config import Config
     from qsfs.daemon.restoring import restore_file_system
 
     config = Config.load(args.config)
+    secret = unlocking(args)
 
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     report = trio.run(
         lambda: restore_file_system(
-            config, SystemClock(), progress, force=args.force, aside=args.set_aside
+            config, SystemClock(), progress, force=args.force, aside=args.set_aside, secret=secret
         )
     )
     if args.json:

@@ -59,6 +59,7 @@ def lines(found: dict[str, Any], *, all_backends: bool = False) -> list[str]:
             f"policies: {policies['files_waiting']} files and {policies['directories_to_walk']} directories "
             "do not follow the configuration yet"
         )
+    out += _keys(found.get("keys"))
     if found.get("backends"):
         out += ["", *_backends(found["backends"], all_backends)]
     out += found.get("sentences", ())
@@ -175,6 +176,22 @@ def _cache(cache: dict[str, Any]) -> list[str]:
         f"{format_size(cache['disk_bytes'])} of {format_size(cache['size_bytes'])} on disk, "
         f"{cache['dirty_blocks']:,} dirty blocks",
     ]
+
+
+def _keys(keys: dict[str, Any] | None) -> list[str]:
+    """What is left under old master keys; nothing where there never was another."""
+    from qsfs.values import counted, format_size
+
+    if keys is None or not keys["old_master_keys"]:
+        return []
+    line = f"keys: master key {keys['master_key']} seals what is new; "
+    if keys["left"] is None:
+        return [line + "what is left under older ones is being counted"]
+    left = [
+        f"{counted(entry['packs'], 'pack')} ({format_size(entry['bytes'])}) under master key {number}"
+        for number, entry in keys["left"].items()
+    ]
+    return [line + ("left: " + ", ".join(left) if left else "no pack is left under older ones")]
 
 
 def _backends(backends: Sequence[dict[str, Any]], all_of_them: bool) -> list[str]:

@@ -8,13 +8,16 @@ import sys
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `takeover`."""
-    subparsers.add_parser(
+    from qsfs.cli.unlock import add_unlock_options
+
+    parser = subparsers.add_parser(
         "takeover",
         help="go on with a file system that another machine wrote",
         description="Make this machine the owner: restore the newest generation where there is no local "
         "state, and publish it as ours. The other machine fences itself when it next publishes; until then "
         "it serves its applications, so stop it first: a validator's keys must not run twice.",
     )
+    add_unlock_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,16 +25,18 @@ def run(args: argparse.Namespace) -> int:
     import trio
 
     from qsfs.cli.output import print_json
+    from qsfs.cli.unlock import unlocking
     from qsfs.clock import SystemClock
     from qsfs.config import Config
     from qsfs.daemon.takeover import take_over
 
     config = Config.load(args.config)
+    secret = unlocking(args)
 
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    owned = trio.run(lambda: take_over(config, SystemClock(), progress))
+    owned = trio.run(lambda: take_over(config, SystemClock(), progress, secret=secret))
     ref = owned.first_ref
     if args.json:
         print_json({"generation": ref.generation, "epoch": owned.owner.epoch})

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from qsfs.clock import Clock
 from qsfs.config import Config
-from qsfs.daemon.connect import links, read_secret
+from qsfs.daemon.connect import links
 from qsfs.daemon.formatting import local_store_exists
 from qsfs.daemon.lock import CacheLock
+from qsfs.daemon.secret import read_secret
 from qsfs.errors import CacheError
+from qsfs.format.slots import Secret
 from qsfs.fsck.check import Backends, fsck
 from qsfs.fsck.report import Report
 from qsfs.remote.images import refuse_images
@@ -24,6 +26,7 @@ async def check_file_system(
     repair: bool,
     local_only: bool,
     say: Callable[[str, int], None],
+    secret: Secret | None = None,
 ) -> Report:
     """Checks, and with `repair` mends; `local_only` asks no backend.
 
@@ -45,7 +48,7 @@ async def check_file_system(
                 directory,
                 limits,
                 clock=clock,
-                backends=Backends(found.candidates, read_secret(config)),
+                backends=Backends(found.candidates, read_secret(config) if secret is None else secret),
                 deep=deep,
                 repair=repair,
                 say=say,

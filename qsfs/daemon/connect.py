@@ -14,17 +14,19 @@ from qsfs.backend.metrics import Metrics
 from qsfs.backend.open import create_control_namespace, create_namespace, open_backend, open_control
 from qsfs.clock import Clock
 from qsfs.config import BackendConfig, Config
+from qsfs.daemon.secret import read_secret as read_secret  # noqa: PLC0414 - all that opens a file system is here
 from qsfs.errors import BackendError, ConfigError, FormatMismatch, KeyFileError
 from qsfs.format.erasure import Code
 from qsfs.format.head import Fleet
-from qsfs.format.keys import KeyRing, parse_key_file
+from qsfs.format.keys import KeyRing
+from qsfs.format.passphrase import Passphrase
 from qsfs.format.slots import Secret
-from qsfs.format.superblock import Superblock, encode_superblock, open_superblock
+from qsfs.format.superblock import Superblock, open_superblock
 from qsfs.remote.control import Records
 from qsfs.remote.identity import Stranger, find_members
 from qsfs.remote.members import Candidate, Members
 from qsfs.remote.reasons import summary
-from qsfs.remote.superblocks import find_superblock
+from qsfs.remote.superblocks import FoundSuperblock, find_superblock
 from qsfs.store.schema import BLOCK_SIZE
 from qsfs.store.store import Store
 
@@ -60,19 +62,6 @@ class Opened:
     keys: KeyRing
     code: Code
     records: Records
-
-
-def read_secret(config: Config) -> bytes:
-    """The secret in the configured key file.  Raises `KeyFileError`."""
-    path = config.filesystem.key_file
-    try:
-        return parse_key_file(path.read_text("ascii"))
-    except KeyFileError as error:
-        raise KeyFileError(f"{path}: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        advice = "; put a copy of it there" if isinstance(error, FileNotFoundError) else ""
-        raise KeyFileError(f"{path}: the key file cannot be read: {reason}{advice}") from error
 
 
 def links(config: Config, clock: Clock) -> Links:
@@ -137,27 +126,46 @@ async def prepare_namespaces(config: Config, clock: Clock) -> dict[str, str]:
     return control
 
 
-async def open_from_backends(found: Links, secret: Secret) -> Opened:
-    """Finds and opens the superblock on the backends; raises as `find_superblock` does."""
-    answer = await find_superblock(found.candidates, secret)
-    return _opened(answer.superblock, answer.keys)
-
-
 async def open_file_system(store: Store, found: Links, secret: Secret, clock: Clock) -> Opened:
     """Opens the superblock that the local store keeps; a restored store takes it from the backends.
 
-    Raises `KeyFileError` for another key, `CacheError` or `FormatMismatch` if the store is of no, or of
-    another, file system, and what `open_from_backends` raises.
+    So does one whose own copy the secret does not open: key slots may have changed elsewhere.  Raises
+    `KeyFileError` for another key, `CacheError` or `FormatMismatch` if the store is of no, or of another,
+    file system, and what `find_superblock` raises.
     """
     encoded = store.local(SUPERBLOCK_ROW)
-    if encoded is None:
-        opened = await open_from_backends(found, secret)
-        store.check_identity(opened.keys.fsid)
-        store.set_local(SUPERBLOCK_ROW, encode_superblock(opened.superblock, opened.keys, clock))
-        return opened
-    superblock, keys = open_superblock(encoded, secret)
+    if encoded is not None:
+        try:
+            if isinstance(secret, Passphrase):
+                superblock, keys = await trio.to_thread.run_sync(open_superblock, encoded, secret)
+            else:
+                superblock, keys = open_superblock(encoded, secret)
+        except KeyFileError as error:
+            answer = await _newer_slots(found, secret, error)
+            superblock, keys, encoded = answer.superblock, answer.keys, answer.value
+        else:
+            store.check_identity(keys.fsid)
+            return _opened(superblock, keys)
+    else:
+        answer = await find_superblock(found.candidates, secret)
+        superblock, keys, encoded = answer.superblock, answer.keys, answer.value
+    opened = _opened(superblock, keys)
     store.check_identity(keys.fsid)
-    return _opened(superblock, keys)
+    store.set_local(SUPERBLOCK_ROW, encoded)
+    return opened
+
+
+async def _newer_slots(found: Links, secret: Secret, refused: KeyFileError) -> FoundSuperblock:
+    """The superblock on the backends for a secret that does not open the local one; else `refused`."""
+    try:
+        answer = await find_superblock(found.candidates, secret)
+    except BackendError as error:
+        raise KeyFileError(
+            f"{refused} here, and the backends could not be asked for newer key slots: {error}"
+        ) from None
+    if answer.removed:
+        raise KeyFileError(f"{answer.removed}; use one that opens the present key slots")
+    return answer
 
 
 def _opened(superblock: Superblock, keys: KeyRing) -> Opened:

@@ -15,14 +15,17 @@ import trio
 
 from qsfs.clock import Clock
 from qsfs.config import Config
-from qsfs.daemon.connect import SUPERBLOCK_ROW, links, prepare_namespaces, read_secret
+from qsfs.daemon.connect import SUPERBLOCK_ROW, links, prepare_namespaces
 from qsfs.daemon.host import host_name
 from qsfs.daemon.lock import CacheLock, require_access
 from qsfs.daemon.promises import require_promises
+from qsfs.daemon.secret import read_secret
 from qsfs.errors import CacheError
 from qsfs.filesystem.namespace import make_root
 from qsfs.format.erasure import Code, CodeParams
 from qsfs.format.head import MetadataPack
+from qsfs.format.passphrase import KdfCost
+from qsfs.format.slots import Secret
 from qsfs.format.superblock import encode_superblock
 from qsfs.remote.base import record_base
 from qsfs.remote.format_fs import FirstGeneration, FormatContext, FormatReport, format_fs
@@ -59,10 +62,18 @@ def local_store_exists(directory: Path) -> bool:
     return (directory / "data.mdb").exists()
 
 
-async def format_file_system(config: Config, clock: Clock, *, force: bytes | None = None) -> FormatReport:
+async def format_file_system(
+    config: Config,
+    clock: Clock,
+    *,
+    force: bytes | None = None,
+    secret: Secret | None = None,
+    cost: KdfCost | None = None,
+) -> FormatReport:
     """Makes the file system that `config` describes; raises as `format_fs` does, and `CacheError`.
 
-    `force` is the id of the one file system that may be lost, on the backends and in the cache directory.
+    It opens with `secret` (default: the configured one); `cost` is of a passphrase.  `force` is the id of the
+    one file system that may be lost, on the backends and in the cache directory.
     """
     directory = config.cache.directory
     if not directory.is_dir():
@@ -71,7 +82,7 @@ async def format_file_system(config: Config, clock: Clock, *, force: bytes | Non
         config.code.data_shards, config.code.data_shards + config.code.parity_shards, config.code.codec
     )
     require_promises(config, code)
-    secret = read_secret(config)
+    secret = read_secret(config) if secret is None else secret
     lock = CacheLock(directory)
     try:
         _check_free(directory, force, Limits.of(config.cache, config.flush.spool_bytes).map_bytes)
@@ -85,6 +96,7 @@ async def format_file_system(config: Config, clock: Clock, *, force: bytes | Non
                     candidates,
                     secret=secret,
                     code=code,
+                    cost=cost,
                     clock=clock,
                     host=host_name(),
                     prepare_root=forming.prepare_root,

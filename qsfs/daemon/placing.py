@@ -23,6 +23,7 @@ from qsfs.format.erasure import CodeParams
 from qsfs.format.fleet import Fleet, FleetEntry
 from qsfs.format.head import MetadataPack
 from qsfs.format.keys import KeyRing
+from qsfs.format.slots import Secret
 from qsfs.format.superblock import Superblock, open_superblock
 from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, decode_local_head
 from qsfs.remote.losses import Loss, LossTable, loss_of, single_losses
@@ -190,15 +191,17 @@ async def check_unmounted(config: Config, clock: Clock, lose: Sequence[str]) -> 
         lock.release()
 
 
-def _open_superblock(environment: Environment, secret: bytes) -> tuple[Superblock, KeyRing]:
+def _open_superblock(environment: Environment, secret: Secret) -> tuple[Superblock, KeyRing]:
     view = environment.read()
     try:
-        encoded = view.get(Table.LOCAL, SUPERBLOCK_ROW)
-        if encoded is None:
-            raise CacheError(f"{environment.directory}: was restored and not mounted yet; mount it first")
-        return open_superblock(bytes(encoded), secret)
+        row = view.get(Table.LOCAL, SUPERBLOCK_ROW)
+        encoded = None if row is None else bytes(row)
     finally:
         view.close()
+    if encoded is None:
+        raise CacheError(f"{environment.directory}: was restored and not mounted yet; mount it first")
+    # Not within the transaction: a passphrase takes seconds.
+    return open_superblock(encoded, secret)
 
 
 class PlacementWatch:

@@ -45,6 +45,7 @@ from qsfs.errors import (
     Unavailable,
 )
 from qsfs.format.erasure import Code
+from qsfs.format.slots import Secret
 from qsfs.fuse import session
 from qsfs.remote.control import Records
 from qsfs.remote.images import image_directory, refuse_writer, remove_others
@@ -75,14 +76,19 @@ class Reading:
         wanted: Wanted,
         *,
         follow: bool = False,
+        secret: Secret | None = None,
         ready: Ready = lambda shown: None,
         waiting: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`ready` is called with what is shown once the mount answers, `waiting` with what the start waits for."""
+        """`secret` opens it (default: the configured one).
+
+        `ready` is called with what is shown once the mount answers, `waiting` with what the start waits for.
+        """
         self.config = config
         self.clock = clock
         self.wanted = wanted
         self.follow = follow
+        self._given = secret
         self.phase = "starting"
         self.waiting_for = ""
         self.started_ns = clock.time_ns()
@@ -119,7 +125,7 @@ class Reading:
         if self.config.mount.allow_other:
             mountpoint.check_allow_other()
         directory = self.config.cache.directory
-        secret = read_secret(self.config)
+        secret = read_secret(self.config) if self._given is None else self._given
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -136,7 +142,7 @@ class Reading:
         finally:
             lock.release()
 
-    async def _run(self, directory: Path, secret: bytes) -> None:
+    async def _run(self, directory: Path, secret: Secret) -> None:
         handlers = _Handlers(status=self._on_status, umount=self._on_umount, unblock=self._on_unblock)
         begun = False
         try:
@@ -164,7 +170,7 @@ class Reading:
 
     # the generation
 
-    async def _open(self, directory: Path, secret: bytes) -> Image:
+    async def _open(self, directory: Path, secret: Secret) -> Image:
         """Finds the wanted generation and opens its image; waits for backends as long as it takes."""
         limits = image_limits(self.config, MOST_IMAGES if self.follow else 1)
         while True:
@@ -393,10 +399,11 @@ def run(
     wanted: Wanted,
     *,
     follow: bool,
+    secret: Secret | None = None,
     ready: Ready,
     waiting: Callable[[str], None],
 ) -> None:
     """Runs a read-only mount to its end in this process."""
     tune_allocator()
-    reading = Reading(config, clock, wanted, follow=follow, ready=ready, waiting=waiting)
+    reading = Reading(config, clock, wanted, follow=follow, secret=secret, ready=ready, waiting=waiting)
     trio.run(reading.run, strict_exception_groups=True)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from qsfs.clock import Clock
 from qsfs.config import Config
-from qsfs.daemon.connect import links, read_secret
+from qsfs.daemon.connect import links
 from qsfs.daemon.lock import CacheLock
+from qsfs.daemon.secret import read_secret
 from qsfs.errors import CacheError
+from qsfs.format.slots import Secret
 from qsfs.remote.restore import Progress, RestoreReport, restore, set_aside
 from qsfs.store.limits import Limits
 
@@ -20,14 +22,16 @@ async def restore_file_system(
     *,
     force: bool = False,
     aside: bool = False,
+    secret: Secret | None = None,
 ) -> RestoreReport:
     """Restores what `config`'s backends hold; raises as `restore` does.
 
+    `secret` opens it (default: the configured one).
     With `aside`, local state that is there is first moved beside the cache directory.  The directory
     is made if it is missing: a lost machine has none.
     """
     directory = config.cache.directory
-    secret = read_secret(config)
+    secret = read_secret(config) if secret is None else secret
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -21,10 +21,11 @@ from qsfs.clock import Clock
 from qsfs.config import Config
 from qsfs.daemon import control, mountpoint
 from qsfs.daemon.committer import Committer
-from qsfs.daemon.connect import Links, Opened, links, members_of, open_file_system, read_secret
+from qsfs.daemon.connect import Links, Opened, links, members_of, open_file_system
 from qsfs.daemon.flushing import Flushing
 from qsfs.daemon.jobs import Jobs
 from qsfs.daemon.keeper import Keeper
+from qsfs.daemon.key_upkeep import KeyUpkeep
 from qsfs.daemon.lock import CacheLock
 from qsfs.daemon.notify import notify
 from qsfs.daemon.operating import Operating
@@ -34,6 +35,7 @@ from qsfs.daemon.placing import PlacementWatch
 from qsfs.daemon.probing import probe
 from qsfs.daemon.promises import promises_of
 from qsfs.daemon.runtime import tune_allocator, tune_interpreter
+from qsfs.daemon.secret import read_secret
 from qsfs.daemon.space import DaemonSpace
 from qsfs.daemon.status import status_of
 from qsfs.daemon.supervision import supervised
@@ -43,6 +45,7 @@ from qsfs.filesystem.contents import Contents
 from qsfs.filesystem.namespace import Namespace
 from qsfs.filesystem.needs import Need
 from qsfs.filesystem.policies import Policies
+from qsfs.format.slots import Secret
 from qsfs.fuse import loop, session
 from qsfs.fuse.operations import Operations
 from qsfs.fuse.state import MountState
@@ -68,13 +71,18 @@ class Service:
         clock: Clock,
         *,
         offline: bool = False,
+        secret: Secret | None = None,
         ready: Callable[[], None] = lambda: None,
         waiting: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`ready` is called once the mount answers requests, `waiting` with what the start waits for."""
+        """`secret` opens it (default: the configured one).
+
+        `ready` is called once the mount answers requests, `waiting` with what the start waits for.
+        """
         self.config = config
         self.clock = clock
         self.offline = offline
+        self._given = secret
         self.state = MountState()
         self.phase = "starting"
         self.waiting_for = ""
@@ -97,6 +105,7 @@ class Service:
         self.fetcher: Fetcher
         self.flushing: Flushing
         self.placing: PlacementWatch
+        self.key_upkeep: KeyUpkeep
         self.space: DaemonSpace
         self.namespace: Namespace
         self.operations: Operations | None = None
@@ -123,7 +132,7 @@ class Service:
 
     def _open_store(self) -> None:
         config = self.config
-        secret = read_secret(config)
+        secret = read_secret(config) if self._given is None else self._given
         limits = Limits.of(config.cache, config.flush.spool_bytes)
         if not (config.cache.directory / "data.mdb").exists():
             raise CacheError(
@@ -191,6 +200,19 @@ class Service:
         members, strangers = await members_of(self.links, self.opened, self.clock, fleets)
         for stranger in strangers:
             _log.warning("%s: %s", stranger.candidate.name, stranger.error)
+        self.key_upkeep = KeyUpkeep(
+            self.store,
+            self.committer,
+            members,
+            self.opened,
+            self._secret,
+            self.clock,
+            changed=self._take_up_keys,
+        )
+        if not self.offline:
+            await self.key_upkeep.look()
+        nursery.start_soon(supervised, self.key_upkeep.run)
+        nursery.start_soon(supervised, self.key_upkeep.run_count)
         reader = PackReader(members, self.opened.keys, self.opened.code, pace=self.links.download.take)
         self.fetcher = Fetcher(
             self.store,
@@ -290,6 +312,9 @@ class Service:
                 "next mount"
             )
 
+    def _take_up_keys(self, opened: Opened) -> None:
+        self.opened = opened
+
     # stopping
 
     async def _watch_signals(self) -> None:
@@ -358,6 +383,7 @@ class Service:
             "unblock": self._on_unblock,
             "placement": self._on_placement,
             **Operating(self).handlers(),
+            "keys": self._on_keys,
         }
 
     async def _on_status(self, _: Mapping[str, Any]) -> Any:
@@ -388,6 +414,13 @@ class Service:
         await self._finished.wait()
         return {"mounted": mounted, "published": self._published}
 
+    async def _on_keys(self, _: Mapping[str, Any]) -> Any:
+        """Takes up key slots that a command has changed; answers with what holds now."""
+        if not hasattr(self, "key_upkeep"):
+            raise MountError(f"the daemon is {self.phase}: {self.waiting_for or 'try again'}")
+        await self.key_upkeep.look()
+        return self.key_upkeep.status()
+
     async def _on_unblock(self, request: Mapping[str, Any]) -> Any:
         path = request.get("path")
         number = None if path is None else self._number_of(path)
@@ -410,10 +443,11 @@ def run(
     clock: Clock,
     *,
     offline: bool,
+    secret: Secret | None = None,
     ready: Callable[[], None],
     waiting: Callable[[str], None],
 ) -> None:
     """Runs a mount to its end in this process."""
     tune_allocator()
-    service = Service(config, clock, offline=offline, ready=ready, waiting=waiting)
+    service = Service(config, clock, offline=offline, secret=secret, ready=ready, waiting=waiting)
     trio.run(service.run, strict_exception_groups=True)

@@ -40,6 +40,8 @@ def status_of(service: Service) -> dict[str, Any]:
         found.update(service.flushing.status())
     if hasattr(service, "placing") and "warnings" in found:
         found["warnings"] += service.placing.warnings()
+    if hasattr(service, "key_upkeep"):
+        found["keys"] = service.key_upkeep.status()
     if hasattr(service, "fetcher"):
         found["waits"] = [
             {

@@ -9,11 +9,13 @@ import trio
 from qsfs.clock import Clock
 from qsfs.config import Config
 from qsfs.daemon.committer import Committer
-from qsfs.daemon.connect import links, members_of, open_file_system, read_secret
+from qsfs.daemon.connect import links, members_of, open_file_system
 from qsfs.daemon.formatting import local_store_exists
+from qsfs.daemon.key_upkeep import KeyUpkeep
 from qsfs.daemon.lock import CacheLock
 from qsfs.daemon.owning import local_fleets, own_when_possible
 from qsfs.daemon.restoring import restore_file_system
+from qsfs.daemon.secret import read_secret
 from qsfs.errors import Fenced
 from qsfs.filesystem.contents import Contents
 from qsfs.format.slots import Secret
@@ -23,17 +25,21 @@ from qsfs.store.limits import Limits
 from qsfs.store.store import Store
 
 
-async def take_over(config: Config, clock: Clock, progress: Callable[[str], None]) -> Ownership:
+async def take_over(
+    config: Config, clock: Clock, progress: Callable[[str], None], *, secret: Secret | None = None
+) -> Ownership:
     """Restores where there is no local state, then owns and publishes the newest head as its own first.
 
     Waits for a quorum of backends as long as it takes; `progress` is told what it does and waits for.
+    `secret` opens it (default: the configured one).
     """
-    if not local_store_exists(config.cache.directory):
+    there = local_store_exists(config.cache.directory)
+    secret = read_secret(config) if secret is None else secret
+    if not there:
         progress("no local state: restoring the newest generation")
-        await restore_file_system(config, clock, progress)
+        await restore_file_system(config, clock, progress, secret=secret)
     lock = CacheLock(config.cache.directory)
     try:
-        secret = read_secret(config)
         limits = Limits.of(config.cache, config.flush.spool_bytes)
         store = Store(config.cache.directory, limits, clock)
         try:
@@ -57,6 +63,7 @@ async def _own(
         committer = Committer(store, Contents(store), config.cache.group_seconds)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(committer.run)
+            await KeyUpkeep(store, committer, members, opened, secret, clock).look()
             owned = await own_when_possible(
                 store,
                 spool,

@@ -146,7 +146,11 @@ class KeyRing:
 
 def new_key_file(random: Callable[[int], bytes]) -> str:
     """The text of a new key file with 32 bytes from `random(count)`."""
-    secret = random(SECRET_SIZE)
+    return key_file_text(random(SECRET_SIZE))
+
+
+def key_file_text(secret: bytes) -> str:
+    """The text of a key file with these 32 bytes."""
     text = secret.hex()
     groups = " ".join(text[i : i + 8] for i in range(0, len(text), 8))
     return (

@@ -68,6 +68,11 @@ class Passphrase:
     def __repr__(self) -> str:
         return "Passphrase(...)"
 
+    @property
+    def utf8(self) -> bytes:
+        """The passphrase itself: to hand it to the daemon."""
+        return self._text
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Passphrase) and self._text == other._text
 

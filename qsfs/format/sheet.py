@@ -23,7 +23,7 @@ _STEP = SECRET_SIZE // SECRET_LINES
 _DATA, _CHECK = 13, 3
 _LINE_CHECK = "qsfs 1 sheet line"
 _WHOLE_CHECK = "qsfs 1 sheet whole"
-_NUMBERED = re.compile(r"\s*([0-9]+)\s*[:.)]\s*(.*?)\s*")
+_NUMBERED = re.compile(r"\s*([0-9]+)\s*:\s*(.*?)\s*")
 
 
 def sheet_lines(secret: bytes) -> list[str]:

@@ -18,6 +18,7 @@ from qsfs.clock import Clock
 from qsfs.errors import NotFound
 from qsfs.format.erasure import Code
 from qsfs.format.head import Head, HeadRef
+from qsfs.format.slots import Secret
 from qsfs.health.drill_plan import ComparedRows, Plan, Tally, Verdict
 from qsfs.health.drill_read import Compare, ContentsReader
 from qsfs.health.drill_rows import CompareRows, compare_rows
@@ -81,7 +82,7 @@ class DrillResult:
 async def drill(
     candidates: Sequence[Candidate],
     *,
-    secret: bytes,
+    secret: Secret,
     directory: Path,
     limits: Limits,
     clock: Clock,

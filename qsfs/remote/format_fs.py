@@ -21,6 +21,7 @@ from qsfs.format.fleet import Fleet, FleetEntry
 from qsfs.format.head import Head, HeadRef, MetadataPack
 from qsfs.format.keys import KeyRing
 from qsfs.format.owner import Owner, OwnerRecord, seal_owner_record
+from qsfs.format.passphrase import KdfCost
 from qsfs.format.slots import Secret
 from qsfs.format.superblock import SUPERBLOCK_KEY, Superblock, create_superblock, encode_superblock
 from qsfs.format.units import DEFAULT_BLOCK, ID_SIZE
@@ -80,6 +81,7 @@ async def format_fs(
     candidates: Sequence[Candidate],
     *,
     secret: Secret,
+    cost: KdfCost | None = None,
     code: CodeParams,
     clock: Clock,
     host: str,
@@ -91,7 +93,7 @@ async def format_fs(
     timing: Timing | None = None,
     deadline_seconds: float = 120.0,
 ) -> FormatReport:
-    """Makes a file system that the key file with `secret` opens; all `candidates` become its fleet.
+    """Makes a file system that `secret` opens; all `candidates` become its fleet.  `cost` is of a passphrase.
 
     Their control namespaces exist already.  `force` is the id of the one file system that may be lost.
     `prepare_root` uploads the first generation's packs; `store_before_send` as for every head.
@@ -109,7 +111,9 @@ async def format_fs(
     trial.require_free(force)
     failpoints.hit("format.tried")
 
-    superblock, keys = create_superblock(secret, code=code, clock=clock, block_size=block_size, label=label)
+    superblock, keys = create_superblock(
+        secret, code=code, clock=clock, block_size=block_size, label=label, cost=cost
+    )
     members = Members(
         Member(_entry(number, candidate, clock), candidate.data, control, clock, identified=True)
         for number, (candidate, control) in enumerate(spaces, start=1)

@@ -57,7 +57,7 @@ class KeyState:
     @property
     def holders(self) -> frozenset[int]:
         """The backends that hold the newest superblock."""
-        return self._where(lambda value: value == self.found.value)
+        return self._where(lambda value: value in self.found.same)
 
     @property
     def readable(self) -> frozenset[int]:

@@ -77,7 +77,7 @@ def standing(present: bytes | None, value: bytes, right: Superblock, keys: KeyRi
     except FormatMismatch:
         return Standing.FOREIGN
     if other.revision == right.revision:
-        return Standing.RIVAL
+        return Standing.SAME if other == right else Standing.RIVAL
     return Standing.OLDER if other.revision < right.revision else Standing.NEWER
 
 

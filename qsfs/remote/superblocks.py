@@ -37,16 +37,18 @@ from qsfs.remote.reasons import summary
 class FoundSuperblock:
     """The superblock of the highest revision, its key ring, and what every other backend gave instead.
 
-    `value` is the superblock as it lies on backends, `copies` what each backend that answered holds, by
-    name.  `used` are the slots that the secret opens in it; none if only an older copy opens: the secret
-    was removed since, and `removed` says so for people.  `newest_master` is the highest number of a master
-    key in any copy that is ours, also of a change that did not hold.
+    `value` is the superblock as it lies on backends, `same` are all values that say just this, `copies`
+    what each backend that answered holds, by name.  `used` are the slots that the secret opens in it; none
+    if only an older copy opens: the secret was removed since, and `removed` says so for people.
+    `newest_master` is the highest number of a master key in any copy that is ours, also of a change that did
+    not hold.
     """
 
     superblock: Superblock
     keys: KeyRing
     problems: tuple[tuple[Candidate, QsfsError], ...]
     value: bytes
+    same: frozenset[bytes]
     copies: dict[str, bytes]
     used: frozenset[int]
     newest_master: int
@@ -62,7 +64,7 @@ async def find_superblock(
     answer), `KeyFileError` (found, and the key does not open it), `Corrupt` (all rotten), and
     `FormatMismatch` (a newer version, or backends of two file systems of one key).
     """
-    copies: dict[str, bytes] = {}
+    held: list[tuple[Candidate, bytes]] = []
     problems: list[tuple[Candidate, QsfsError]] = []
 
     async def ask(candidate: Candidate) -> None:
@@ -71,7 +73,7 @@ async def find_superblock(
                 value = await candidate.data.get(SUPERBLOCK_KEY)
             if value is None:
                 raise NotFound(f"backend {candidate.name}: has no superblock")
-            copies[candidate.name] = value
+            held.append((candidate, value))
         except trio.TooSlowError:
             late = BackendUnavailable(f"backend {candidate.name}: no answer in {attempt_seconds:g} s")
             problems.append((candidate, late))
@@ -81,12 +83,12 @@ async def find_superblock(
     async with trio.open_nursery() as nursery:
         for candidate in candidates:
             nursery.start_soon(ask, candidate)
-    work = _Opening(copies, secret)
+    held.sort(key=lambda copy: copy[0].name)
+    work = _Opening(held, secret)
     if isinstance(secret, Passphrase):
         await trio.to_thread.run_sync(work.run)
     else:
         work.run()
-    held = [(candidate, copies[candidate.name]) for candidate in candidates if candidate.name in copies]
     problems += [(candidate, work.errors[value]) for candidate, value in held if value in work.errors]
     if not work.opened:
         raise _why_none([error for _, error in problems])
@@ -104,10 +106,12 @@ async def find_superblock(
     problems += [
         (candidate, _outdated(candidate, work.opened[other], superblock))
         for candidate, other in held
-        if other != value and other in work.opened
+        if other in work.opened and work.opened[other] != superblock
     ]
     keys, used, removed = work.ring_of(value)
-    return FoundSuperblock(superblock, keys, tuple(problems), value, copies, used, work.newest_master, removed)
+    copies = {candidate.name: other for candidate, other in held}
+    same = frozenset(other for other, opened in work.opened.items() if opened == superblock)
+    return FoundSuperblock(superblock, keys, tuple(problems), value, same, copies, used, work.newest_master, removed)
 
 
 def _outdated(candidate: Candidate, old: Superblock, right: Superblock) -> Corrupt:
@@ -126,14 +130,14 @@ class _Opening:
     later revision has removed the secret.
     """
 
-    def __init__(self, copies: dict[str, bytes], secret: Secret) -> None:
+    def __init__(self, held: Sequence[tuple[Candidate, bytes]], secret: Secret) -> None:
         self.opened: dict[bytes, Superblock] = {}
         self.errors: dict[bytes, QsfsError] = {}
         self.newest_master = 0
         self._names: dict[bytes, str] = {}
-        for name, value in sorted(copies.items()):
-            self._names.setdefault(value, name)
-        self._counts = Counter(copies.values())
+        for candidate, value in held:
+            self._names.setdefault(value, candidate.name)
+        self._counts = Counter(value for _, value in held)
         self._secret = secret
         self._rings: dict[bytes, KeyRing] = {}
 

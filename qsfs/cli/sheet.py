@@ -1,0 +1,71 @@
+"""The text of a recovery sheet: for paper, and for somebody who has nothing else."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qsfs.config import Config
+    from qsfs.remote.key_slots import KeyState
+
+_HOW = """\
+Whoever reads this sheet and reaches the backends can read the file system. Keep it where you keep deeds.
+It is worth nothing without the backends, and they are worth nothing without one such secret.
+
+The secret. Letters are upper or lower case as you like; O is 0, I and L are 1; there is no U.
+The last three characters of a line are its checksum: a typing error is found in its line.
+"""
+
+_RESTORE = """\
+To restore, on a machine with qsfs and FUSE:
+  1. Write qsfs.toml with the lines below (a password, if a backend has one, is not on this sheet).
+  2. qsfs key from-sheet qsfs.key     and type the five lines
+  3. qsfs -c . key verify             proves that it opens what the backends hold
+  4. Stop the machine that wrote it, if it still runs. Then:
+     qsfs -c . takeover && qsfs -c . mount
+"""
+
+
+def sheet_text(config: Config, state: KeyState, secret: bytes, now_ns: int, *, slot: int | None) -> str:
+    """A sheet with `secret`, of key slot `slot` (None: that of a key file)."""
+    from qsfs.format.sheet import sheet_lines
+
+    superblock = state.found.superblock
+    made = f"key slot {slot}" if slot is not None else "the secret of a key file"
+    lines = [
+        "RECOVERY SHEET of a qsfs file system",
+        "",
+        f"file system   {superblock.fsid.hex()}",
+        f"label         {superblock.label or '-'}",
+        f"created       {_day(superblock.created_ns)}",
+        f"this sheet    {_day(now_ns)}, {made}",
+        f"code          {superblock.code.k}+{superblock.code.m} shards (the backends know it too)",
+        "",
+        *_HOW.splitlines(),
+        "",
+        *(f"    {line}" for line in sheet_lines(secret)),
+        "",
+        *_RESTORE.splitlines(),
+        "",
+        "    [filesystem]",
+        '    mountpoint = "mnt"',
+        '    key_file = "qsfs.key"',
+        "    [cache]",
+        '    directory = "cache"',
+        '    size = "20GiB"',
+    ]
+    for name in sorted(_backends(config, state)):
+        address, _, namespace = name.partition("/")
+        lines += ["    [[backend]]", f'    address = "{address}"', f'    namespace = "{namespace}"']
+    return "\n".join(lines) + "\n"
+
+
+def _backends(config: Config, state: KeyState) -> set[str]:
+    """The fleet as the newest head names it, and what is configured beside."""
+    entries = {f"{entry.address}/{entry.namespace}" for fleet in state.newest.head.fleets for entry in fleet.entries}
+    return entries | {backend.name for backend in config.backends}
+
+
+def _day(time_ns: int) -> str:
+    return datetime.fromtimestamp(time_ns / 1e9, UTC).strftime("%Y-%m-%d")
