@@ -22,7 +22,7 @@ from qsfs.errors import BackendError, KeyFileError, QsfsError
 from qsfs.format.keys import KeyRing
 from qsfs.format.slots import Secret, name_of
 from qsfs.format.superblock import SUPERBLOCK_KEY, Superblock, encode_superblock, open_superblock, read_superblock
-from qsfs.remote.members import Member, Members
+from qsfs.remote.members import Member, Members, State
 from qsfs.remote.quorum import fleet_quorums, reached
 from qsfs.remote.superblock_write import Standing, spread_superblock
 from qsfs.remote.survey import Timing
@@ -35,6 +35,7 @@ LOOK_SECONDS = 60.0
 AGAIN_SECONDS = 5.0
 COUNT_SECONDS = 600.0
 _STEP_ROWS = 256
+_TICK_SECONDS = 1.0
 _PAUSE_SECONDS = 0.05
 _TIMING = Timing(attempt=5.0)
 
@@ -68,13 +69,26 @@ class KeyUpkeep:
         self._clock = clock
         self._changed = changed
         self._told: set[str] = set()
+        self._seen: frozenset[int] = frozenset()
         self._turn = trio.Lock()
 
     async def run(self) -> None:
-        """Looks until cancelled; soon again while no quorum holds the same."""
+        """Looks until cancelled: each minute, sooner while no quorum holds the same, at once where a backend
+        is back."""
         while True:
             await self.look()
-            await trio.sleep(LOOK_SECONDS if self.settled else AGAIN_SECONDS)
+            with trio.move_on_after(LOOK_SECONDS if self.settled else AGAIN_SECONDS):
+                while not self._returned():
+                    await trio.sleep(_TICK_SECONDS)
+
+    def _up(self) -> frozenset[int]:
+        return frozenset(m.number for m in self._members if m.identified and m.state is State.UP)
+
+    def _returned(self) -> bool:
+        """Whether a backend is up that was not when it was looked at; one that is, and refuses, waits its minute."""
+        up = self._up()
+        self._seen &= up
+        return up > self._seen
 
     async def look(self) -> None:
         """One look: refills older copies, and takes up what is newer.  Raises nothing of the backends'."""
@@ -85,6 +99,7 @@ class KeyUpkeep:
                 self._tell(f"the key slots could not be looked after: {error}")
 
     async def _look(self) -> None:
+        self._seen = self._up()
         copies = await self._read()
         newest = await self._newest(copies)
         here = self.opened.superblock

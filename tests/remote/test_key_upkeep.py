@@ -9,6 +9,7 @@ import trio
 
 from qsfs.daemon.connect import SUPERBLOCK_ROW, Opened
 from qsfs.daemon.key_upkeep import KeyUpkeep
+from qsfs.errors import BackendFull, BackendUnavailable
 from qsfs.format.erasure import Code
 from qsfs.format.key_changes import add_slot, remove_slot, rotate_master, rotate_slot
 from qsfs.format.pack import PackKind, PlainExtent
@@ -131,6 +132,35 @@ async def test_backends_that_were_down_or_lost_it_get_it_again(mount):
     mount.world.data[4].rot(SUPERBLOCK_KEY, lambda value: value[:-1] + b"?")
     await mount.upkeep.look()
     assert mount.held(mount.world.data[0].peek(SUPERBLOCK_KEY)) == 8
+
+
+async def test_a_backend_that_is_back_is_refilled_at_once_and_one_that_refuses_is_not_pressed(mount, autojump_clock):
+    """Not once a second, for ever: a full backend would be asked as often."""
+    value = mount.changed(add_slot(mount.opened.superblock, mount.opened.keys, NEW, mount.clock))
+    mount.put(value, 6)
+    mount.backends[8].down = True
+    refused = []
+
+    def full(call: str, key: bytes) -> None:
+        if call == "set":
+            refused.append(key)
+            raise BackendFull("backend x: no room")
+
+    mount.backends[7].gate = full
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(mount.upkeep.run)
+        await trio.sleep(10)
+        assert mount.held(value) == 6 and mount.upkeep.settled
+        before = len(refused)
+        mount.members.by_number(8).failed(BackendUnavailable("backend x: gone"))
+        await trio.sleep(3)
+        mount.backends[8].down = False
+        mount.members.by_number(8).succeeded()
+        await trio.sleep(3)
+        assert mount.held(value) == 7
+        await trio.sleep(30)
+        assert before and len(refused) <= before + 2
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_mount_never_brings_back_an_older_revision(mount, autojump_clock):
