@@ -109,9 +109,12 @@ class KeyUpkeep:
             held = Counter(value for value in copies.values() if self._reads(value) == here)
             value = held.most_common(1)[0][0] if held else encode_superblock(here, self.opened.keys, self._clock)
             superblock, keys = here, self.opened.keys
-        spread = await spread_superblock(self._members, value, keys, timing=_TIMING)
+        holders = {n for n, copy in copies.items() if copy == value or self._reads(copy) == superblock}
+        # Most of the time all hold it, and nobody needs a connection of its own to be asked once more.
+        others = Members(m for m in self._members if m.number not in holders and m.identified and m.ready)
+        spread = await spread_superblock(others, value, keys, timing=_TIMING)
         quorums = fleet_quorums(local_fleets(self._store, self.opened), self.opened.superblock.code)
-        self.settled = reached(quorums, spread.holders)
+        self.settled = reached(quorums, holders | spread.holders)
         for number, (found, _) in spread.others.items():
             if found in (Standing.RIVAL, Standing.FOREIGN):
                 self._tell(f"{spread.reasons[number]}; 'qsfs key list' says more")
