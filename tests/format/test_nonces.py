@@ -113,6 +113,8 @@ def test_slots_of_both_kinds_in_clones_never_share_a_key_for_two_master_keys(use
     rings += [KeyRing(FSID, [first, MasterKey(2, bytes([n]) * 32)]) for n in (2, 3)]
     rings += [KeyRing(FSID, [first, MasterKey(3, b"\x02" * 32)])]
     rings += [KeyRing(FSID, [first, MasterKey(2, b"\x02" * 32), MasterKey(3, bytes([n]) * 32)]) for n in (4, 5)]
+    # Their random numbers met again at the third: only the second differs.
+    rings += [KeyRing(FSID, [first, MasterKey(2, bytes([n]) * 32), MasterKey(3, b"\x09" * 32)]) for n in (6, 7)]
     sealed = 0
     for keys in rings:
         for secret in SECRETS:
