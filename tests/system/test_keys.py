@@ -101,7 +101,7 @@ def test_any_slot_and_the_addresses_are_all_that_is_needed(kinds, scratch: Path,
 def test_a_stranger_with_a_wrong_secret_is_told_so(kinds) -> None:
     fs, _ = kinds
     wrong = secret_file(fs, "wrong", "not the right words")
-    for command in (("key", "verify"), ("restore", "--set-aside"), ("key", "list")):
+    for command in (("key", "verify"), ("takeover",), ("mount",), ("key", "list")):
         words = ("--unlock-passphrase-file",) if command == ("key", "list") else ("--passphrase-file",)
         refused = fs.run(*command, *words, wrong, code=4)
         assert "opens no key slot" in refused.stderr and "not the right" not in refused.stderr
