@@ -7,6 +7,7 @@ recorded, and is deleted as every dead one.  Fewer bytes are uploaded than becom
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 
@@ -20,8 +21,9 @@ from qsfs.remote.dead_packs import read_index
 from qsfs.remote.shards import ShardReader
 from qsfs.remote.stored import StoredPack
 from qsfs.store.packs import pack_row
+from qsfs.store.reading import LocalDamage
 from qsfs.store.redirty import redirty
-from qsfs.store.schema import PAGE, ExtentRow, PackRow
+from qsfs.store.schema import PAGE, ExtentRow, Inode, PackRow
 
 _log = logging.getLogger(__name__)
 
@@ -122,6 +124,7 @@ class Rewriter:
                 marked = 0
                 for entry in await read_index(self._reader, pack, context.sealer.keys):
                     marked += await self._rewrite_extent(number, pack, entry)
+                    await trio.lowlevel.checkpoint()
         except (trio.TooSlowError, BackendError, DataLost, Corrupt) as error:
             _log.info("pack %s: is not rewritten now: %s", row.pack_id.hex(), error or "it is not read in time")
             marked = 0
@@ -137,11 +140,11 @@ class Rewriter:
         while True:
             inode = store.inode(entry.inode)
             rows = self._rows(number, entry)
-            if inode is None or not rows or self._short_of_room():
+            if inode is None or not inode.nlink or not rows or self._short_of_room():
                 return 0
-            remote = any(
-                store.blocks.remote_blocks(entry.inode, row, row.first, row.first + row.pages) for row in rows
-            )
+            for row in rows:
+                self._drop_damage(inode, row)
+            remote = any(store.blocks.remote_blocks(entry.inode, row, row.first, row.first + row.pages) for row in rows)
             if not remote or data:
                 break
             data = await self._read(pack, entry)
@@ -149,6 +152,19 @@ class Rewriter:
         if remote:
             store.blocks.install(inode, entry.first_page, data, rows[0])
         return sum(redirty(store.blocks, inode, row) for row in rows)
+
+    def _drop_damage(self, inode: Inode, row: ExtentRow) -> None:
+        """Evicts clean pages whose local bytes are damaged: marked dirty, they could not be fetched again."""
+        blocks = self._context.store.blocks
+        with contextlib.suppress(LocalDamage):
+            blocks.pages(inode.number, row.first, row.pages)
+            return
+        for page in range(row.first, row.first + row.pages):
+            try:
+                blocks.pages(inode.number, page, 1)
+            except LocalDamage as damage:
+                if blocks.drop_damaged(inode, page):
+                    _log.warning("%s; it is clean and will be fetched from the backends", damage)
 
     def _rows(self, number: int, entry: ExtentEntry) -> list[ExtentRow]:
         """What is left of a sealed extent of pack `number`."""

@@ -15,7 +15,7 @@ from qsfs.errors import Unavailable
 from qsfs.remote import rewrite
 from qsfs.remote.flush import Flusher
 from qsfs.remote.stored import StoredPack
-from qsfs.store.schema import PAGE
+from qsfs.store.schema import BLOCK_PAGES, PAGE, Table, u64_pair
 from tests.remote.flush_machine import FlushMachine, restore
 from tests.remote.harness import World, make_world
 from tests.remote.test_dead_packs import RETENTION, generations, stored_packs
@@ -191,3 +191,65 @@ async def test_a_crash_at_any_time_loses_nothing(world: World, machine: FlushMac
             await flusher.sync()
             assert machine.content(number) == content
             assert restore(world).files["a"] == content
+
+
+async def test_damaged_pages_are_fetched_and_not_marked_dirty_as_they_are(
+    world: World, machine: FlushMachine, clock, expect_log
+):
+    """Dirty, it could neither be fetched nor uploaded: what the backends still have would be an error for ever."""
+    expect_log(r"inode \d+, page \d+: its local bytes fail their checksum.* will be fetched", count=2)
+    async with thinned(machine, evicted=False) as (flusher, number, content):
+        await machine.committer.commit()
+        environment = machine.store.environment
+        values = environment.databases[Table.VALUES]
+        with environment.write() as txn:
+            for page in (0, 4):
+                key = u64_pair(number, page // BLOCK_PAGES)
+                value = bytearray(txn.get(key, db=values))
+                value[page % BLOCK_PAGES * PAGE] ^= 1
+                txn.put(key, bytes(value), db=values)
+        machine.store.layers.renew_view()
+        await pass_time(machine, flusher, 30)
+        assert thin(machine) == []
+        assert machine.content(number) == content
+        assert restore(world).files["a"] == content
+
+
+async def test_pages_of_an_open_file_without_a_name_are_left_alone(world: World, machine: FlushMachine, clock):
+    """They are not uploaded, so marked dirty they would only be in the way of eviction."""
+    async with thinned(machine, evicted=True) as (flusher, number, content):
+        machine.unlink("a", number, still_open=True)
+        await pass_time(machine, flusher, 10)
+        assert flusher.status()["rewrite"]["rewritten_bytes"] == 0
+        assert machine.content(number) == content
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
+async def test_pages_that_are_rewritten_for_ever_take_bounded_space(
+    world: World, machine: FlushMachine, clock, monkeypatch, seed: int
+):
+    """As a database does it: each kept generation stays exact, and packs that live hold little that is dead."""
+    monkeypatch.setattr(rewrite, "SETTLED_SECONDS", 60.0)
+    source = random.Random(seed)
+    seen: dict[int, dict[str, bytes]] = {}
+    content = bytearray(source.randbytes(PAGES * PAGE))
+    number = 0
+    for _ in range(2):
+        async with flushing(machine, quiet_seconds=1.0, retention_seconds=RETENTION) as flusher:
+            if not number:
+                number = machine.create("a")
+                machine.write(number, 0, bytes(content))
+            for _ in range(7):
+                for page in source.sample(range(PAGES), 16):
+                    content[page * PAGE : (page + 1) * PAGE] = data = source.randbytes(PAGE)
+                    machine.write(number, page, data)
+                if source.random() < 0.5:
+                    machine.evict(number)
+                await flusher.sync()
+                for ref, files in generations(world).items():
+                    assert seen.setdefault(ref.generation, files) == files
+                assert restore(world).files == {"a": bytes(content)}
+                await trio.sleep(RETENTION)
+            assert machine.content(number) == content
+            with trio.fail_after(10 * RETENTION):
+                await until(lambda: waste(machine) <= 2.2)
