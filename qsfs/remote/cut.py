@@ -41,7 +41,7 @@ class CutOrder:
     """What a cut is to be: its generation, the pack numbers that it may use, its bound on dirty bytes.
 
     `floor`: rows changed by commits up to this one are in packs already (0: none are).  `starts`: where
-    the ranges of the snapshot start.
+    the ranges of the snapshot start.  `forced`: a generation is wanted also if nothing has changed.
     """
 
     generation: int
@@ -49,6 +49,7 @@ class CutOrder:
     most_bytes: int
     floor: int = 0
     starts: tuple[bytes, ...] = (b"",)
+    forced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def seal_cut(
     with CommittedState(environment, clock) as state:
         if state.moving:
             return NoCut.MOVING
-        if not state.something_changed():
+        if not order.forced and not state.something_changed():
             return NoCut.UNCHANGED
         if state.dirty_bytes(order.most_bytes, Want(1)) > order.most_bytes:
             return NoCut.TOO_MUCH

@@ -25,11 +25,13 @@ from qsfs.remote.generation import Generations, HeadPublisher
 from qsfs.remote.ledger import read_rows
 from qsfs.remote.metadata import MetadataUpload
 from qsfs.remote.pace import Pace
+from qsfs.remote.pinning import Pinning
 from qsfs.remote.precopy import PreCopier
+from qsfs.remote.pressure import Pressure
 from qsfs.remote.renewal import Renewer
 from qsfs.remote.shards import ShardReader
 from qsfs.remote.upkeep import UPKEEP_SECONDS, Upkeep, every_second
-from qsfs.store.schema import BLOCK_SIZE, Table
+from qsfs.store.schema import Table
 from qsfs.store.snapshot import CommittedState, Want
 from qsfs.store.store import NEXT_PACK
 
@@ -88,6 +90,7 @@ class Flusher:
         self._on_fenced = on_fenced
         self._renewer = Renewer(context, reader, config.snapshot_ratio)
         self._precopier = PreCopier(context, self._in_cut, config.quiet_seconds)
+        self.pinning = Pinning(self)
         self._upkeep = Upkeep(
             context,
             reader,
@@ -106,7 +109,10 @@ class Flusher:
         self._stopping = False
         self._fenced: QsfsError | None = None
         self.exposure = exposure or Exposure(context.store, context.ledger, context.clock, lambda: self.uploaded_ahead)
-        self._alarmed = False
+        self._pressure = Pressure(
+            context, self._precopier, self.exposure, short=lambda: self.short_of_room,
+            busy=lambda: self.phase == "uploading ahead",
+        )  # fmt: skip
         self._scope = trio.CancelScope()
         self._knows_packs = trio.Event()
         self._last_pack_before = 0
@@ -129,7 +135,7 @@ class Flusher:
                     nursery.start_soon(self._precopier.run)
                     nursery.start_soon(self._cuts, nursery)
                     nursery.start_soon(self._look_after_packs)
-                    nursery.start_soon(every_second, self._see_to_room, self._room_unseen)
+                    nursery.start_soon(every_second, self._pressure.see_to_room, self._room_unseen)
                     begun = True
                     task_status.started()
             finally:
@@ -211,7 +217,7 @@ class Flusher:
     async def _cuts(self, nursery: trio.Nursery) -> None:
         due = self.context.clock.monotonic() + self._config.cut_seconds
         while True:
-            while self._wanted <= self._finished and self.context.clock.monotonic() < due:
+            while self._wanted <= self._finished and not self._head_due and self.context.clock.monotonic() < due:
                 self._wake = trio.Event()
                 left = due - self.context.clock.monotonic()
                 with trio.move_on_after(min(max(left, 0.0), UPKEEP_SECONDS)):
@@ -235,7 +241,7 @@ class Flusher:
         """Makes one generation of all that was accepted before it began, or finds nothing new."""
         generations, context = self._generations, self.context
         serial = self._started = self._started + 1
-        while await self._something_new():
+        while self._head_due or await self._something_new():
             renewed = generations.renewed
             marks = context.store.layers.view.count(Table.CHANGED)
             if marks > EARLY_DELTA_MARKS and generations.pre_delta is None:
@@ -243,7 +249,9 @@ class Flusher:
             uploaded = self.exposure.uploaded
             given_up = self._upkeep.given_up()
             view, before = self._upkeep.dead.before_cut(), generations.base.head
-            order = generations.next_order(min(self._pace.most_bytes, context.spool.room() * 3 // 4))
+            most_bytes = min(self._pace.most_bytes, context.spool.room() * 3 // 4)
+            order = generations.next_order(most_bytes, forced=self._head_due)
+            asked = self.pinning.waiting
             serial = self._started = self._started + 1
             self.phase = "committing"
             await context.committer.commit()
@@ -252,12 +260,18 @@ class Flusher:
             cut = await generations.seal(order)
             if not isinstance(cut, NoCut):
                 self._pace.sealed(cut.bytes, context.clock.monotonic() - begin)
+                self.pinning.cut_sealed(asked)
                 await self._knows_packs.wait()
                 self.phase = "publishing"
-                await generations.publish(cut, renewed)
+                try:
+                    base = await generations.publish(cut, renewed)
+                except QsfsError as error:
+                    self.pinning.cut_given_up(error)
+                    self._tell()
+                    raise
+                self.pinning.cut_published(base.sealed.ref)
                 self.exposure.published(uploaded)
                 self._upkeep.published(given_up)
-                base = generations.base
                 self._upkeep.dead.published(view, base.sealed.ref, base.head, before)
                 break
             if cut is NoCut.UNCHANGED:
@@ -274,6 +288,10 @@ class Flusher:
         self._precopier.press("")
         self._finished = serial
         self._tell()
+
+    @property
+    def _head_due(self) -> bool:
+        return bool(self.pinning.waiting) or (self.generations is not None and self.generations.head_due)
 
     async def _something_new(self) -> bool:
         """Whether a cut may find anything; False without a commit, so that an idle disk sleeps."""
@@ -335,19 +353,6 @@ class Flusher:
 
     # room
 
-    async def _see_to_room(self) -> None:
-        """Has pre-copy make room where that is short, and says what that costs."""
-        short = self.short_of_room
-        self.exposure.look()
-        if short and self._dirty_estimate >= self._worth_freeing:
-            self._precopier.press("the cache is short of room", orphans_too=True)
-        elif self.phase != "uploading ahead":
-            self._precopier.press("")
-        self._alarm(short)
-        if self._precopier.garbage:
-            garbage, self._precopier.garbage = self._precopier.garbage, []
-            await self.context.in_thread(lambda: self.context.spool.add_abandoned(garbage))
-
     def _room_unseen(self, error: QsfsError) -> None:
         if str(error) != self.last_error:
             _log.error("%s", error)
@@ -366,27 +371,6 @@ class Flusher:
         store = self.context.store
         return store.expected_bytes() >= store.limits.high_bytes
 
-    @property
-    def _dirty_estimate(self) -> int:
-        """Bytes of committed blocks that have dirty pages."""
-        return self.context.store.layers.view.count(Table.DIRTY) * BLOCK_SIZE
-
-    @property
-    def _worth_freeing(self) -> int:
-        """Dirty bytes whose upload would let eviction get on."""
-        limits = self.context.store.limits
-        return limits.high_bytes - limits.low_bytes
-
-    def _alarm(self, short: bool) -> None:
-        """Says once that pages may go whose packs cannot become full."""
-        if short and self.context.ledger.incomplete and not self._alarmed:
-            _log.warning(
-                "the cache is short of room and %d packs are not full: pages may be evicted whose packs have "
-                "fewer shards than they should; bring the missing backends back",
-                len(self.context.ledger.incomplete),
-            )
-        self._alarmed = short and bool(self.context.ledger.incomplete)
-
     # for others
 
     async def sync(self) -> SyncResult:
@@ -397,7 +381,7 @@ class Flusher:
         """
         await self._publish_all()
         while not self.knows_packs:
-            await self._progress()
+            await self.progress()
         base = self._generations.base
         return SyncResult(base.head.generation, "full" if not self.context.ledger.incomplete else "written")
 
@@ -424,17 +408,25 @@ class Flusher:
     async def _publish_all(self) -> None:
         target = self._started + 1
         self._wanted = max(self._wanted, target)
-        self._wake.set()
+        self.kick()
         while self._finished < target:
-            await self._progress()
+            await self.progress()
 
-    async def _progress(self) -> None:
+    async def progress(self) -> None:
         """Waits until something was done; raises if nothing will be."""
+        self.raise_if_ended()
+        await self._news.wait()
+
+    def raise_if_ended(self) -> None:
+        """Raises why nothing will be done any more, if so."""
         if self._fenced is not None:
             raise self._fenced
         if self.phase == "stopped":
             raise DeadlineExceeded("flushing stopped before everything was published; it is safe locally")
-        await self._news.wait()
+
+    def kick(self) -> None:
+        """Has it looked at once whether a generation is to be made."""
+        self._wake.set()
 
     async def stop(self, deadline: float) -> bool:
         """Makes a last generation within `deadline` seconds, then ends `run`; whether it was published."""
@@ -464,10 +456,8 @@ class Flusher:
 
     def pin(self, ref: HeadRef, names: tuple[str, ...]) -> None:
         """Pins a kept generation by `names` (none: unpins) from the next published head on."""
-        if names:
-            self._generations.pins[ref] = names
-        else:
-            self._generations.pins.pop(ref, None)
+        others = {head: held for head, held in self._generations.pins.items() if head != ref}
+        self._generations.pins = others | ({ref: names} if names else {})
 
     def status(self) -> dict[str, Any]:
         """What flushing does, waits for, and has not made safe yet.  Bytes; ages in seconds."""

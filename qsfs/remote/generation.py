@@ -29,6 +29,7 @@ from qsfs.remote.kept import kept_with
 from qsfs.remote.packing import row_of, state_of
 from qsfs.remote.publish import NotYet, Published
 from qsfs.remote.reasons import summary
+from qsfs.remote.snapshots import pins_of
 from qsfs.remote.spool import SpoolFull
 from qsfs.remote.upload import Upload
 from qsfs.store.group import Publication
@@ -94,6 +95,7 @@ class Generations:
         self._context = context
         self._chain: Chain | None = None
         self._kept = first.kept
+        self._behind = base.head.generation > first.generation
         self._published = [KeptGeneration(publisher.published, first.time_ns, ())]
 
     def take_chain(self) -> None:
@@ -107,10 +109,28 @@ class Generations:
             raise QsfsBug("the packs of the base generation are not known yet")
         return self._chain
 
+    @property
+    def kept(self) -> tuple[KeptGeneration, ...]:
+        """What the last published head keeps: the pins in it hold."""
+        return self._kept
+
+    @property
+    def head_due(self) -> bool:
+        """Whether a head is due also if no row has changed.
+
+        Because other pins shall hold than the last published head carries, or because the base has never been
+        seen on the backends: a rollback ended after it had replaced the local state.
+        """
+        known = {generation.head for generation in (*self._kept, *self._published)}
+        wanted = {ref: names for ref, names in self.pins.items() if ref in known}
+        return self._behind or wanted != pins_of(self._kept)
+
     # sealing
 
-    def next_order(self, most_bytes: int) -> CutOrder:
+    def next_order(self, most_bytes: int, *, forced: bool = False) -> CutOrder:
         """Takes a generation number and pack numbers; durable with the next commit.
+
+        `forced`: a cut is sealed also if nothing has changed.
 
         Raises `CacheError` if the record of the last generation could not be committed.
         """
@@ -124,7 +144,8 @@ class Generations:
         store.set_counter(GENERATION, last + 1)
         numbers = reserve_numbers(store, most_bytes // self._context.sealer.pack_bytes + 2)
         floor = self.pre_delta[0] if self.pre_delta is not None else 0
-        return CutOrder(last + 1, numbers, most_bytes, floor, self.chain.starts if self._chain is not None else (b"",))
+        starts = self.chain.starts if self._chain is not None else (b"",)
+        return CutOrder(last + 1, numbers, most_bytes, floor, starts, forced)
 
     async def seal(self, order: CutOrder) -> SealedCut | NoCut:
         """Seals the last commit.  Of what is no cut, or failed, nothing stays in the spool."""
@@ -323,6 +344,7 @@ class Generations:
         self.pre_delta = None
         self.base = LocalHead(sealed, head, True)
         self._kept = head.kept
+        self._behind = False
         self._published = [*self._published[-2:], KeptGeneration(sealed.ref, head.time_ns, ())]
 
     def _clear_spool(self, generation: int, ref: HeadRef) -> None:

@@ -1,0 +1,71 @@
+"""Room in the cache: has pre-copy hurry where it is short, so that pages turn clean and may go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from qsfs.remote.context import FlushContext
+from qsfs.remote.exposure import Exposure
+from qsfs.remote.precopy import PreCopier
+from qsfs.store.schema import BLOCK_SIZE, Table
+
+_log = logging.getLogger(__name__)
+
+
+class Pressure:
+    """Presses the pre-copier of one mount.
+
+    `short` says whether the cache holds more than its high watermark; `busy` whether pre-copy is pressed for
+    something else, which is then left to it.
+    """
+
+    def __init__(
+        self,
+        context: FlushContext,
+        precopier: PreCopier,
+        exposure: Exposure,
+        *,
+        short: Callable[[], bool],
+        busy: Callable[[], bool],
+    ) -> None:
+        self._exposure = exposure
+        self._context = context
+        self._precopier = precopier
+        self._short = short
+        self._busy = busy
+        self._alarmed = False
+
+    async def see_to_room(self) -> None:
+        """Has pre-copy make room where that is short, and says what that costs.  Raises `CacheError`."""
+        short = self._short()
+        self._exposure.look()
+        if short and self._dirty_estimate >= self._worth_freeing:
+            self._precopier.press("the cache is short of room", orphans_too=True)
+        elif not self._busy():
+            self._precopier.press("")
+        self._alarm(short)
+        if self._precopier.garbage:
+            garbage, self._precopier.garbage = self._precopier.garbage, []
+            await self._context.in_thread(lambda: self._context.spool.add_abandoned(garbage))
+
+    @property
+    def _dirty_estimate(self) -> int:
+        """Bytes of committed blocks that have dirty pages."""
+        return self._context.store.layers.view.count(Table.DIRTY) * BLOCK_SIZE
+
+    @property
+    def _worth_freeing(self) -> int:
+        """Dirty bytes whose upload would let eviction get on."""
+        limits = self._context.store.limits
+        return limits.high_bytes - limits.low_bytes
+
+    def _alarm(self, short: bool) -> None:
+        """Says once that pages may go whose packs cannot become full."""
+        if short and self._context.ledger.incomplete and not self._alarmed:
+            _log.warning(
+                "the cache is short of room and %d packs are not full: pages may be evicted whose packs have "
+                "fewer shards than they should; bring the missing backends back",
+                len(self._context.ledger.incomplete),
+            )
+        self._alarmed = short and bool(self._context.ledger.incomplete)
