@@ -122,6 +122,27 @@ class FlushConfig:
 
 
 @dataclass(frozen=True)
+class SnapshotsConfig:
+    """`[snapshots]`: automatic snapshots, one `every` so long (0: none), and which of them stay.
+
+    The last `keep_last`, and the last one of each of the last `hourly` hours, `daily` days, `weekly` weeks
+    in which one was made.  Snapshots that a person named stay until they are deleted.
+    """
+
+    every_seconds: float = _key(0.0, duration(0, 366 * 86400), "every")
+    keep_last: int = _key(2, number(0, 500))
+    hourly: int = _key(24, number(0, 500))
+    daily: int = _key(7, number(0, 366))
+    weekly: int = _key(4, number(0, 520))
+
+    def __post_init__(self) -> None:
+        if 0 < self.every_seconds < 60:
+            raise ValueError('every is less than a minute; give a longer time such as "1h", or 0 for none')
+        if self.every_seconds and not (self.keep_last or self.hourly or self.daily or self.weekly):
+            raise ValueError("no rule would keep the automatic snapshots; set keep_last, hourly, daily or weekly")
+
+
+@dataclass(frozen=True)
 class FetchConfig:
     """`[fetch]`: how long a read of remote data waits where the policy says `error`."""
 
@@ -245,6 +266,7 @@ class Config:
     cache: CacheConfig = CacheConfig()
     code: CodeConfig = CodeConfig()
     flush: FlushConfig = FlushConfig()
+    snapshots: SnapshotsConfig = SnapshotsConfig()
     fetch: FetchConfig = FetchConfig()
     mount: MountConfig = MountConfig()
     backends: tuple[BackendConfig, ...] = ()
@@ -293,6 +315,7 @@ class Config:
             cache=_read_section(CacheConfig, "cache", document, path),
             code=_read_section(CodeConfig, "code", document, path),
             flush=_read_section(FlushConfig, "flush", document, path),
+            snapshots=_read_section(SnapshotsConfig, "snapshots", document, path),
             fetch=_read_section(FetchConfig, "fetch", document, path),
             mount=_read_section(MountConfig, "mount", document, path),
             backends=backends,
@@ -352,6 +375,7 @@ _SECTIONS: Mapping[str, type] = {
     "cache": CacheConfig,
     "code": CodeConfig,
     "flush": FlushConfig,
+    "snapshots": SnapshotsConfig,
     "fetch": FetchConfig,
     "mount": MountConfig,
     "log": LogConfig,

@@ -43,6 +43,14 @@ download_rate = 0
 # Room for what waits for its upload; part of the cache's size.
 spool_size = {spool}
 
+[snapshots]
+# Automatic snapshots: one every so long ("1h"; 0 for none), and how many stay. Named ones stay until they are deleted.
+every = 0
+keep_last = 2
+hourly = 24
+daily = 7
+weekly = 4
+
 [fetch]
 # How long a read of data that are only remote waits before it fails (policy `unavailable = "error"`).
 deadline_seconds = 30
