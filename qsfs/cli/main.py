@@ -32,6 +32,7 @@ COMMANDS = (
     "cache",
     "sync",
     "collect",
+    "snapshot",
     "takeover",
     "restore",
     "drill",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,11 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
         )
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
+
+
+def format_time(seconds: float) -> str:
+    """A time since 1970 for people, in UTC."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _text(cell: object) -> str:

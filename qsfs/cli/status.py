@@ -60,6 +60,8 @@ def lines(found: dict[str, Any], *, all_backends: bool = False) -> list[str]:
             "do not follow the configuration yet"
         )
     out += _keys(found.get("keys"))
+    if found.get("snapshots"):
+        out.append(_snapshots(found["snapshots"], found["time"]))
     if found.get("backends"):
         out += ["", *_backends(found["backends"], all_backends)]
     out += found.get("sentences", ())
@@ -224,6 +226,14 @@ def _requests(requests: dict[str, Any]) -> str:
     if requests["unexpected_errors"]:
         line += f", {requests['unexpected_errors']} failed unexpectedly (see the log)"
     return line
+
+
+def _snapshots(snapshots: Sequence[tuple[str, int]], now: float) -> str:
+    """One line: how many, and which is the newest."""
+    from qsfs.values import counted
+
+    name, time_ns = snapshots[-1]
+    return f"{counted(len(snapshots), 'snapshot')}, the newest {name}, {age(max(0.0, now - time_ns / 1e9))} old"
 
 
 def age(seconds: float | None) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from qsfs.errors import MountError, QsfsError
+from qsfs.errors import QsfsError
 
 _TELL_SECONDS = 3.0
 
@@ -31,11 +30,11 @@ def run(args: argparse.Namespace) -> int:
     from qsfs.cli.output import print_json
     from qsfs.config import Config
     from qsfs.daemon import control
+    from qsfs.daemon.handover import hand_over
 
     config = Config.load(args.config)
-    target = config.filesystem.mountpoint
-    _hand_over(str(target))
-    with _waits_told(config.cache.directory):
+    hand_over(config.filesystem.mountpoint)
+    with waits_told(config.cache.directory):
         result = control.ask(config.cache.directory, "sync")
     if args.json:
         print_json(result)
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _waits_told(cache: Path) -> Iterator[None]:
+def waits_told(cache: Path) -> Iterator[None]:
     """Tells on standard error what flushing waits for, whenever that changes, for the time of the block."""
     from qsfs.daemon import control
 
@@ -75,17 +74,3 @@ def _waits_told(cache: Path) -> Iterator[None]:
     finally:
         ended.set()
         teller.join()
-
-
-def _hand_over(target: str) -> None:
-    """Has the kernel hand its pages over (`syncfs`), so that they are in the generation."""
-    import ctypes
-
-    try:
-        directory = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise MountError(f"{target}: {error.strerror}; is it mounted?") from error
-    try:
-        ctypes.CDLL(None, use_errno=True).syncfs(directory)
-    finally:
-        os.close(directory)

@@ -28,6 +28,7 @@ from qsfs.remote.packing import Sealer
 from qsfs.remote.placement import FreeSpace
 from qsfs.remote.quorum import assess
 from qsfs.remote.reader import PackReader
+from qsfs.remote.snapshots import Snapshot, snapshots_of
 from qsfs.remote.spool import Spool
 from qsfs.remote.upload import Uploader
 from qsfs.store.schema import Table
@@ -209,16 +210,16 @@ class Flushing:
 
     async def sync(self) -> dict[str, Any]:
         """Publishes everything accepted so far; waits, visibly, for backends."""
-        done = await (await self._owning()).sync()
+        done = await (await self.owned()).sync()
         return {"generation": done.generation, "class": done.durability}
 
     async def collect(self, *, dry_run: bool) -> dict[str, Any]:
         """Deletes the dead packs that may go (see `Flusher.collect`); `dry_run` only tells of them."""
-        flusher = await self._owning()
+        flusher = await self.owned()
         return flusher.dead_packs() if dry_run else await flusher.collect()
 
-    async def _owning(self) -> Flusher:
-        """The flusher, once this mount owns; raises why it does not."""
+    async def owned(self) -> Flusher:
+        """The flusher, once this mount owns the file system; raises why it does not, or does no more."""
         await self._ready.wait()
         if self.fenced is not None:
             raise self.fenced
@@ -227,6 +228,13 @@ class Flushing:
         if self.failure or self.flusher is None:
             raise QsfsBug(self.failure)
         return self.flusher
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """Those that hold, as far as is known here: a mount that does not own may not know the newest."""
+        if self.flusher is not None:
+            return self.flusher.pinning.snapshots
+        return [] if self._base is None else snapshots_of(self._base.kept)
 
     async def stop(self, deadline: float) -> bool:
         """Makes a last generation if this mount owns; returns whether it was published."""
@@ -243,6 +251,7 @@ class Flushing:
         found: dict[str, Any] = {
             "owner": self.flusher is not None and self.fenced is None,
             "failure": self.failure,
+            "snapshots": [[snapshot.name, snapshot.time_ns] for snapshot in self.snapshots],
             "packs_known": self.flusher is not None and self.flusher.knows_packs,
             "backends": backends_of(self.members, now_ns),
         }

@@ -20,9 +20,11 @@ import trio
 from qsfs.clock import Clock
 from qsfs.config import Config
 from qsfs.daemon import control, mountpoint
+from qsfs.daemon.automatic import AutomaticSnapshots
 from qsfs.daemon.committer import Committer
 from qsfs.daemon.connect import Links, Opened, links, members_of, open_file_system
 from qsfs.daemon.flushing import Flushing
+from qsfs.daemon.handover import require_handed_over
 from qsfs.daemon.jobs import Jobs
 from qsfs.daemon.keeper import Keeper
 from qsfs.daemon.key_upkeep import KeyUpkeep
@@ -36,6 +38,7 @@ from qsfs.daemon.probing import probe
 from qsfs.daemon.promises import promises_of
 from qsfs.daemon.runtime import tune_allocator, tune_interpreter
 from qsfs.daemon.secret import read_secret
+from qsfs.daemon.snapshots import Snapshots, described
 from qsfs.daemon.space import DaemonSpace
 from qsfs.daemon.status import status_of
 from qsfs.daemon.supervision import supervised
@@ -109,6 +112,8 @@ class Service:
         self.space: DaemonSpace
         self.namespace: Namespace
         self.operations: Operations | None = None
+        self.automatic: AutomaticSnapshots | None = None
+        self._is_mounted = trio.Event()
 
     async def run(self) -> None:
         """Runs the mount until it is unmounted, told to stop, or fails to start."""
@@ -262,6 +267,7 @@ class Service:
         nursery.start_soon(supervised, self.keeper.run)
         waiter = DaemonWaiter(self.keeper, self.fetcher, self.state)
         nursery.start_soon(supervised, partial(self._walk_policies, waiter))
+        nursery.start_soon(supervised, self._make_automatic_snapshots)
         self.operations = Operations(
             self.namespace,
             waiter,
@@ -284,6 +290,7 @@ class Service:
 
     def _is_ready(self) -> None:
         self.phase = "mounted"
+        self._is_mounted.set()
         tune_interpreter()
         notify(f"READY=1\nSTATUS=mounted on {self.config.filesystem.mountpoint}")
         _log.info("mounted on %s", self.config.filesystem.mountpoint)
@@ -364,6 +371,20 @@ class Service:
                 await self.committer.room()
             await trio.sleep(_POLICY_STEP_SECONDS)
 
+    async def _make_automatic_snapshots(self) -> None:
+        try:
+            pinning = (await self.flushing.owned()).pinning
+        except QsfsError:
+            # A mount that does not own says so by itself, and can make none.
+            return
+        await self._is_mounted.wait()
+        self.automatic = AutomaticSnapshots(self.config.snapshots, pinning, self.clock, self._hand_over)
+        await self.automatic.run()
+
+    async def _hand_over(self) -> None:
+        mountpoint = self.config.filesystem.mountpoint
+        await trio.to_thread.run_sync(require_handed_over, mountpoint, abandon_on_cancel=True)
+
     async def _watch_disk(self) -> None:
         self.state.fail(str(await self.committer.failure()))
 
@@ -384,6 +405,11 @@ class Service:
             "placement": self._on_placement,
             **Operating(self).handlers(),
             "keys": self._on_keys,
+            "snapshot-create": self._on_snapshot_create,
+            "snapshot-cut": self._on_snapshot_cut,
+            "snapshot-hold": self._on_snapshot_hold,
+            "snapshot-list": self._on_snapshot_list,
+            "snapshot-delete": self._on_snapshot_delete,
         }
 
     async def _on_status(self, _: Mapping[str, Any]) -> Any:
@@ -400,6 +426,32 @@ class Service:
     def _require_mounted(self) -> None:
         if self.phase != "mounted":
             raise MountError(f"the daemon is {self.phase}: {self.waiting_for or 'try again'}")
+
+    async def _snapshots(self) -> Snapshots:
+        """The mount's snapshots, once it owns the file system; raises why it does not."""
+        self._require_mounted()
+        flusher = await self.flushing.owned()
+        if self._made_snapshots is None:
+            self._made_snapshots = Snapshots(self.store, self.contents, self.committer, flusher.pinning)
+        return self._made_snapshots
+
+    _made_snapshots: Snapshots | None = None
+
+    async def _on_snapshot_create(self, request: Mapping[str, Any]) -> Any:
+        return await (await self._snapshots()).create(request["name"])
+
+    async def _on_snapshot_cut(self, request: Mapping[str, Any]) -> Any:
+        return await (await self._snapshots()).cut(request["name"], request["held_seconds"])
+
+    async def _on_snapshot_hold(self, request: Mapping[str, Any]) -> Any:
+        return await (await self._snapshots()).hold(request["name"])
+
+    async def _on_snapshot_list(self, _: Mapping[str, Any]) -> Any:
+        self._require_mounted()
+        return [described(snapshot) for snapshot in self.flushing.snapshots]
+
+    async def _on_snapshot_delete(self, request: Mapping[str, Any]) -> Any:
+        return await (await self._snapshots()).delete(request["name"])
 
     async def _on_umount(self, _: Mapping[str, Any]) -> Any:
         """Answered at the end: `published` is whether all of it is on the backends."""

@@ -42,6 +42,9 @@ def status_of(service: Service) -> dict[str, Any]:
         found["warnings"] += service.placing.warnings()
     if hasattr(service, "key_upkeep"):
         found["keys"] = service.key_upkeep.status()
+    if service.automatic is not None and service.automatic.problem:
+        warning = f"no automatic snapshot was made: {service.automatic.problem}"
+        found["warnings"] = [warning, *found.get("warnings", ())]
     if hasattr(service, "fetcher"):
         found["waits"] = [
             {

@@ -345,6 +345,10 @@ class Contents:
         """Whether anything of the file is uncovered."""
         return number in self._uncovered
 
+    def uncovered(self) -> list[int]:
+        """The inodes of which something is uncovered."""
+        return list(self._uncovered)
+
     def oldest_uncovered(self) -> float | None:
         """Running time at which the oldest uncovered write was made, or None."""
         return min((u.since for u in self._uncovered.values()), default=None)

@@ -37,7 +37,7 @@ def test_what_is_waited_for_is_told_once_until_it_changes(monkeypatch, capsys):
 
     monkeypatch.setattr(sync, "_TELL_SECONDS", 0.001)
     monkeypatch.setattr(control, "ask", ask)
-    with sync._waits_told(Path("/c")):
+    with sync.waits_told(Path("/c")):
         assert asked.wait(60)
     assert capsys.readouterr().err.splitlines() == [
         "waiting: a quorum",

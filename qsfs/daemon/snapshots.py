@@ -1,0 +1,97 @@
+"""Snapshots in the daemon: what the control socket's snapshot commands do, and the automatic ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from qsfs.clock import Clock
+from qsfs.config import Config
+from qsfs.daemon.committer import Committer
+from qsfs.daemon.connect import links, read_secret
+from qsfs.errors import DeadlineExceeded, NotFound
+from qsfs.filesystem.contents import Contents
+from qsfs.remote.pinning import Pinning, SnapshotRequest
+from qsfs.remote.restore import find_source
+from qsfs.remote.snapshots import Snapshot, check_name, snapshots_of
+from qsfs.store.store import Store
+
+
+class Snapshots:
+    """Makes and deletes the snapshots of one mount that owns the file system."""
+
+    def __init__(self, store: Store, contents: Contents, committer: Committer, pinning: Pinning) -> None:
+        self._store = store
+        self._contents = contents
+        self._committer = committer
+        self._pinning = pinning
+        self._requests: dict[str, SnapshotRequest] = {}
+
+    async def create(self, name: str) -> dict[str, Any]:
+        """Makes a snapshot of everything accepted so far; returns once it holds.
+
+        Raises `ConfigError` for a name that cannot be or is in use, and what ended flushing.
+        """
+        return described(await self._pinning.pinned(await self._pinning.cut(check_name(name))))
+
+    async def cut(self, name: str, held_seconds: float) -> None:
+        """The first half of `create` for applications that are held still, `held_seconds` at most.
+
+        Covers everything, also what atomic-sync files have written since their last sync, as if the
+        applications had been killed.  Returns once a cut is sealed, when they may go on; `hold` does the
+        rest.  Raises `DeadlineExceeded` if that does not come in time: then there is no snapshot.
+        """
+        check_name(name)
+        end = trio.current_time() + held_seconds
+        with trio.move_on_at(end) as scope:
+            await self._cover()
+        if scope.cancelled_caught:
+            raise DeadlineExceeded(
+                f'snapshot "{name}" was given up: the cache is full, and what is not synced yet could not be '
+                f"covered within {held_seconds:g} s; see 'qsfs status'"
+            )
+        left = max(0.0, end - trio.current_time())
+        self._requests[name] = await self._pinning.cut(name, held_seconds=left)
+
+    async def _cover(self) -> None:
+        for number in self._contents.uncovered():
+            await self._committer.room()
+            inode = self._store.inode(number)
+            if inode is not None:
+                self._contents.cover(inode)
+
+    async def hold(self, name: str) -> dict[str, Any]:
+        """Waits until the snapshot holds whose cut was sealed by `cut`."""
+        request = self._requests.pop(name, None)
+        if request is None:
+            raise NotFound(f'no snapshot "{name}" is being made')
+        return described(await self._pinning.pinned(request))
+
+    async def delete(self, name: str) -> None:
+        """Deletes a snapshot, and waits until a published head does without it.  Raises `NotFound`."""
+        await self._pinning.unpin([name])
+
+
+def described(snapshot: Snapshot) -> dict[str, Any]:
+    """A snapshot for programs; the time in seconds since 1970."""
+    return {
+        "name": snapshot.name,
+        "generation": snapshot.generation,
+        "epoch": snapshot.head.owner.epoch,
+        "time": snapshot.time_ns / 1e9,
+    }
+
+
+async def snapshots_on_backends(config: Config, clock: Clock) -> tuple[list[Snapshot], tuple[str, ...]]:
+    """The snapshots that the newest head on the backends keeps, and what a person should read about that.
+
+    For a machine where nothing is mounted.  Raises as `find_source` does.
+    """
+    secret = read_secret(config)
+    found = links(config, clock)
+    try:
+        source = await find_source(found.candidates, secret=secret, clock=clock)
+    finally:
+        await found.aclose()
+    return snapshots_of(source.found.head.kept), source.sentences()
