@@ -33,6 +33,7 @@ COMMANDS = (
     "sync",
     "collect",
     "snapshot",
+    "rollback",
     "takeover",
     "restore",
     "drill",

@@ -15,6 +15,7 @@ from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, local_head, record_publish
 from qsfs.remote.members import Members
 from qsfs.remote.mount_check import LocalState, accept_for_mount
 from qsfs.remote.ownership import Ownership, OwnUnfinished, own
+from qsfs.remote.publish import StoreBeforeSend
 from qsfs.remote.spool import Spool
 from qsfs.store.store import Store
 
@@ -54,10 +55,12 @@ async def own_when_possible(
     takeover: bool,
     on_fenced: Callable[[Fenced], None],
     waiting: Callable[[str], None],
+    store_before_send: StoreBeforeSend | None = None,
 ) -> Ownership:
     """Owns, waiting for a quorum as long as it takes; `waiting` is told why ("": no longer).
 
-    Raises what says that this mount must not own: `StaleCache`, `SplitHeads`, `Fenced`, `NotFound`.
+    `store_before_send` stores heads in `spool`, and may do more; see `publish.Publisher`.  Raises
+    what says that this mount must not own: `StaleCache`, `SplitHeads`, `Fenced`, `NotFound`.
     The caller commits: that this mount has published its first head is noted in the open group.
     """
 
@@ -70,7 +73,7 @@ async def own_when_possible(
             nursery=nursery,
             host=host_name(),
             accept=accept_for_mount(lambda: local_state(store, spool, opened), takeover=takeover),
-            store_before_send=spool.store_head,
+            store_before_send=store_before_send or spool.store_head,
             fleets=local_fleets(store, opened),
             deadline_seconds=seconds,
             on_fenced=on_fenced,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -55,6 +56,7 @@ from qsfs.fuse.state import MountState
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.images import refuse_images
 from qsfs.remote.reader import PackReader
+from qsfs.remote.restore import DIRECTORY
 from qsfs.store.limits import Limits
 from qsfs.store.store import Store
 
@@ -144,6 +146,8 @@ class Service:
                 f"{config.cache.directory}: no file system here yet; run 'qsfs format' for a new one or "
                 "'qsfs restore' for the one that the backends hold"
             )
+        # What a restore or rollback that was killed has left would count against the cache's size.
+        shutil.rmtree(config.cache.directory / DIRECTORY, ignore_errors=True)
         self._secret = secret
         self.store = Store(config.cache.directory, limits, self.clock)
 

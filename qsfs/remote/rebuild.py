@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ from qsfs.store.store import FSID_KEY, NEXT_INODE, NEXT_PACK
 STEP_ROWS = 20_000
 _LONGEST_KEY = 511
 _LONGEST_NAME = 255
-_FIRST_COMMIT = 1
+FIRST_COMMIT = 1
+"""The commit that a rebuilt store begins with; its own change marks carry it."""
 _NO_MORE = 1 << 64
 
 Tick = Callable[[int], None]
@@ -132,9 +133,18 @@ class Rebuild:
 
     # finishing
 
-    def finish(self, head: Head, sealed: SealedHead, tick: Tick = lambda rows: None) -> None:
-        """Makes what is derived from the rows, and records `sealed` as the base that is not ours.
+    def finish(
+        self,
+        head: Head,
+        sealed: SealedHead,
+        tick: Tick = lambda rows: None,
+        *,
+        ours: bool = False,
+        local: Mapping[bytes, bytes] | None = None,
+    ) -> None:
+        """Makes what is derived from the rows, and records `sealed` as the base.
 
+        `ours`: this machine sends that head.  `local`: other rows of LOCAL that the store is to have.
         Raises `Corrupt` if the rows are no file system, `FormatMismatch` if of another layout.
         """
         if head.schema_version != SCHEMA_VERSION or head.block_size != BLOCK_SIZE:
@@ -150,12 +160,14 @@ class Rebuild:
         self._counters(head, highest, next_pack)
         failpoints.hit("restore.derived")
         with self._write() as txn:
-            local = self._tables[Table.LOCAL]
-            txn.put(FSID_KEY, head.fsid, db=local)
-            txn.put(COMMIT_KEY, plain_u64(_FIRST_COMMIT), db=local)
+            rows = self._tables[Table.LOCAL]
+            txn.put(FSID_KEY, head.fsid, db=rows)
+            txn.put(COMMIT_KEY, plain_u64(FIRST_COMMIT), db=rows)
             # Truncations of the generation cut what was written up to its own number.
-            txn.put(WRITE_NUMBER_KEY, plain_u64(head.write_number + 1), db=local)
-            txn.put(BASE_KEY, encode_local_head(sealed, ours=False), db=local)
+            txn.put(WRITE_NUMBER_KEY, plain_u64(head.write_number + 1), db=rows)
+            txn.put(BASE_KEY, encode_local_head(sealed, ours=ours), db=rows)
+            for name, value in (local or {}).items():
+                txn.put(name, value, db=rows)
         self._environment.flush()
 
     def _inodes(self, live: defaultdict[int, int], tick: Tick) -> int:
@@ -299,7 +311,7 @@ class Rebuild:
             txn.delete(key, db=self._tables[table])
         else:
             txn.put(key, value, db=self._tables[table])
-        txn.put(bytes((table,)) + key, u64(_FIRST_COMMIT), db=self._tables[Table.CHANGED])
+        txn.put(bytes((table,)) + key, u64(FIRST_COMMIT), db=self._tables[Table.CHANGED])
 
     def _inode(self, txn: Any, number: int) -> Inode | None:
         row = txn.get(u64(number), db=self._tables[Table.INODES])

@@ -189,7 +189,7 @@ async def restore_into(
     """
     refuse_used(directory)
     building = directory / DIRECTORY
-    await trio.to_thread.run_sync(_make_empty, building)
+    await trio.to_thread.run_sync(make_empty, building)
     head = source.found.head
     listed = list(packs_of(head))
     rebuild = await trio.to_thread.run_sync(Rebuild, building, limits.map_bytes, clock.time_ns())
@@ -198,7 +198,7 @@ async def restore_into(
         reader = PackReader(source.members, source.keys, Code(source.superblock.code))
         with plain_errors():
             async with reader.running():
-                await _load(rebuild, reader, listed, say, deadline_seconds)
+                await load(rebuild, reader, listed, say, deadline_seconds)
         done = 0
 
         def tick(rows: int) -> None:
@@ -210,7 +210,7 @@ async def restore_into(
     finally:
         rebuild.close()
     failpoints.hit("restore.complete")
-    await trio.to_thread.run_sync(_put_in_place, building, directory)
+    await trio.to_thread.run_sync(put_in_place, building, directory)
     say(Progress("restored", len(listed), len(listed)))
     return len(listed), rebuild.tally
 
@@ -288,14 +288,17 @@ async def _sealed(members: Members, found: Found, keys: KeyRing, timing: Timing)
     raise QuorumUnavailable(f"{describe_head(ref)} cannot be read any more: {summary(reasons)}")
 
 
-async def _load(
+async def load(
     rebuild: Rebuild,
     reader: PackReader,
     listed: Sequence[tuple[MetadataPack, Counting]],
     say: Say,
     deadline_seconds: float,
 ) -> None:
-    """Reads the metadata packs, a few at a time, and applies them in order."""
+    """Reads the metadata packs, a few at a time, and applies them in order.
+
+    Raises `Unavailable` for one that does not come within the deadline, and what `Rebuild.load` raises.
+    """
     bodies: dict[int, bytes] = {}
     arrived = trio.Condition()
     slots = trio.Semaphore(_AHEAD)
@@ -305,7 +308,7 @@ async def _load(
             body = await reader.body(pack)
         if scope.cancelled_caught:
             raise Unavailable(
-                f"metadata {reader.explain(pack)}; nothing was changed: bring backends back and restore again"
+                f"metadata {reader.explain(pack)}; nothing was changed: bring backends back and try again"
             )
         async with arrived:
             bodies[index] = body
@@ -346,7 +349,8 @@ def _apply(
     rebuild.load(counting.of(rows()))
 
 
-def _make_empty(building: Path) -> None:
+def make_empty(building: Path) -> None:
+    """Makes an empty directory of `building`, whatever was there.  Blocks; raises `CacheError`."""
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(mode=0o700, parents=True)
@@ -354,8 +358,11 @@ def _make_empty(building: Path) -> None:
         raise CacheError(f"{building}: cannot be made: {error.strerror}") from error
 
 
-def _put_in_place(building: Path, directory: Path) -> None:
-    """The one step that makes the restored store the directory's own."""
+def put_in_place(building: Path, directory: Path) -> None:
+    """The one step that makes the store built in `building` the directory's own, in place of any other.
+
+    Blocks; raises `CacheError`.  Nothing may have the other store open, and its journal be needed no more.
+    """
     try:
         for name in ("journal.0", "journal.1", "lock.mdb"):
             (directory / name).unlink(missing_ok=True)
@@ -383,6 +390,11 @@ def _summary(found: Found, tally: Tally) -> Iterator[str]:
     )
     if tally.emptied:
         yield f"{tally.emptied} files that are never uploaded (local_only) are empty."
+    yield from aside_sentences(tally)
+
+
+def aside_sentences(tally: Tally) -> Iterator[str]:
+    """Which files were put beside their names, and what that means."""
     for aside in tally.aside:
         yield f"{aside.path} was put beside as {aside.name}."
     if tally.aside:

@@ -1,0 +1,244 @@
+"""Rollback: an older generation becomes the newest again, under a number above all that were seen.
+
+By a machine that owns the file system and has its newest generation as its local state:
+
+1. The older generation's store is built aside, from its metadata packs.
+2. A head that pins what is left is published.  From then on nothing is lost, whatever happens.
+3. The new head, which lists just those packs, is stored in the spool; the new store, with that head as its
+   base, takes the old one's place by one rename; then the head is sent, until it is published.
+
+Whoever dies before the rename has the old state, after it the new one.  A mount then finds its base
+ahead of the newest head known to be published, and publishes that state at once.  No object is sealed but heads, so no
+key meets another plaintext; new numbers of generations, inodes and packs lie above all used so far.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import trio
+
+from qsfs import failpoints
+from qsfs.clock import Clock
+from qsfs.errors import CacheError
+from qsfs.format.erasure import Code
+from qsfs.format.head import Head, HeadRef, KeptGeneration, SealedHead
+from qsfs.format.keys import KeyRing
+from qsfs.remote.base import PUBLISHED_KEY, encode_local_head
+from qsfs.remote.image import packs_of
+from qsfs.remote.members import Members
+from qsfs.remote.ownership import Ownership
+from qsfs.remote.plain import plain_errors
+from qsfs.remote.publish import Published
+from qsfs.remote.readable import read_head
+from qsfs.remote.reader import PackReader
+from qsfs.remote.reasons import summary
+from qsfs.remote.rebuild import FIRST_COMMIT, Rebuild, Tally
+from qsfs.remote.restore import DATA, DIRECTORY, Progress, Say, load, make_empty, put_in_place
+from qsfs.remote.spool import Spool
+from qsfs.remote.survey import Timing
+from qsfs.store.environment import Environment
+from qsfs.store.limits import Limits
+from qsfs.store.schema import Table, u64
+from qsfs.store.snapshot import CommittedState, Want
+
+_PUBLISH_SECONDS = 30.0
+_AGAIN_SECONDS = 1.0
+_STEP_SECONDS = 0.1
+_FILES = (DATA, "journal.0", "journal.1")
+
+
+@dataclass(frozen=True, slots=True)
+class Unpublished:
+    """What local state holds that no published generation does: bytes of contents, changes of everything else."""
+
+    bytes: int
+    changes: int
+
+    def __bool__(self) -> bool:
+        return bool(self.bytes or self.changes)
+
+
+def unpublished(environment: Environment, clock: Clock) -> Unpublished:
+    """What the committed state of a store holds since its base.  Blocks, in short transactions.
+
+    Not counted is what a restore itself changed against the generation, and where contents lie.
+    """
+    most = 1 << 62
+    with CommittedState(environment, clock) as state:
+        size = max(state.dirty_bytes(most, Want(1)), int(state.moving))
+    changes = 0
+    start, stop = bytes((Table.INODES,)), bytes((Table.EXTENTS,))
+    lowest = u64(FIRST_COMMIT)
+    while True:
+        until = clock.monotonic() + _STEP_SECONDS
+        with CommittedState(environment, clock) as state:
+            for key, mark in state.view.scan(Table.CHANGED, start, stop):
+                changes += bytes(mark) > lowest
+                start = key + b"\0"
+                if clock.monotonic() >= until:
+                    break
+            else:
+                return Unpublished(size, changes)
+
+
+class HeadGate:
+    """Stores heads in the spool before they are sent; `after` runs once between the two, for the next one."""
+
+    def __init__(self, spool: Spool) -> None:
+        self.after: Callable[[SealedHead], Awaitable[None]] | None = None
+        self._spool = spool
+
+    async def store(self, sealed: SealedHead) -> None:
+        """As `Spool.store_head`, and then `after`."""
+        await self._spool.store_head(sealed)
+        after, self.after = self.after, None
+        if after is not None:
+            await after(sealed)
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackReport:
+    """What was done: `target` is what the file system is like now, `base` the head that says so.
+
+    `left` is the snapshot of what was left, `aside` where unpublished local state is now.
+    """
+
+    target: KeptGeneration
+    base: HeadRef
+    left: str
+    tally: Tally
+    aside: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """One rollback to `target`, which the newest head keeps.
+
+    `owned` says that this machine owns, `gate` is what its publisher stores heads with.  `directory` is the
+    cache, whose store is closed, with everything in it committed; its mount lock is held.  `counters` are that
+    store's, `last` the highest generation number that it knows; `local` rows of LOCAL that the new store
+    is to have too.  With `aside` the old store is also kept there.
+    """
+
+    owned: Ownership
+    gate: HeadGate
+    spool: Spool
+    members: Members
+    keys: KeyRing
+    code: Code
+    directory: Path
+    limits: Limits
+    clock: Clock
+    counters: Mapping[str, int]
+    last: int
+    local: Mapping[bytes, bytes]
+    aside: Path | None
+    say: Say
+    waiting: Callable[[str], None]
+    timing: Timing
+    deadline_seconds: float = 60.0
+
+    async def run(self, target: KeptGeneration, left: str) -> RollbackReport:
+        """Rolls back; the generation that is left is pinned as `left`.
+
+        Waits for backends as long as it takes to publish.  Raises what `read_head` and `load` raise for
+        what could not be read, `Fenced`, and what the local disk raises; see the module for what is then there.
+        """
+        self.say(Progress("reading the generation to go back to", 0, 0))
+        _, old = await read_head(self.members, target.head, self.keys, self.timing)
+        building = self.directory / DIRECTORY
+        await trio.to_thread.run_sync(make_empty, building)
+        rebuild = await trio.to_thread.run_sync(Rebuild, building, self.limits.map_bytes, self.clock.time_ns())
+        try:
+            reader = PackReader(self.members, self.keys, self.code)
+            with plain_errors():
+                async with reader.running():
+                    await load(rebuild, reader, list(packs_of(old)), self.say, self.deadline_seconds)
+            failpoints.hit("rollback.loaded")
+            self.say(Progress("publishing a snapshot of what is left", 0, 0))
+            leaving = self._leaving(left)
+            leaving_ref = await self._publish(leaving)
+            failpoints.hit("rollback.left")
+            new = self._new(old, leaving, leaving_ref)
+            local = {**self.local, PUBLISHED_KEY: encode_local_head(self.spool.heads[leaving_ref], ours=True)}
+
+            async def replace_store(sealed: SealedHead) -> None:
+                failpoints.hit("rollback.stored")
+                await trio.to_thread.run_sync(self._replace, rebuild, new, sealed, local)
+
+            self.gate.after = replace_store
+            self.say(Progress("publishing it as the newest", 0, 0))
+            base = await self._publish(new)
+        finally:
+            rebuild.close()
+            shutil.rmtree(building, ignore_errors=True)
+        failpoints.hit("rollback.published")
+        return RollbackReport(target, base, left, rebuild.tally, self.aside)
+
+    def _leaving(self, left: str) -> Head:
+        """The newest image once more, and with it the pin that keeps it.  Nothing that is kept goes."""
+        first, ref = self.owned.first, self.owned.first_ref
+        return replace(
+            first,
+            generation=self.last + 1,
+            predecessor=ref,
+            kept=(*first.kept, KeptGeneration(ref, first.time_ns, (left,))),
+        )
+
+    def _new(self, old: Head, leaving: Head, ref: HeadRef) -> Head:
+        """The old generation's image as the newest."""
+        counters = dict(old.counters)
+        for known in (leaving.counters, self.counters):
+            for name, value in known.items():
+                counters[name] = max(counters.get(name, 0), value)
+        return replace(
+            old,
+            owner=leaving.owner,
+            generation=self.last + 2,
+            time_ns=self.clock.time_ns(),
+            write_number=max(old.write_number, leaving.write_number),
+            predecessor=ref,
+            fleets=leaving.fleets,
+            kept=(*leaving.kept, KeptGeneration(ref, leaving.time_ns, ())),
+            counters=counters,
+        )
+
+    async def _publish(self, head: Head) -> HeadRef:
+        while True:
+            result = await self.owned.publisher.publish(head, deadline_seconds=_PUBLISH_SECONDS)
+            if isinstance(result, Published):
+                self.waiting("")
+                return result.ref
+            self.waiting(f"a quorum of backends: {summary(result.reasons)}")
+            await trio.sleep(_AGAIN_SECONDS)
+
+    def _replace(self, rebuild: Rebuild, new: Head, sealed: SealedHead, local: Mapping[bytes, bytes]) -> None:
+        """Finishes the new store and puts it in the old one's place.  For a worker thread."""
+        rebuild.finish(new, sealed, ours=True, local=local)
+        rebuild.close()
+        if self.aside is not None:
+            _link_aside(self.directory, self.aside)
+        failpoints.hit("rollback.built")
+        put_in_place(self.directory / DIRECTORY, self.directory)
+        failpoints.hit("rollback.replaced")
+
+
+def _link_aside(directory: Path, aside: Path) -> None:
+    """Gives the files of a closed store a second name each, in the new directory `aside`."""
+    try:
+        aside.mkdir(mode=0o700)
+        for name in _FILES:
+            if (directory / name).exists():
+                (aside / name).hardlink_to(directory / name)
+        handle = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise CacheError(f"{directory}: cannot be set aside in {aside}: {error.strerror}") from error
