@@ -1,0 +1,249 @@
+"""Snapshots and rollbacks as an operator makes them: by commands, on real mounts, on two machines."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qsfs.cli.freeze import cgroup_root
+from qsfs.errors import DependencyMissing
+from tests.support.backends import Servers
+from tests.support.daemon import FileSystem
+from tests.system.fleet import QUICK, check, eventually, status, store
+from tests.system.load import check_clean
+
+pytestmark = pytest.mark.mount
+
+COUNT = 6
+MIB = 1 << 20
+KILLED = -9
+ASIDE = {"policy": [{"match": "unit_files", "restore_aside": True}]}
+
+# Where a rollback dies, and whether the file system is then what it was at the snapshot.
+DEATHS = (
+    ("own.announced=kill", False),
+    ("publish.stored=kill@1", False),
+    ("publish.stored=kill@2", False),
+    ("publish.published=kill@2", False),
+    ("restore.rows=kill", False),
+    ("rollback.stored=kill", False),
+    ("rollback.built=kill", False),
+    ("restore.renamed=kill", True),
+    ("publish.stored=kill@3", True),
+    ("publish.published=kill@3", True),
+    ("rollback.published=kill", True),
+)
+
+
+@contextlib.contextmanager
+def file_system(scratch: Path, fleet: Servers, namespace: str) -> Iterator[FileSystem]:
+    with FileSystem(
+        scratch / "one", shards=(3, 1), count=COUNT, servers=fleet, namespace=namespace, settings=QUICK | ASIDE
+    ) as fs:
+        fs.format()
+        fs.mount()
+        yield fs
+
+
+def names(fs: FileSystem) -> list[str]:
+    return [entry["name"] for entry in fs.run("snapshot", "list", "--json").json()["snapshots"]]
+
+
+def files(fs: FileSystem) -> set[str]:
+    return {path.name for path in fs.mountpoint.iterdir()}
+
+
+def test_an_operator_returns_to_a_snapshot_and_back(scratch: Path, fleet: Servers) -> None:
+    """What was there then, and nothing else; what must not be run twice lies aside; another machine gets the same."""
+    with file_system(scratch, fleet, "snapshots") as one:
+        store(one, "base", MIB)
+        (one.mountpoint / "unit_files").write_bytes(b"one")
+        said = one.run("snapshot", "create", "first").stdout
+        assert said.startswith("snapshot first: generation ")
+        assert one.run("snapshot", "create", "first", code=3).stderr.count("already") == 1
+        (one.mountpoint / "base").write_bytes(b"changed")
+        store(one, "later", MIB)
+        one.run("snapshot", "create", "second")
+        one.run("snapshot", "create", "third")
+        one.run("snapshot", "delete", "third")
+        assert one.run("snapshot", "delete", "third", code=8).stderr.count("second, first") == 1
+        assert "2 snapshots, the newest second" in one.run("status").stdout
+        assert "in use by process" in one.run("rollback", "first", "--yes", code=13).stderr
+        one.umount()
+        assert names(one) == ["first", "second"], "from the backends"
+
+        assert "--yes" in one.run("rollback", "first", code=3).stderr, "nobody was there to agree"
+        done = one.run("rollback", "first", "--yes", "--json").json()
+        with one.another_machine(scratch / "two") as two:
+            two.run("restore")
+            assert names(two) == ["first", "second", done["left"]]
+        one.mount()
+        restored = f"unit_files.restored-{done['generation']}"
+        assert files(one) == {"base", restored}
+        check(one, "base")
+        store(one, "new", MIB)
+        one.umount()
+
+        one.run("rollback", "second", "--yes")
+        one.mount()
+        assert (one.mountpoint / "base").read_bytes() == b"changed"
+        check(one, "later")
+        assert "new" not in files(one)
+        one.umount()
+        check_clean(one)
+
+
+def test_a_machine_that_was_taken_over_from_cannot_roll_back(scratch: Path, fleet: Servers) -> None:
+    """Snapshots go with the file system; only who has the newest generation may return to one."""
+    with file_system(scratch, fleet, "rolled-elsewhere") as one:
+        store(one, "base", MIB)
+        one.run("snapshot", "create", "first")
+        store(one, "later", MIB)
+        one.umount()
+        with one.another_machine(scratch / "two") as two:
+            assert "qsfs takeover" in two.run("rollback", "first", "--yes", code=11).stderr
+            two.run("restore")
+            assert "qsfs takeover" in two.run("rollback", "first", "--yes", code=11).stderr
+            two.run("takeover")
+            two.run("rollback", "first", "--yes")
+            two.mount()
+            assert files(two) == {"base"}
+            check(two, "base")
+            two.umount()
+            assert one.run("rollback", "first", "--yes", code=11).stderr.count("restore") >= 1
+            assert one.run("mount", code=11).returncode == 11
+            check_clean(two)
+
+
+def test_what_was_never_published_is_not_lost_by_a_rollback(scratch: Path, fleet: Servers) -> None:
+    """It is refused, with how much that is; set aside when that is asked for; and a mount publishes it instead."""
+    with file_system(scratch, fleet, "unpublished") as fs:
+        store(fs, "base", MIB)
+        fs.run("snapshot", "create", "first")
+        with (fs.mountpoint / "only here").open("wb") as file:
+            file.write(b"x" * 8192)
+            file.flush()
+            os.fsync(file.fileno())
+        fs.kill()
+        refused = fs.run("rollback", "first", "--yes", code=14).stderr
+        assert "8.0 KiB of contents" in refused and "--set-aside" in refused
+        done = fs.run("rollback", "first", "--yes", "--set-aside", "--json").json()
+        assert (Path(done["aside"]) / "data.mdb").exists()
+        fs.mount()
+        assert files(fs) == {"base"}
+        fs.umount()
+        check_clean(fs)
+
+
+def test_a_command_ends_when_the_daemon_dies(scratch: Path, fleet: Servers) -> None:
+    """And what it did not report may be missing, what it did report is there."""
+    with file_system(scratch, fleet, "dying") as fs:
+        store(fs, "base", MIB)
+        fs.run("snapshot", "create", "first")
+        fs.umount()
+        fs.mount(failpoints="flush.recorded=kill@1")
+        store(fs, "base", MIB // 2)
+        assert "ended before it answered" in fs.run("snapshot", "create", "second", code=16).stderr
+        fs.wait_dead()
+        fs.mount()
+        fs.run("snapshot", "create", "third")
+        assert [name for name in names(fs) if name != "second"] == ["first", "third"]
+        fs.umount()
+        check_clean(fs)
+
+
+WRITER = """
+import os, sys
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+os.pwrite(file, b"synced  ", 0)
+os.fsync(file)
+os.pwrite(file, b"unsynced", 0)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    try:
+        directory = cgroup_root() / f"qsfs-system-test-{os.getpid()}"
+        directory.mkdir()
+    except (DependencyMissing, OSError) as error:
+        pytest.skip(f"no cgroup can be made here: {error}")
+    try:
+        yield directory
+    finally:
+        eventually(lambda: _removed(directory), "the cgroup is gone")
+
+
+def _removed(directory: Path) -> bool:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+    return not directory.exists()
+
+
+def test_a_held_database_is_what_it_would_be_if_it_were_killed(scratch: Path, fleet: Servers, cgroup: Path) -> None:
+    """Of a file with atomic sync a plain snapshot has the last sync, one with --freeze everything; and it goes on."""
+    with (
+        file_system(scratch, fleet, "held") as fs,
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(fs.mountpoint / "data.mdb")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as writer,
+    ):
+        try:
+            assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+            (cgroup / "cgroup.procs").write_text(str(writer.pid))
+            fs.run("snapshot", "create", "plain")
+            fs.run("snapshot", "create", "held", "--freeze", f"/{cgroup.name}")
+            assert "frozen 0" in (cgroup / "cgroup.events").read_text()
+            (cgroup / "cgroup.procs").write_text(f"{fs.process}")
+            assert "qsfs itself" in fs.run("snapshot", "create", "x", "--freeze", str(cgroup), code=3).stderr
+            cgroup.parent.joinpath("cgroup.procs").write_text(f"{fs.process}")
+            assert status(fs)["phase"] == "mounted"
+        finally:
+            writer.communicate("")
+        fs.umount()
+        for name, expected in (("plain", b"synced  "), ("held", b"unsynced")):
+            fs.run("rollback", name, "--yes")
+            fs.mount()
+            assert (fs.mountpoint / "data.mdb").read_bytes() == expected
+            fs.umount()
+        check_clean(fs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("point", "rolled_back"), DEATHS, ids=[point for point, _ in DEATHS])
+def test_a_rollback_that_is_killed(scratch: Path, fleet: Servers, point: str, rolled_back: bool) -> None:
+    """The next mount has the old state or the new, on the backends too; and the command can be repeated."""
+    with file_system(scratch, fleet, "killed-" + point.replace("=", "-").replace("@", "-")) as fs:
+        store(fs, "base", MIB)
+        fs.run("snapshot", "create", "first")
+        store(fs, "later", MIB)
+        fs.umount()
+        fs.run("rollback", "first", "--yes", code=KILLED, QSFS_FAILPOINTS=point)
+        fs.mount()
+        assert files(fs) == ({"base"} if rolled_back else {"base", "later"})
+        fs.sync()
+        with fs.another_machine(scratch / "two") as two:
+            two.run("restore")
+        fs.umount()
+        fs.run("rollback", "first", "--yes")
+        fs.mount()
+        assert files(fs) == {"base"}
+        check(fs, "base")
+        fs.umount()
+        left = [name for name in names(fs) if name.startswith("before-rollback-")]
+        fs.run("rollback", left[0], "--yes")
+        fs.mount()
+        check(fs, "later")
+        fs.umount()
+        check_clean(fs)
