@@ -14,7 +14,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "restore",
         help="rebuild the local state from the backends",
         description="Rebuild the local state of the newest generation in an empty cache directory. Contents "
-        "stay on the backends and are fetched when they are read. Next: 'qsfs takeover', then 'qsfs mount'.",
+        "stay on the backends and are fetched when they are read. Next: 'qsfs takeover', then 'qsfs mount'. To go on "
+        "from an older generation, a snapshot for example, restore and take over, and then 'qsfs rollback'.",
     )
     parser.add_argument(
         "--force",
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from qsfs.clock import SystemClock
     from qsfs.config import Config
     from qsfs.daemon.restoring import restore_file_system
+    from qsfs.remote.snapshots import snapshots_of
+    from qsfs.values import counted
 
     config = Config.load(args.config)
     secret = unlocking(args)
@@ -62,5 +65,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for sentence in report.sentences:
         print(sentence)
+    snapshots = snapshots_of(report.head.kept)
+    if snapshots:
+        there = f"{counted(len(snapshots), 'snapshot')}, the newest {snapshots[-1].name}"
+        print(f"{there}: 'qsfs rollback' returns to one, after 'qsfs takeover'")
     print("Next: 'qsfs takeover' once the machine that wrote it is stopped, then 'qsfs mount'")
     return 0
