@@ -153,6 +153,7 @@ class FetchConfig:
 class MountConfig:
     """`[mount]`: options of the FUSE mount.
 
+    With `fsync = "written"` an fsync returns once a published head has what it covers, else once the local disk has.
     Each of `max_background` requests may be a WRITE of 1 MiB that waits for room, and is held in memory meanwhile.
     """
 
@@ -169,6 +170,7 @@ class MountConfig:
     follow: bool = _key(False, flag)
     # How often a read-only mount looks at the newest head.
     follow_seconds: float = _key(10.0, duration(0.05, 86400))
+    fsync: str = _key("local", choice("local", "written"))
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ relatime = true
 # Let other users than the one who mounts in; the kernel checks permissions.  Who is not root needs
 # `user_allow_other` in /etc/fuse.conf for it.
 allow_other = {allow_other}
+# What an fsync waits for: this disk ("local"), or also a published head on the backends ("written": far slower).
+fsync = "local"
 
 [log]
 level = "info"

@@ -78,6 +78,12 @@ def _alarms(found: dict[str, Any]) -> list[str]:
         out.append(f"FLUSHING ENDED: {found['failure']}")
     if found.get("cache", {}).get("waiting_for_room"):
         out.append(f"CACHE FULL: {found['cache']['waiting_for_room']} writes wait for room{_second_looks(found)}")
+    fsyncs = found.get("fsync_waits")
+    if fsyncs is not None and fsyncs["waiting"]:
+        out.append(
+            f"FSYNCS WAIT for a published head: {fsyncs['waiting']}, the longest for "
+            f"{age(fsyncs['oldest_seconds'])}: {fsyncs['why']}; 'qsfs unblock' ends them with EIO"
+        )
     flush = found.get("flush")
     if flush is not None:
         out += [f"FLUSHING WAITS: {what}" for what in flush["waiting"]]

@@ -8,21 +8,46 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from qsfs.errors import QsfsError
+from qsfs.errors import DeadlineExceeded, QsfsError
+from qsfs.values import duration
 
 _TELL_SECONDS = 3.0
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `sync`."""
-    subparsers.add_parser(
+    parser = subparsers.add_parser(
         "sync",
         help="put everything written so far on the backends",
         description="Cut a generation and wait until its head is published. Prints its number, and whether "
         "its packs are full (any m backends may be lost) or only written (fewer). Waits while too few "
-        "backends answer, and says so. Of a file with atomic sync, everything up to its last sync is in it.",
+        "backends answer, and says so. Of a file with atomic sync, everything up to its last sync is in it. "
+        "Exit 17 if --timeout ends before the class is reached; it goes on by itself.",
     )
+    parser.add_argument(
+        "--class",
+        dest="durability",
+        choices=("local", "written", "full"),
+        help="wait until all of it is durable on this machine's disk (local), named by a published head (written: "
+        "the default), or until each pack of that has all of its shards too (full)",
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="DURATION",
+        type=_timeout,
+        help='wait for at most so long, such as "30s", from when the kernel has handed its pages over; then say '
+        "what was reached and what is missing",
+    )
+
+
+def _timeout(text: str) -> float:
+    try:
+        seconds: float = duration(0, 365 * 86400)(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return seconds
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,9 +60,20 @@ def run(args: argparse.Namespace) -> int:
     config = Config.load(args.config)
     hand_over(config.filesystem.mountpoint)
     with waits_told(config.cache.directory):
-        result = control.ask(config.cache.directory, "sync")
+        wanted = {"class": args.durability, "seconds": args.timeout}
+        result = control.ask(
+            config.cache.directory, "sync", **{key: value for key, value in wanted.items() if value is not None}
+        )
+    reached = result.get("reached", True)
     if args.json:
         print_json(result)
+        return 0 if reached else DeadlineExceeded.exit_code
+    if not reached:
+        for line in missing(result):
+            print(line, file=sys.stderr)
+        return DeadlineExceeded.exit_code
+    if result["generation"] is None:
+        print("all of it is on this machine's disk")
         return 0
     worth = {
         "full": "its packs are full",
@@ -45,6 +81,28 @@ def run(args: argparse.Namespace) -> int:
     }
     print(f"generation {result['generation']} is published, {worth[result['class']]}")
     return 0
+
+
+def missing(result: dict[str, Any]) -> list[str]:
+    """What a sync that ran out of time reached, and what keeps it from going on."""
+    from qsfs.values import counted, format_size
+
+    lacks = result["missing"]
+    got = {
+        "": "nothing is certain yet",
+        "local": "it is on this machine's disk; no published head has it yet",
+        "written": f"generation {result['generation']} is published, its packs are written",
+    }[result["class"]]
+    out = [f"not {result['wanted']} in time, it goes on: {got}"]
+    if lacks["packs_not_full"]:
+        out.append(
+            f"not full yet: {counted(lacks['packs_not_full'], 'pack')} with {format_size(lacks['bytes_not_full'])}"
+        )
+    out += [f"waiting: {what}" for what in lacks["waiting"]]
+    for backend in lacks["backends"]:
+        ago = f" ({backend['seconds_ago']:.0f} s ago)" if backend["seconds_ago"] >= 1 else ""
+        out.append(f"backend {backend['name']}: {backend['why']}{ago}")
+    return out
 
 
 @contextlib.contextmanager

@@ -9,9 +9,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds `unblock`."""
     parser = subparsers.add_parser(
         "unblock",
-        help="end reads that wait for backends",
+        help="end reads and fsyncs that wait for backends",
         description="End reads that wait for data on backends that do not answer: their processes get EIO "
-        "(SIGBUS in mapped memory). They cannot be killed while they wait.",
+        "(SIGBUS in mapped memory). They cannot be killed while they wait. With [mount] fsync = \"written\" it ends "
+        "fsyncs that wait for a published head too (EIO; the local disk has what they cover).",
     )
     parser.add_argument("path", metavar="PATH", nargs="?", help="only of this file, given from the mount point")
 

@@ -213,6 +213,17 @@ class Flushing:
         done = await (await self.owned()).sync()
         return {"generation": done.generation, "class": done.durability}
 
+    async def published(self) -> None:
+        """Returns when a published head has everything accepted so far; raises why none will."""
+        await (await self.owned()).publish_all()
+
+    def waits(self) -> list[str]:
+        """What publishing waits for, or what went wrong with it; empty if it goes on."""
+        if self.flusher is None:
+            return [what for what in (self.failure, self.waiting) if what] or ["this mount does not own yet"]
+        found = self.flusher.status()
+        return [*found["waiting"], *([found["last_error"]] if found["last_error"] else [])]
+
     async def collect(self, *, dry_run: bool) -> dict[str, Any]:
         """Deletes the dead packs that may go (see `Flusher.collect`); `dry_run` only tells of them."""
         flusher = await self.owned()

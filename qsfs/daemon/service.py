@@ -43,7 +43,9 @@ from qsfs.daemon.snapshots import Snapshots, described
 from qsfs.daemon.space import DaemonSpace
 from qsfs.daemon.status import status_of
 from qsfs.daemon.supervision import supervised
+from qsfs.daemon.syncing import CLASSES, sync_to
 from qsfs.daemon.waiter import DaemonWaiter
+from qsfs.daemon.written import LATE_SECONDS, WrittenDurability
 from qsfs.errors import CacheError, MountError, NotFound, QsfsError
 from qsfs.filesystem.contents import Contents
 from qsfs.filesystem.namespace import Namespace
@@ -51,6 +53,7 @@ from qsfs.filesystem.needs import Need
 from qsfs.filesystem.policies import Policies
 from qsfs.format.slots import Secret
 from qsfs.fuse import loop, session
+from qsfs.fuse.interfaces import Durability
 from qsfs.fuse.operations import Operations
 from qsfs.fuse.state import MountState
 from qsfs.remote.fetch import Fetcher
@@ -58,6 +61,7 @@ from qsfs.remote.images import refuse_images
 from qsfs.remote.reader import PackReader
 from qsfs.remote.restore import DIRECTORY
 from qsfs.store.limits import Limits
+from qsfs.store.schema import InodeFlag
 from qsfs.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -116,6 +120,7 @@ class Service:
         self.operations: Operations | None = None
         self.automatic: AutomaticSnapshots | None = None
         self._is_mounted = trio.Event()
+        self.written: WrittenDurability | None = None
 
     async def run(self) -> None:
         """Runs the mount until it is unmounted, told to stop, or fails to start."""
@@ -275,7 +280,7 @@ class Service:
         self.operations = Operations(
             self.namespace,
             waiter,
-            self.committer,
+            self._durability(nursery),
             self.space,
             self.state,
             xattr=self.config.mount.xattr,
@@ -291,6 +296,30 @@ class Service:
                 mounted=self._is_ready,
             )
             serving.cancel_scope.cancel()
+
+    def _durability(self, nursery: trio.Nursery) -> Durability:
+        """What an fsync waits for, as `[mount] fsync` says."""
+        if self.config.mount.fsync == "local":
+            return self.committer
+        self.written = WrittenDurability(
+            self.committer,
+            self.flushing.published,
+            self._stays_here,
+            lambda: "; ".join(self.flushing.waits()) or "the generation is being uploaded",
+            self.clock,
+        )
+        nursery.start_soon(supervised, self.written.run)
+        return self.written
+
+    def _stays_here(self, number: int) -> bool:
+        inode = self.store.inode(number)
+        return inode is not None and bool(inode.flags & InodeFlag.LOCAL_ONLY)
+
+    def _end_waits(self) -> None:
+        """Before an unmount: ends reads that wait, and fsyncs that have waited for long."""
+        self.fetcher.unblock(None)
+        if self.written is not None:
+            self.written.unblock(older_than=LATE_SECONDS)
 
     def _is_ready(self) -> None:
         self.phase = "mounted"
@@ -347,7 +376,7 @@ class Service:
         await self._stopping.wait()
         warned = False
         while True:
-            self.fetcher.unblock(None)
+            self._end_waits()
             try:
                 await trio.to_thread.run_sync(
                     mountpoint.unmount, self.config.filesystem.mountpoint, abandon_on_cancel=True
@@ -419,9 +448,15 @@ class Service:
     async def _on_status(self, _: Mapping[str, Any]) -> Any:
         return status_of(self)
 
-    async def _on_sync(self, _: Mapping[str, Any]) -> Any:
+    async def _on_sync(self, request: Mapping[str, Any]) -> Any:
         self._require_mounted()
-        return await self.flushing.sync()
+        wanted, timeout = request.get("class"), request.get("seconds")
+        if wanted is None and timeout is None:
+            return await self.flushing.sync()
+        wanted = "written" if wanted is None else wanted
+        if wanted not in CLASSES:
+            raise QsfsError(f"sync: no class {wanted!r}; it can be one of: {', '.join(CLASSES)}")
+        return await sync_to(self.flushing, self.committer, wanted, None if timeout is None else float(timeout))
 
     async def _on_collect(self, request: Mapping[str, Any]) -> Any:
         self._require_mounted()
@@ -463,7 +498,7 @@ class Service:
         if not mounted:
             self.stop()
         else:
-            self.fetcher.unblock(None)
+            self._end_waits()
             with self._unmounts:
                 await trio.to_thread.run_sync(mountpoint.unmount, self.config.filesystem.mountpoint)
             self._stopping.set()
@@ -480,7 +515,10 @@ class Service:
     async def _on_unblock(self, request: Mapping[str, Any]) -> Any:
         path = request.get("path")
         number = None if path is None else self._number_of(path)
-        return {"ended": self.fetcher.unblock(number)}
+        ended = self.fetcher.unblock(number)
+        if self.written is not None:
+            ended += self.written.unblock(number)
+        return {"ended": ended}
 
     async def _on_placement(self, request: Mapping[str, Any]) -> Any:
         if not hasattr(self, "placing"):

@@ -60,6 +60,8 @@ def status_of(service: Service) -> dict[str, Any]:
         ]
         found["fetched_bytes"] = service.fetcher.fetched_pages * PAGE
         found["reads"] = dataclasses.asdict(service.fetcher.reader.counts)
+    if service.written is not None:
+        found["fsync_waits"] = service.written.report()
     if service.operations is not None:
         counts = service.operations.counts
         found["requests"] = {

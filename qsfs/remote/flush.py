@@ -379,7 +379,7 @@ class Flusher:
         Joins a cut that is taken after the call.  Raises `Fenced`, and `DeadlineExceeded` if flushing
         stops first.
         """
-        await self._publish_all()
+        await self.publish_all()
         while not self.knows_packs:
             await self.progress()
         base = self._generations.base
@@ -405,7 +405,8 @@ class Flusher:
             "deleted_now_bytes": report["deleted_bytes"] - size,
         }
 
-    async def _publish_all(self) -> None:
+    async def publish_all(self) -> None:
+        """As `sync`, without a result.  One cut serves all who came before it; the next follows at once."""
         target = self._started + 1
         self._wanted = max(self._wanted, target)
         self.kick()
@@ -433,7 +434,7 @@ class Flusher:
         done = False
         try:
             with trio.move_on_after(deadline):
-                await self._publish_all()
+                await self.publish_all()
                 done = True
         except QsfsError as error:
             _log.warning("the last generation was not published: %s", error)

@@ -130,6 +130,15 @@ def test_what_must_be_acted_on_comes_first():
     ]
 
 
+def test_fsyncs_that_wait_for_a_head_are_told_with_what_for_and_how_to_end_them():
+    waits = {"waiting": 3, "oldest_seconds": 40.0, "why": "2 of 6 shards stored", "ended": 0}
+    assert lines(status(fsync_waits=waits))[1] == (
+        "FSYNCS WAIT for a published head: 3, the longest for 40 s: 2 of 6 shards stored; "
+        "'qsfs unblock' ends them with EIO"
+    )
+    assert lines(status(fsync_waits=waits | {"waiting": 0})) == lines(status())
+
+
 def test_a_full_cache_that_waits_for_second_looks_says_so():
     """Else an operator looks for a backend in trouble, and there is none."""
     shown = lines(

@@ -46,6 +46,40 @@ def test_what_is_waited_for_is_told_once_until_it_changes(monkeypatch, capsys):
     ]
 
 
+def test_a_class_that_is_not_reached_in_time_is_exit_17_with_what_is_missing(monkeypatch, qsfs, tmp_path):
+    """Which backends, and why; not an error of the daemon, which goes on."""
+    qsfs("init", tmp_path)
+    asked = []
+    lacks = {
+        "waiting": ["3 of 4 shards stored"],
+        "packs_not_full": 2,
+        "bytes_not_full": 4096,
+        "backends": [
+            {"number": 1, "name": "a:1/x", "why": "down: Connection refused", "seconds_ago": 0.0},
+            {"number": 2, "name": "b:1/x", "why": "full", "seconds_ago": 12.4},
+        ],
+    }
+    result = {"generation": 7, "class": "written", "wanted": "full", "reached": False, "missing": lacks}
+
+    def ask(cache: Path, command: str, **arguments: Any) -> Any:
+        asked.append((command, arguments))
+        return result
+
+    monkeypatch.setattr(control, "ask", ask)
+    said = qsfs("-c", tmp_path, "sync", "--class", "full", "--timeout", "1min")
+    assert ("sync", {"class": "full", "seconds": 60.0}) in asked
+    assert (said.code, said.out) == (17, "")
+    assert said.err.splitlines() == [
+        "not full in time, it goes on: generation 7 is published, its packs are written",
+        "not full yet: 2 packs with 4.0 KiB",
+        "waiting: 3 of 4 shards stored",
+        "backend a:1/x: down: Connection refused",
+        "backend b:1/x: full (12 s ago)",
+    ]
+    assert qsfs("-c", tmp_path, "--json", "sync", "--class", "full").json == result
+    assert qsfs("-c", tmp_path, "sync", "--timeout", "soon").code == 2
+
+
 @pytest.mark.parametrize(("durability", "word"), [("full", "are full"), ("written", "are written, and become full")])
 def test_the_number_and_what_it_is_worth_are_told(monkeypatch, qsfs, tmp_path, durability, word):
     qsfs("init", tmp_path)
