@@ -18,6 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "runs.",
     )
     parser.add_argument(
+        "--metrics", action="store_true", help="print them in the text format of Prometheus (docs/metrics.md)"
+    )
+    parser.add_argument(
         "--backends", action="store_true", help="list all backends, not only those in trouble"
     )
 
@@ -30,6 +33,11 @@ def run(args: argparse.Namespace) -> int:
 
     config = Config.load(args.config)
     found = control.ask(config.cache.directory, "status", timeout=30)
+    if args.metrics:
+        from qsfs.cli.metrics import metrics
+
+        print(metrics(found), end="")
+        return 0
     if args.json:
         print_json(found)
         return 0
