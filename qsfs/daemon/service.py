@@ -37,13 +37,12 @@ from qsfs.daemon.paths import find, path_of
 from qsfs.daemon.placing import PlacementWatch
 from qsfs.daemon.probing import probe
 from qsfs.daemon.promises import promises_of
+from qsfs.daemon.requesting import Requesting
 from qsfs.daemon.runtime import tune_allocator, tune_interpreter
 from qsfs.daemon.secret import read_secret
-from qsfs.daemon.snapshots import Snapshots, described
 from qsfs.daemon.space import DaemonSpace
 from qsfs.daemon.status import status_of
 from qsfs.daemon.supervision import supervised
-from qsfs.daemon.syncing import CLASSES, sync_to
 from qsfs.daemon.waiter import DaemonWaiter
 from qsfs.daemon.written import LATE_SECONDS, WrittenDurability
 from qsfs.errors import CacheError, MountError, NotFound, QsfsError
@@ -431,66 +430,14 @@ class Service:
     def _control_handlers(self) -> dict[str, control.Handler]:
         return {
             "status": self._on_status,
-            "sync": self._on_sync,
-            "collect": self._on_collect,
             "umount": self._on_umount,
             "unblock": self._on_unblock,
-            "placement": self._on_placement,
+            **Requesting(self).handlers(),
             **Operating(self).handlers(),
-            "keys": self._on_keys,
-            "snapshot-create": self._on_snapshot_create,
-            "snapshot-cut": self._on_snapshot_cut,
-            "snapshot-hold": self._on_snapshot_hold,
-            "snapshot-list": self._on_snapshot_list,
-            "snapshot-delete": self._on_snapshot_delete,
         }
 
     async def _on_status(self, _: Mapping[str, Any]) -> Any:
         return status_of(self)
-
-    async def _on_sync(self, request: Mapping[str, Any]) -> Any:
-        self._require_mounted()
-        wanted, timeout = request.get("class"), request.get("seconds")
-        if wanted is None and timeout is None:
-            return await self.flushing.sync()
-        wanted = "written" if wanted is None else wanted
-        if wanted not in CLASSES:
-            raise QsfsError(f"sync: no class {wanted!r}; it can be one of: {', '.join(CLASSES)}")
-        return await sync_to(self.flushing, self.committer, wanted, None if timeout is None else float(timeout))
-
-    async def _on_collect(self, request: Mapping[str, Any]) -> Any:
-        self._require_mounted()
-        return await self.flushing.collect(dry_run=bool(request.get("dry_run")))
-
-    def _require_mounted(self) -> None:
-        if self.phase != "mounted":
-            raise MountError(f"the daemon is {self.phase}: {self.waiting_for or 'try again'}")
-
-    async def _snapshots(self) -> Snapshots:
-        """The mount's snapshots, once it owns the file system; raises why it does not."""
-        self._require_mounted()
-        flusher = await self.flushing.owned()
-        if self._made_snapshots is None:
-            self._made_snapshots = Snapshots(self.store, self.contents, self.committer, flusher.pinning)
-        return self._made_snapshots
-
-    _made_snapshots: Snapshots | None = None
-
-    async def _on_snapshot_create(self, request: Mapping[str, Any]) -> Any:
-        return await (await self._snapshots()).create(request["name"])
-
-    async def _on_snapshot_cut(self, request: Mapping[str, Any]) -> Any:
-        return await (await self._snapshots()).cut(request["name"], request["held_seconds"])
-
-    async def _on_snapshot_hold(self, request: Mapping[str, Any]) -> Any:
-        return await (await self._snapshots()).hold(request["name"])
-
-    async def _on_snapshot_list(self, _: Mapping[str, Any]) -> Any:
-        self._require_mounted()
-        return [described(snapshot) for snapshot in self.flushing.snapshots]
-
-    async def _on_snapshot_delete(self, request: Mapping[str, Any]) -> Any:
-        return await (await self._snapshots()).delete(request["name"])
 
     async def _on_umount(self, _: Mapping[str, Any]) -> Any:
         """Answered at the end: `published` is whether all of it is on the backends."""
@@ -505,13 +452,6 @@ class Service:
         await self._finished.wait()
         return {"mounted": mounted, "published": self._published}
 
-    async def _on_keys(self, _: Mapping[str, Any]) -> Any:
-        """Takes up key slots that a command has changed; answers with what holds now."""
-        if not hasattr(self, "key_upkeep"):
-            raise MountError(f"the daemon is {self.phase}: {self.waiting_for or 'try again'}")
-        await self.key_upkeep.look()
-        return self.key_upkeep.status()
-
     async def _on_unblock(self, request: Mapping[str, Any]) -> Any:
         path = request.get("path")
         number = None if path is None else self._number_of(path)
@@ -519,11 +459,6 @@ class Service:
         if self.written is not None:
             ended += self.written.unblock(number)
         return {"ended": ended}
-
-    async def _on_placement(self, request: Mapping[str, Any]) -> Any:
-        if not hasattr(self, "placing"):
-            raise MountError(f"the daemon is {self.phase}; try again")
-        return await self.placing.check([str(word) for word in request.get("lose", ())])
 
     def _number_of(self, path: str) -> int:
         inode = find(self.namespace.tree, path.encode("utf-8", "surrogateescape"))

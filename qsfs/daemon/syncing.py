@@ -32,7 +32,7 @@ async def sync_to(flushing: Flushing, committer: Committer, wanted: str, timeout
         reached = "local"
         if wanted == "local":
             return
-        flusher = await flushing.owning()
+        flusher = await flushing.owned()
         done = await flusher.sync()
         generation, reached = done.generation, done.durability
         if wanted == "full" and reached != "full":
