@@ -32,6 +32,8 @@ def test_paths_on_the_mount(mount, tmp_path, monkeypatch):
     assert on_mount(mount, "link") == "link"
     assert on_mount(mount, str(tmp_path / "way")) == "dir"
     assert on_mount(mount, str(tmp_path / "way" / "file")) == "dir/file"
+    assert on_mount(mount, "mnt/dir/file") == "dir/file"
+    assert on_mount(mount, "way/file") == "dir/file"
     monkeypatch.chdir(mount / "dir")
     assert on_mount(mount, "file") == "dir/file"
     assert on_mount(mount, "..") == ""

@@ -24,7 +24,7 @@ from qsfs.format.units import MAX_EXTENT
 from qsfs.remote.image import packs_of
 from qsfs.remote.packing import RowPacker, Sealer
 from qsfs.remote.rebuild import Rebuild
-from qsfs.remote.restore import _load
+from qsfs.remote.restore import load
 from qsfs.remote.stored import StoredPack
 from qsfs.store.positions import position_of
 from qsfs.store.schema import (
@@ -134,7 +134,7 @@ class Stored:
     async def restore(self, directory: Path, map_bytes: int, say: Any = lambda progress: None) -> Rebuild:
         rebuild = Rebuild(directory, map_bytes, 1)
         try:
-            await _load(rebuild, self, list(packs_of(self.head)), say, 60.0)  # type: ignore[arg-type]
+            await load(rebuild, self, list(packs_of(self.head)), say, 60.0)  # type: ignore[arg-type]
             rebuild.finish(self.head, sealed_head())
         finally:
             rebuild.close()
