@@ -118,6 +118,9 @@ class FlushConfig:
     spool_bytes: int = _key(512 << 20, size(1 << 20), "spool_size")
     retention_seconds: float = _key(86400.0, duration(0, 10 * 365 * 86400, unit="h"), "retention_hours")
     rewrite_below: float = _key(0.5, number(0.0, 0.5))
+    # Limits to what no published head has, 0 for none: cuts begin so early that they hold.
+    exposure_seconds: float = _key(0.0, duration(0, 365 * 86400))
+    exposure_bytes: int = _key(0, size(0))
     snapshot_ratio: float = _key(1.0, number(0.01, 100.0))
 
 

@@ -52,6 +52,8 @@ def _families(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Iterabl
         "Age of the oldest byte not durable yet at a class, at most.",
         [({"class": name}, entry["age"]) for name, entry in exposure.items()],
     )
+    over = int(bool(flush["exposure_problem"])) if "exposure_problem" in flush else None
+    yield "qsfs_exposure_over_limit", "gauge", "1 while it is above a limit of [flush].", one(over)
     yield "qsfs_generation", "gauge", "Number of the last published generation.", one(flush.get("generation"))
     age = None if published is None else max(0.0, found["time"] - published / 1e9)
     yield "qsfs_generation_age_seconds", "gauge", "Age of the last published generation's cut.", one(age)

@@ -37,6 +37,9 @@ parity_shards = {m}
 [flush]
 # Every `cut_seconds` the backends get an image of the whole file system.
 cut_seconds = 30
+# Sooner where otherwise more than so much, or what is older, would be lost with this machine; 0 for no limit.
+exposure_bytes = 0
+exposure_seconds = 0
 # Bytes a second, 0 for no limit.
 upload_rate = 0
 download_rate = 0

@@ -94,6 +94,8 @@ def _alarms(found: dict[str, Any]) -> list[str]:
         )
     flush = found.get("flush")
     if flush is not None:
+        if flush.get("exposure_problem"):
+            out.append(f"EXPOSED: {flush['exposure_problem']}")
         out += [f"FLUSHING WAITS: {what}" for what in flush["waiting"]]
         if flush["pressure"]:
             out.append(f"flushing hurries: {flush['pressure']}")

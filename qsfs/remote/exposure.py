@@ -89,8 +89,13 @@ class Exposure:
     @property
     def local_bytes(self) -> int:
         """Bytes of file data that not even this machine's disk has for good."""
+        return sum(group.bytes for group in self._groups) + self.uncovered_bytes
+
+    @property
+    def uncovered_bytes(self) -> int:
+        """Bytes of atomic-sync files that were written since their last sync: no cut can hold them."""
         spilled = self._store.layers.view.count(Table.SPILL_BLOCKS) * BLOCK_SIZE
-        return sum(group.bytes for group in self._groups) + spilled + self._store.promised_bytes()
+        return spilled + self._store.promised_bytes()
 
     @property
     def _groups(self) -> list[Group]:

@@ -21,6 +21,7 @@ from qsfs.remote.chain import listed_ids
 from qsfs.remote.context import FlushContext
 from qsfs.remote.cut import NoCut
 from qsfs.remote.exposure import Exposure
+from qsfs.remote.exposure_limit import ExposureWatch
 from qsfs.remote.generation import Generations, HeadPublisher
 from qsfs.remote.ledger import read_rows
 from qsfs.remote.metadata import MetadataUpload
@@ -30,7 +31,7 @@ from qsfs.remote.precopy import PreCopier
 from qsfs.remote.pressure import Pressure
 from qsfs.remote.renewal import Renewer
 from qsfs.remote.shards import ShardReader
-from qsfs.remote.upkeep import UPKEEP_SECONDS, Upkeep, every_second
+from qsfs.remote.upkeep import Upkeep, every_second
 from qsfs.store.schema import Table
 from qsfs.store.snapshot import CommittedState, Want
 from qsfs.store.store import NEXT_PACK
@@ -113,6 +114,10 @@ class Flusher:
             context, self._precopier, self.exposure, short=lambda: self.short_of_room,
             busy=lambda: self.phase == "uploading ahead",
         )  # fmt: skip
+        self._limits = ExposureWatch(
+            config, self.exposure, context.clock, base_ns=lambda: self._generations.base.head.time_ns,
+            why=lambda: self.status()["waiting"],
+        )  # fmt: skip
         self._scope = trio.CancelScope()
         self._knows_packs = trio.Event()
         self._last_pack_before = 0
@@ -136,6 +141,7 @@ class Flusher:
                     nursery.start_soon(self._cuts, nursery)
                     nursery.start_soon(self._look_after_packs)
                     nursery.start_soon(every_second, self._pressure.see_to_room, self._room_unseen)
+                    nursery.start_soon(every_second, self._limits.look, self._room_unseen)
                     begun = True
                     task_status.started()
             finally:
@@ -218,13 +224,16 @@ class Flusher:
         due = self.context.clock.monotonic() + self._config.cut_seconds
         while True:
             while self._wanted <= self._finished and not self._head_due and self.context.clock.monotonic() < due:
+                if self._limits.presses():
+                    break
                 self._wake = trio.Event()
-                left = due - self.context.clock.monotonic()
-                with trio.move_on_after(min(max(left, 0.0), UPKEEP_SECONDS)):
+                with trio.move_on_after(max(0.0, min(due - self.context.clock.monotonic(), self._limits.pause))):
                     await self._wake.wait()
             due = self.context.clock.monotonic() + self._config.cut_seconds
+            self._limits.begin(self._generations.base)
             try:
                 await self._generation()
+                self._limits.ended(self._generations.base)
                 self.last_error = ""
             except Fenced as error:
                 self.fence(error)
@@ -473,6 +482,7 @@ class Flusher:
             "generation": base.generation if base is not None else None,
             "published_ns": base.time_ns if base is not None else None,
             "exposure": self.exposure.report(base.time_ns if base is not None else None),
+            "exposure_problem": self._limits.limit.problem,
             "waiting": waiting,
             "pressure": self._precopier.pressed,
             "packs_not_full": len(ledger.incomplete),
