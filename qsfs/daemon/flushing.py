@@ -40,7 +40,8 @@ _log = logging.getLogger(__name__)
 class Flushing:
     """Owns and flushes for one mount.  `flusher` is None until this mount owns the file system.
 
-    `fenced` is why it may not (any more), `failure` what went wrong with flushing otherwise.
+    `fenced` is why it may not (any more), `failure` what went wrong with flushing otherwise.  `hurried` tells
+    whether somebody waits for the next head.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Flushing:
         self.fenced: QsfsError | None = None
         self.waiting = ""
         self.failure = ""
+        self.hurried: Callable[[], bool] = lambda: False
         self._cause: QsfsError | None = None
         self._base: Head | None = None
         self._config = config
@@ -141,6 +143,7 @@ class Flushing:
             ledger=self._ledger,
             clock=self._clock,
         )
+        context.uploader.hurried = lambda: bool(self.hurried())
         flusher = Flusher(
             context,
             self._config,

@@ -300,15 +300,16 @@ class Service:
         """What an fsync waits for, as `[mount] fsync` says."""
         if self.config.mount.fsync == "local":
             return self.committer
-        self.written = WrittenDurability(
+        self.written = written = WrittenDurability(
             self.committer,
             self.flushing.published,
             self._stays_here,
             lambda: "; ".join(self.flushing.waits()) or "the generation is being uploaded",
             self.clock,
         )
-        nursery.start_soon(supervised, self.written.run)
-        return self.written
+        self.flushing.hurried = lambda: written.waiting
+        nursery.start_soon(supervised, written.run)
+        return written
 
     def _stays_here(self, number: int) -> bool:
         inode = self.store.inode(number)
@@ -419,6 +420,9 @@ class Service:
 
     async def _watch_disk(self) -> None:
         self.state.fail(str(await self.committer.failure()))
+        if self.written is not None:
+            # No generation can be made any more.
+            self.written.unblock()
 
     def fenced(self, error: QsfsError) -> None:
         """This mount may not own the file system (any more): everything that changes anything is refused."""

@@ -87,6 +87,11 @@ class WrittenDurability:
         finally:
             self._waits.discard(wait)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether any fsync waits now."""
+        return bool(self._waits)
+
     def unblock(self, inode: int | None = None, *, older_than: float = 0.0) -> int:
         """Ends waits with an error to whoever waits: all, or of one inode, or old ones; returns how many."""
         now = self._clock.monotonic()

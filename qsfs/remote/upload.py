@@ -31,6 +31,8 @@ SHARD_SECONDS = 60.0
 STRAGGLING_BYTES = 8 << 20
 """Bytes of shards that may still be on their way after their packs were given back as written."""
 SETS_PER_BACKEND = 8
+HURRIED_GRACE_SECONDS = 0.1
+"""How long a written pack is waited for to become full while fsyncs wait for the head."""
 LATE_SECONDS = 2.0
 """A backend is late at the earliest after this; and not before three times what half of the others took."""
 FIRST_PAUSE = 0.5
@@ -105,7 +107,10 @@ class Upload:
 
 
 class Uploader:
-    """Uploads packs to the members of the fleet.  `run` must be running."""
+    """Uploads packs to the members of the fleet.  `run` must be running.
+
+    `hurried` tells whether somebody waits for a head, who needs written packs and no full ones.
+    """
 
     def __init__(
         self,
@@ -121,6 +126,7 @@ class Uploader:
         self.members = members
         self.code = code
         self.waiting: dict[bytes, str] = {}
+        self.hurried: Callable[[], bool] = lambda: False
         self._free = free
         self._fsid = fsid
         self._clock = clock
@@ -162,9 +168,7 @@ class Uploader:
         self._nursery.start_soon(self._run, upload)
         try:
             await self._until_written(upload)
-            with trio.move_on_after(self._grace):
-                while not upload.finished.is_set() and not upload.full:
-                    await upload.news.wait()
+            await self._until_full(upload)
         except BaseException:
             upload.scope.cancel()
             raise
@@ -179,6 +183,17 @@ class Uploader:
                 await upload.news.wait()
         finally:
             self.waiting.pop(upload.ref.pack_id, None)
+
+    async def _until_full(self, upload: Upload) -> None:
+        """Waits for the grace, which is short while somebody waits for the head."""
+        begin = trio.current_time()
+        while not upload.finished.is_set() and not upload.full:
+            grace = min(self._grace, HURRIED_GRACE_SECONDS) if self.hurried() else self._grace
+            left = begin + grace - trio.current_time()
+            if left <= 0:
+                return
+            with trio.move_on_after(min(left, HURRIED_GRACE_SECONDS)):
+                await upload.news.wait()
 
     def _let_straggle(self, upload: Upload) -> None:
         self._stragglers[id(upload)] = upload

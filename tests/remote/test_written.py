@@ -197,7 +197,7 @@ class Owned:
         self.flusher = flusher
         self.members = flusher.context.uploader.members
 
-    async def owning(self) -> Flusher:
+    async def owned(self) -> Flusher:
         return self.flusher
 
     def waits(self) -> list[str]:
@@ -259,3 +259,23 @@ async def test_a_fence_ends_a_sync_that_waits_for_full(machine: FlushMachine, cl
         assert not ends
         flusher.fence(Fenced("another mount owns it"))
         await until(lambda: ends)
+
+
+@pytest.mark.parametrize("when", ["before the cut", "within its grace"])
+async def test_a_slow_backend_costs_who_waits_little(world: World, machine: FlushMachine, clock, when):
+    """A head needs written packs: the grace for full ones is not what an fsync waits for, also not that of others."""
+    async with flushing(machine, cut_seconds=86400, quiet_seconds=3600) as flusher, trio.open_nursery() as nursery:
+        durability = written(machine, flusher)
+        flusher.context.uploader._grace = 600.0
+        flusher.context.uploader.hurried = lambda: durability.waiting
+        machine.backends[0].delay = lambda call: 50.0 if call == "set" else 0.0
+        a = machine.create("a")
+        if when == "within its grace":
+            nursery.start_soon(flusher.sync)
+            await trio.sleep(10)
+            machine.write(a, 0, page("x"))
+        begin = trio.current_time()
+        await durability.sync(a, False)
+        assert trio.current_time() - begin < 5
+        assert "a" in restore(world).files
+        nursery.cancel_scope.cancel()
