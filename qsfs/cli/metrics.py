@@ -29,12 +29,12 @@ def _families(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Iterabl
     def one(value: float | int | None) -> list[Sample]:
         return [(_ONE, value)]
 
-    flush, cache = found.get("flush") or {}, found["cache"]
+    flush, cache = found.get("flush") or {}, found.get("cache") or {}
     requests, fsyncs = found.get("requests") or {}, found.get("fsync_waits") or {}
     exposure = (flush or found).get("exposure") or {}
     waits, backends = found.get("waits"), found.get("backends") or ()
     published = flush.get("published_ns")
-    info = {"version": found["version"], "file_system": found["file_system"], "mountpoint": found["mountpoint"]}
+    info = {name: found.get(name, "") for name in ("version", "file_system", "mountpoint")}
     yield "qsfs_info", "gauge", "Always 1; says which mount this is.", [(info, 1)]
     yield "qsfs_mounted", "gauge", "1 while requests are answered.", one(int(found["phase"] == "mounted"))
     yield "qsfs_writable", "gauge", "0 once fenced or failed.", one(int(found["writable"]))
@@ -61,14 +61,14 @@ def _families(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Iterabl
     yield "qsfs_flush_waits", "gauge", "What flushing waits for backends for: so many things.", one(waiting)
     yield "qsfs_packs_not_full", "gauge", "Packs that lack shards.", one(flush.get("packs_not_full"))
     yield "qsfs_spool_bytes", "gauge", "Bytes that wait for their upload on disk.", one(flush.get("spool_bytes"))
-    yield "qsfs_cache_used_bytes", "gauge", "Bytes used in the cache.", one(cache["used_bytes"])
-    yield "qsfs_cache_limit_bytes", "gauge", "Bytes at which writers wait for room.", one(cache["limit_bytes"])
-    yield "qsfs_cache_disk_bytes", "gauge", "Bytes that the cache directory takes.", one(cache["disk_bytes"])
-    yield "qsfs_cache_size_bytes", "gauge", "Bytes that it may take.", one(cache["size_bytes"])
-    yield "qsfs_cache_dirty_blocks", "gauge", "Blocks with dirty pages.", one(cache["dirty_blocks"])
-    yield "qsfs_writes_waiting", "gauge", "Writes that wait for room.", one(cache["waiting_for_room"])
-    yield "qsfs_commits_total", "counter", "Local commits.", one(cache["commits"])
-    yield "qsfs_evicted_bytes_total", "counter", "Bytes evicted.", one(cache["evicted_bytes"])
+    yield "qsfs_cache_used_bytes", "gauge", "Bytes used in the cache.", one(cache.get("used_bytes"))
+    yield "qsfs_cache_limit_bytes", "gauge", "Bytes at which writers wait for room.", one(cache.get("limit_bytes"))
+    yield "qsfs_cache_disk_bytes", "gauge", "Bytes that the cache directory takes.", one(cache.get("disk_bytes"))
+    yield "qsfs_cache_size_bytes", "gauge", "Bytes that it may take.", one(cache.get("size_bytes"))
+    yield "qsfs_cache_dirty_blocks", "gauge", "Blocks with dirty pages.", one(cache.get("dirty_blocks"))
+    yield "qsfs_writes_waiting", "gauge", "Writes that wait for room.", one(cache.get("waiting_for_room"))
+    yield "qsfs_commits_total", "counter", "Local commits.", one(cache.get("commits"))
+    yield "qsfs_evicted_bytes_total", "counter", "Bytes evicted.", one(cache.get("evicted_bytes"))
     yield "qsfs_fetched_bytes_total", "counter", "Bytes fetched from backends.", one(found.get("fetched_bytes"))
     reads = None if waits is None else len(waits)
     yield "qsfs_reads_waiting", "gauge", "Reads that wait for backends.", one(reads)

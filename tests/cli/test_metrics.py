@@ -74,6 +74,13 @@ def test_what_is_not_known_yet_is_left_out():
     assert "qsfs_cache_used_bytes" in names
 
 
+def test_a_read_only_mount_that_looks_for_its_generation_has_metrics_too():
+    """It has no cache and no name yet; a collector must not find the command failing."""
+    found = {key: whole()[key] for key in ("version", "phase", "mountpoint", "writable", "time", "memory_bytes")}
+    names = {name for name, _ in samples(metrics(found))}
+    assert {"qsfs_info", "qsfs_mounted", "qsfs_writable", "qsfs_memory_bytes"} == names
+
+
 def test_labels_are_escaped():
     found = whole(mountpoint='/a"b\\c\nd', backends=[backend(1), backend(2, "down", full=True)])
     text = metrics(found)
