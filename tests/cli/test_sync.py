@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -86,3 +88,25 @@ def test_the_number_and_what_it_is_worth_are_told(monkeypatch, qsfs, tmp_path, d
     monkeypatch.setattr(control, "ask", lambda *_, **__: {"generation": 7, "class": durability})
     said = qsfs("-c", tmp_path, "sync").out
     assert said.startswith("generation 7 is published") and word in said
+
+
+def test_a_kernel_that_cannot_hand_its_pages_over_holds_up_no_sync_with_a_timeout(monkeypatch, qsfs, tmp_path):
+    """They wait for room in a full cache, for as long as backends are gone: nothing is certain, and that is said."""
+    qsfs("init", tmp_path)
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[0])
+    os.mkfifo(tmp_path / "stuck")
+    monkeypatch.setattr(sync, "_HAND_OVER", f"open({str(tmp_path / 'stuck')!r})")
+    monkeypatch.setattr(sync, "_LEAST_HAND_OVER_SECONDS", 0.0)
+    said = qsfs("-c", tmp_path, "sync", "--timeout", "1ms")
+    assert said.code == 17 and "could not hand its pages over" in said.err
+    (tmp_path / "stuck").write_bytes(b"")
+    assert started[0].wait(60) == 0
+
+
+def test_a_sync_with_a_timeout_says_where_nothing_is_mounted(qsfs, tmp_path):
+    qsfs("init", tmp_path)
+    (tmp_path / "mnt").rmdir()
+    said = qsfs("-c", tmp_path, "sync", "--timeout", "1min")
+    assert said.code == 13 and "No such file or directory; is it mounted?" in said.err
