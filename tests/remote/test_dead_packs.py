@@ -16,7 +16,7 @@ from qsfs import failpoints
 from qsfs.errors import BackendUnavailable
 from qsfs.format.head import HeadRef, head_key, open_head
 from qsfs.format.shard import parse_shard_key
-from qsfs.remote import dead_packs
+from qsfs.remote import chain, dead_packs, metadata, renewal
 from qsfs.remote.flush import Flusher
 from qsfs.remote.stored import StoredPack
 from qsfs.store.schema import PAGE, PackRow, Table, u64
@@ -75,6 +75,14 @@ def generations(world: World) -> dict[HeadRef, dict[str, bytes]]:
     return found
 
 
+def renew_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has heads kept short at once, in ranges of a few rows."""
+    for name, value in (("LEAST_DELTAS", 4), ("MERGED", 3), ("_NONE_OUTWEIGHS", 1), ("_LEAST_SNAPSHOT", 1)):
+        monkeypatch.setattr(chain, name, value)
+    for module in (metadata, renewal):
+        monkeypatch.setattr(module, "range_bytes", lambda sealer: 400)
+
+
 async def rewrite(machine: FlushMachine, flusher: Flusher, number: int, byte: int, pages: int = 40) -> None:
     """A new version of a whole file, published."""
     machine.write(number, 0, bytes([byte]) * PAGE * pages)
@@ -83,9 +91,14 @@ async def rewrite(machine: FlushMachine, flusher: Flusher, number: int, byte: in
 
 @pytest.mark.parametrize("seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 60))])
 async def test_after_any_history_all_kept_generations_can_be_read_and_the_rest_is_gone(
-    world: World, machine: FlushMachine, clock, seed: int
+    world: World, machine: FlushMachine, clock, seed: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """Rewrites, truncations, removals, pins, outages, crashes: each kept generation is what it was, all the time."""
+    """Rewrites, truncations, removals, pins, outages, crashes: each kept generation is what it was, all the time.
+
+    With odd seeds deltas are merged, and ranges of the metadata read anew, after nearly every generation.
+    """
+    if seed % 2:
+        renew_often(monkeypatch)
     source = random.Random(seed)
     content: dict[str, bytes] = {}
     numbers: dict[str, int] = {}

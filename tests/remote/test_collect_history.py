@@ -1,0 +1,225 @@
+"""Random histories with deletions: no kept generation, and nothing that the own tables need, ever loses a pack.
+
+To the histories of `flush_history` this adds what deletes: dead packs go as soon as they may, without any
+retention time, while ranges are read anew, deltas are merged, rows are packed ahead, cuts and heads are under way
+and mounts crash.  Generations are pinned and released; a kept one becomes the newest again; another machine
+takes over, and the old owner goes on to delete what it had permission for.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qsfs.format.head import Head, HeadRef, KeptGeneration, Owner, SealedHead, head_key, open_head, seal_head
+from qsfs.format.rows import decode_rows
+from qsfs.format.shard import parse_shard_key
+from qsfs.remote.base import PUBLISHED_KEY, encode_local_head
+from qsfs.remote.chain import listed_ids
+from qsfs.remote.dead_packs import DeadPackCollector
+from qsfs.remote.generation import GENERATION
+from qsfs.remote.image import packs_of
+from qsfs.remote.rebuild import Rebuild
+from qsfs.store.schema import Table, read_plain_u64
+from qsfs.store.store import NEXT_PACK, Store
+from tests.remote.flush_history import FlushHistory, Model
+from tests.remote.flush_machine import LIMITS, DirectReader, FlushMachine, newest_head, read_metadata, restore
+from tests.remote.harness import World, make_world, plant
+
+SEEDS = [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 150))]
+
+
+class CollectingHistory(FlushHistory):
+    """A history whose machine deletes, and which moves to another one now and then."""
+
+    def __init__(self, world: World, directory: Path, seed: int) -> None:
+        super().__init__(world, directory, seed)
+        self.machines = 1
+        self.dead: DeadPackCollector
+        self.late: set[bytes] = set()
+        self.permitted: set[bytes] = set()
+
+    def after_mount(self) -> None:
+        machine = self.machine
+        last, generations = machine.store.counter(NEXT_PACK), machine.generations
+        self.dead = DeadPackCollector(
+            machine.context,
+            DirectReader(self.world),
+            retention_seconds=0.0,
+            named=self.named,
+            owner_epoch=lambda: machine.publisher.owner.epoch,
+        )
+        named, ledger = self.named(), machine.context.ledger
+        left = [n for pack, n in ledger.metadata.items() if n <= last and pack not in named]
+        self.dead.take_over(ledger.emptied, left)
+        self.permitted = set()
+        assert generations.renewal is None
+        super().after_mount()
+
+    def named(self) -> frozenset[bytes]:
+        sent = [open_head(s.key, s.value, self.world.keys) for s in list(self.machine.spool.heads.values())]
+        return frozenset().union(*(listed_ids(h) for h in (self.machine.generations.base.head, *sent)))
+
+    async def step(self) -> None:
+        chance = self.random.random()
+        if chance < 0.12:
+            await self.collect()
+        elif chance < 0.16:
+            self.pin()
+        elif chance < 0.26:
+            await self.cut()
+        elif chance < 0.3:
+            await (self.refresh() if self.random.random() < 0.5 else self.merge())
+        else:
+            await super().step()
+
+    async def cut(self) -> None:
+        generations = self.machine.generations
+        view, before = self.dead.before_cut(), generations.base.head
+        await super().cut()
+        if generations.base.head is not before:
+            self.dead.published(view, generations.base.sealed.ref, generations.base.head, before)
+            if self.random.random() < 0.7:
+                await self.dead._settle()
+                self.permitted = {dead.pack_id for dead in self.dead.graveyard.permitted(1 << 20)}
+        if self.random.random() < 0.3:
+            self.forget_late()
+
+    async def collect(self) -> None:
+        self.trace.append("collect")
+        await self.dead.finish()
+        self.check_newest()
+        self.check_local()
+
+    def pin(self) -> None:
+        pins = self.machine.generations.pins
+        if pins and self.random.random() < 0.5:
+            del pins[self.random.choice(sorted(pins))]
+            return
+        kept = self.machine.generations.base.head.kept
+        if kept:
+            self.trace.append("pin")
+            pins[self.random.choice(kept).head] = ("pin",)
+
+    def forget_late(self) -> None:
+        """The owner of before, which does not know that it is one no more, deletes what it had permission for."""
+        for store in self.world.data:
+            for key in list(store.keys()):
+                named = parse_shard_key(key)
+                if named is not None and named.pack_id in self.late:
+                    store.lose(key)
+        self.late = set()
+
+    def move(self) -> None:
+        """Another machine restores the newest generation, and is the owner from its next mount on."""
+        self.trace.append("takeover")
+        ref, head = self.newest()
+        sealed = SealedHead(*self.value_of(ref), ref)
+        self._begin_anew(head, sealed, self.cut_of(ref), ours=False)
+        self.late = self.permitted
+
+    def roll_back(self) -> None:
+        """A kept generation becomes the newest again, as `rollback.Rollback` does it; perhaps with a power cut.
+
+        What may be lost with that is the sending of the last head.
+        """
+        ref, newest = self.newest()
+        if not newest.kept:
+            return
+        target = self.random.choice(newest.kept)
+        self.trace.append(f"rollback to {target.head.generation}")
+        store = Store(self.machine.directory, LIMITS, self.machine.clock)
+        counters = {k.decode(): read_plain_u64(v) for k, v in store.scan(Table.COUNTERS, b"", None)}
+        last = max(store.counter(GENERATION), newest.generation)
+        store.close()
+        self.machine.epoch = ref.owner.epoch + 1
+        owner = Owner(self.machine.epoch, self.world.clock.random_bytes(16))
+        kept = (*newest.kept, KeptGeneration(ref, newest.time_ns, ("left",)))
+        leaving = replace(newest, owner=owner, generation=last + 1, predecessor=ref, kept=kept)
+        left = plant(self.world, leaving)
+        old = open_head(*self.value_of(target.head), self.world.keys)
+        for known in (leaving.counters, old.counters):
+            counters.update({name: max(counters.get(name, 0), value) for name, value in known.items()})
+        new = replace(
+            old,
+            owner=owner,
+            generation=last + 2,
+            write_number=max(old.write_number, leaving.write_number),
+            predecessor=left.ref,
+            fleets=leaving.fleets,
+            kept=(*leaving.kept, KeptGeneration(left.ref, leaving.time_ns, ())),
+            counters=counters,
+        )
+        self.cuts[owner.epoch, last + 1] = copy.deepcopy(self.cut_of(ref))
+        self.cuts[owner.epoch, last + 2] = copy.deepcopy(self.cut_of(target.head))
+        sealed = seal_head(new, self.world.keys, self.world.clock)
+        self._begin_anew(new, sealed, self.cut_of(target.head), ours=True, published=left)
+        if self.random.random() < 0.6:
+            for control in self.world.control:
+                control.put(sealed.key, sealed.value)
+
+    def _begin_anew(
+        self, head: Head, sealed: SealedHead, model: Model, *, ours: bool, published: SealedHead | None = None
+    ) -> None:
+        """The store that `head` lists, on a machine of its own."""
+        self.machines += 1
+        old = self.machine
+        directory = old.directory.with_name(f"machine {self.machines}")
+        directory.mkdir()
+        rebuild = Rebuild(directory, LIMITS.map_bytes, old.clock.time_ns())
+        for pack, counting in packs_of(head):
+            for chunk in read_metadata(self.world, pack):
+                rebuild.load(counting.of(decode_rows(chunk)))
+        local = {PUBLISHED_KEY: encode_local_head(published, ours=True)} if published is not None else {}
+        rebuild.finish(head, sealed, ours=ours, local=local)
+        rebuild.close()
+        machine = FlushMachine(self.world, directory, seed=self.random.randrange(1 << 30))
+        machine.epoch, machine.before_seal, machine.opened = old.epoch, self.remember, self.note_opened
+        self.machine = machine
+        self.model = copy.deepcopy(model)
+        self.model.orphans = {}
+        for file in self.model.files.values():
+            if file.local_only:
+                file.data = bytearray()
+        self.commits = {0: copy.deepcopy(self.model)}
+
+    def newest(self) -> tuple[HeadRef, Head]:
+        newest = newest_head(self.world)
+        assert newest is not None
+        return newest
+
+    def value_of(self, ref: HeadRef) -> tuple[bytes, bytes]:
+        key = head_key(self.world.keys.fsid, ref)
+        value = next(v for store in self.world.control if (v := store.peek(key)) is not None)
+        return key, value
+
+    def check_newest(self) -> None:
+        super().check_newest()
+        for kept in self.newest()[1].kept:
+            head = open_head(*self.value_of(kept.head), self.world.keys)
+            image = restore(self.world, head)
+            assert image.files == self.cut_of(kept.head).visible(), f"kept generation {kept.head.generation}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_what_is_deleted_is_needed_by_nothing(tmp_path: Path, autojump_clock, seed: int):
+    world = await make_world(5, k=2, m=2)
+    history = CollectingHistory(world, tmp_path / "machine 1", seed)
+    try:
+        for _ in range(3):
+            await history.run(mounts=2, steps=60)
+            chance = history.random.random()
+            if chance < 0.35:
+                history.roll_back()
+                history.check_newest()
+            elif chance < 0.75:
+                history.move()
+                if history.random.random() < 0.3:
+                    history.forget_late()
+                history.check_newest()
+    except BaseException:
+        print(f"seed {seed}:", " | ".join(history.trace))
+        raise
