@@ -15,9 +15,8 @@ import trio
 
 from qsfs.config import FlushConfig
 from qsfs.errors import CacheError, DeadlineExceeded, Fenced, QsfsBug, QsfsError
-from qsfs.format.head import Head, HeadRef, open_head
+from qsfs.format.head import Head, HeadRef
 from qsfs.remote.base import BASE_KEY, local_head, record_published
-from qsfs.remote.chain import listed_ids
 from qsfs.remote.context import FlushContext
 from qsfs.remote.cut import NoCut
 from qsfs.remote.exposure import Exposure
@@ -25,6 +24,7 @@ from qsfs.remote.exposure_limit import ExposureWatch
 from qsfs.remote.generation import Generations, HeadPublisher
 from qsfs.remote.ledger import read_rows
 from qsfs.remote.metadata import MetadataUpload
+from qsfs.remote.named import NamedPacks
 from qsfs.remote.pace import Pace
 from qsfs.remote.pinning import Pinning
 from qsfs.remote.precopy import PreCopier
@@ -92,11 +92,12 @@ class Flusher:
         self._renewer = Renewer(context, reader, config.snapshot_ratio)
         self._precopier = PreCopier(context, self._in_cut, config.quiet_seconds)
         self.pinning = Pinning(self)
+        self._named = NamedPacks(context.spool, context.sealer.keys, lambda: self._generations.base)
         self._upkeep = Upkeep(
             context,
             reader,
             short_of_room=lambda: self.short_of_room,
-            named=self._named_packs,
+            named=self._named,
             owner_epoch=lambda: publisher.owner.epoch,
             retention_seconds=config.retention_seconds,
             rewrite_below=config.rewrite_below,
@@ -182,7 +183,7 @@ class Flusher:
         self._generations.take_chain()
         if len(context.ledger.metadata) > known:
             await context.committer.commit()
-        named = self._named_packs()
+        named = self._named()
         self._upkeep.dead.take_over(
             context.ledger.emptied,
             [
@@ -366,13 +367,6 @@ class Flusher:
         if str(error) != self.last_error:
             _log.error("%s", error)
         self.last_error = str(error)
-
-    def _named_packs(self) -> frozenset[bytes]:
-        """Metadata packs that the base or a head that may have been sent lists."""
-        keys = self.context.sealer.keys
-        # A copy: a worker thread may store a head meanwhile.
-        sent = [open_head(sealed.key, sealed.value, keys) for sealed in list(self.context.spool.heads.values())]
-        return frozenset().union(*(listed_ids(head) for head in (self._generations.base.head, *sent)))
 
     @property
     def short_of_room(self) -> bool:

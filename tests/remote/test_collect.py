@@ -205,5 +205,5 @@ async def test_what_a_head_that_may_have_been_sent_lists_is_kept(machine: FlushM
         listed = {pack.ref.pack_id for packs in (head.snapshot, *head.deltas) for pack in packs}
         base = {pack.ref.pack_id for pack in flusher.generations.chain.all_packs()}
         assert listed - base
-        assert listed | base <= flusher._named_packs()
+        assert listed | base <= flusher._named()
         machine.publisher.reach = 6

@@ -18,7 +18,7 @@ from qsfs.config import FlushConfig
 from qsfs.errors import DataLost, Fenced, FormatMismatch
 from qsfs.format.head import Head, Owner
 from qsfs.format.shard import open_shard, parse_shard_key, shard_key
-from qsfs.remote import flush
+from qsfs.remote import flush, named
 from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, local_head
 from qsfs.remote.context import FlushContext
 from qsfs.remote.control import Records
@@ -574,15 +574,16 @@ async def test_a_head_may_be_stored_while_those_that_are_there_are_read(
         heads = machine.spool.heads
         sealed = local_head(machine.store, PUBLISHED_KEY, machine.world.keys).sealed
         heads[sealed.ref] = sealed
-        opened = flush.open_head
+        opened = named.open_head
 
         def store_another(*arguments: object) -> Head:
             other = dataclasses.replace(sealed.ref, generation=sealed.ref.generation + 100 + len(heads))
             heads[other] = sealed
             return opened(*arguments)
 
-        monkeypatch.setattr(flush, "open_head", store_another)
-        assert flusher._named_packs()
+        monkeypatch.setattr(named, "open_head", store_another)
+        assert flusher._named()
+        assert len(heads) > 1
 
 
 async def test_a_pack_is_not_forgotten_before_its_extents_are_committed(
