@@ -18,10 +18,10 @@ from qsfs.format.head import Head, HeadRef, KeptGeneration, Owner, SealedHead, h
 from qsfs.format.rows import decode_rows
 from qsfs.format.shard import parse_shard_key
 from qsfs.remote.base import PUBLISHED_KEY, encode_local_head
-from qsfs.remote.chain import listed_ids
 from qsfs.remote.dead_packs import DeadPackCollector
 from qsfs.remote.generation import GENERATION
 from qsfs.remote.image import packs_of
+from qsfs.remote.named import NamedPacks
 from qsfs.remote.rebuild import Rebuild
 from qsfs.store.schema import Table, read_plain_u64
 from qsfs.store.store import NEXT_PACK, Store
@@ -45,23 +45,20 @@ class CollectingHistory(FlushHistory):
     def after_mount(self) -> None:
         machine = self.machine
         last, generations = machine.store.counter(NEXT_PACK), machine.generations
+        named = NamedPacks(machine.spool, machine.context.sealer.keys, lambda: generations.base)
         self.dead = DeadPackCollector(
             machine.context,
             DirectReader(self.world),
             retention_seconds=0.0,
-            named=self.named,
+            named=named,
             owner_epoch=lambda: machine.publisher.owner.epoch,
         )
-        named, ledger = self.named(), machine.context.ledger
-        left = [n for pack, n in ledger.metadata.items() if n <= last and pack not in named]
+        ledger, listed = machine.context.ledger, named()
+        left = [n for pack, n in ledger.metadata.items() if n <= last and pack not in listed]
         self.dead.take_over(ledger.emptied, left)
         self.permitted = set()
         assert generations.renewal is None
         super().after_mount()
-
-    def named(self) -> frozenset[bytes]:
-        sent = [open_head(s.key, s.value, self.world.keys) for s in list(self.machine.spool.heads.values())]
-        return frozenset().union(*(listed_ids(h) for h in (self.machine.generations.base.head, *sent)))
 
     async def step(self) -> None:
         chance = self.random.random()
