@@ -191,7 +191,7 @@ def _removed(directory: Path) -> bool:
 def test_a_held_database_is_what_it_would_be_if_it_were_killed(scratch: Path, fleet: Servers, cgroup: Path) -> None:
     """Of a file with atomic sync a plain snapshot has the last sync, one with --freeze everything; and it goes on."""
     with (
-        file_system(scratch, fleet, "held") as fs,
+        file_system(scratch, fleet, "frozen") as fs,
         subprocess.Popen(
             [sys.executable, "-c", WRITER, str(fs.mountpoint / "data.mdb")],
             stdin=subprocess.PIPE,
