@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
 import trio
 from trio.testing import MockClock
 
@@ -13,32 +9,12 @@ from qsfs.config import SnapshotsConfig
 from qsfs.daemon.automatic import AutomaticSnapshots
 from qsfs.remote.flush import Flusher
 from tests.remote.flush_machine import FlushMachine
-from tests.remote.harness import World, make_world
-from tests.remote.test_flush_flusher import VirtualClock, flushing, page
+from tests.remote.flushing import flushing, page
+from tests.remote.harness import World
 from tests.remote.test_snapshot_pins import create, pinned
-from tests.support.virtual_time import virtual_time
 
 HOUR = 3600.0
 CONFIG = SnapshotsConfig(every_seconds=HOUR, keep_last=0, hourly=2, daily=0, weekly=0)
-
-
-@pytest.fixture
-def clock() -> Iterator[MockClock]:
-    """Runs ahead once nothing is at work."""
-    with virtual_time() as clock:
-        yield clock
-
-
-@pytest.fixture
-async def world(clock: MockClock) -> World:
-    return await make_world(6, k=2, m=2)
-
-
-@pytest.fixture
-def machine(world: World, clock: MockClock, tmp_path: Path) -> FlushMachine:
-    machine = FlushMachine(world, tmp_path / "cache")
-    machine.clock = VirtualClock(clock)
-    return machine
 
 
 def automatic(machine: FlushMachine, flusher: Flusher, config: SnapshotsConfig = CONFIG) -> AutomaticSnapshots:

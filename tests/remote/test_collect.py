@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import trio
-from trio.testing import MockClock
 
 from qsfs import failpoints
 from qsfs.errors import BackendUnavailable
 from qsfs.format.extent import PackKind, PackRef
 from qsfs.format.head import head_key, open_head
-from qsfs.format.shard import parse_shard_key, shard_key
+from qsfs.format.shard import shard_key
 from qsfs.remote import collect
 from qsfs.remote.collect import AbandonedCollector
 from qsfs.store.schema import PAGE, PackRow, Table
 from tests.remote.flush_machine import Crash, FlushMachine, crash, newest_head, restore
-from tests.remote.harness import World, make_world
-from tests.remote.test_flush_flusher import VirtualClock, flushing, until
-from tests.support.virtual_time import virtual_time
+from tests.remote.flushing import flushing, stored_packs, until
+from tests.remote.harness import World
 
 POINTS = (
     "flush.cut.pack",
@@ -34,29 +30,6 @@ POINTS = (
     "flush.recorded",
     "flush.precopy.written",
 )
-
-
-@pytest.fixture
-def clock() -> Iterator[MockClock]:
-    with virtual_time() as clock:
-        yield clock
-
-
-@pytest.fixture
-async def world(clock: MockClock) -> World:
-    return await make_world(6, k=2, m=2)
-
-
-@pytest.fixture
-def machine(world: World, clock: MockClock, tmp_path: Path) -> FlushMachine:
-    machine = FlushMachine(world, tmp_path / "cache")
-    machine.clock = VirtualClock(clock)
-    return machine
-
-
-def stored_packs(world: World) -> set[bytes]:
-    keys = [key for store in world.data for key in list(store.keys())]
-    return {named.pack_id for key in keys if (named := parse_shard_key(key))}
 
 
 def restore_kept(world: World) -> dict[str, bytes]:

@@ -5,25 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import trio
-from trio.testing import MockClock
 
 from qsfs import failpoints
 from qsfs.errors import BackendUnavailable
 from qsfs.format.head import HeadRef, head_key, open_head
-from qsfs.format.shard import parse_shard_key
 from qsfs.remote import chain, dead_packs, metadata, renewal
 from qsfs.remote.flush import Flusher
 from qsfs.remote.stored import StoredPack
 from qsfs.store.schema import PAGE, PackRow, Table, u64
-from tests.remote.flush_machine import Crash, FlushMachine, crash, newest_head, read_body, restore
-from tests.remote.harness import World, make_world
-from tests.remote.test_flush_flusher import DirectReader, VirtualClock, flushing, pack_rows, until
-from tests.support.virtual_time import virtual_time
+from tests.remote.flush_machine import Crash, DirectReader, FlushMachine, crash, newest_head, read_body, restore
+from tests.remote.flushing import flushing, pack_rows, stored_packs, until
+from tests.remote.harness import World
 
 RETENTION = 100.0
 POINTS = (
@@ -36,29 +31,6 @@ POINTS = (
     "flush.precopy.written",
     "flush.precopy.recorded",
 )
-
-
-@pytest.fixture
-def clock() -> Iterator[MockClock]:
-    with virtual_time() as clock:
-        yield clock
-
-
-@pytest.fixture
-async def world(clock: MockClock) -> World:
-    return await make_world(6, k=2, m=2)
-
-
-@pytest.fixture
-def machine(world: World, clock: MockClock, tmp_path: Path) -> FlushMachine:
-    machine = FlushMachine(world, tmp_path / "cache")
-    machine.clock = VirtualClock(clock)
-    return machine
-
-
-def stored_packs(world: World) -> set[bytes]:
-    keys = [key for store in world.data for key in list(store.keys())]
-    return {named.pack_id for key in keys if (named := parse_shard_key(key))}
 
 
 def generations(world: World) -> dict[HeadRef, dict[str, bytes]]:

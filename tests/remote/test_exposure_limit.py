@@ -10,17 +10,10 @@ from qsfs.remote.exposure_limit import ExposureLimit
 from qsfs.remote.flush import Flusher
 from qsfs.store.schema import PAGE
 from tests.remote.flush_machine import FlushMachine
-from tests.remote.test_flush_flusher import (  # noqa: F401 (fixtures)
-    clock,
-    flushing,
-    machine,
-    page,
-    until,
-    world,
-)
+from tests.remote.flushing import flushing, page, until
 
 
-async def worst(flusher: Flusher, machine: FlushMachine, key: str, steps: int, size: int) -> float:  # noqa: F811
+async def worst(flusher: Flusher, machine: FlushMachine, key: str, steps: int, size: int) -> float:
     """The most exposure in a minute of writing `size` pages a second, after a minute to learn from."""
     number = machine.create("busy")
     most = 0.0
@@ -33,7 +26,7 @@ async def worst(flusher: Flusher, machine: FlushMachine, key: str, steps: int, s
     return most
 
 
-async def test_nothing_gets_older_than_the_limit(machine: FlushMachine, clock):  # noqa: F811
+async def test_nothing_gets_older_than_the_limit(machine: FlushMachine, clock):
     """Also with backends that take their time: the cut begins the earlier, the longer one takes."""
     for backend in machine.backends:
         backend.delay = lambda call: 3.0 if call == "set" else 0.0
@@ -42,7 +35,7 @@ async def test_nothing_gets_older_than_the_limit(machine: FlushMachine, clock): 
         assert flusher.status()["exposure_problem"] == ""
 
 
-async def test_no_more_than_the_limit_is_exposed(machine: FlushMachine, clock):  # noqa: F811
+async def test_no_more_than_the_limit_is_exposed(machine: FlushMachine, clock):
     """Of a steady writer; without the limit all of it waits for the cut that is due."""
     limit = 400 * PAGE
     async with flushing(machine, cut_seconds=86400, quiet_seconds=3600, exposure_bytes=limit) as flusher:
@@ -58,7 +51,7 @@ async def test_no_more_than_the_limit_is_exposed(machine: FlushMachine, clock): 
 
 
 async def test_a_limit_that_backends_do_not_let_hold_is_an_alarm_until_it_holds_again(
-    machine: FlushMachine, expect_log, clock  # noqa: F811
+    machine: FlushMachine, expect_log, clock
 ):
     """Once in the log, with both limits and what is in the way; in status for as long as it lasts."""
     expect_log("no published head has .*exposure_bytes.* and .*exposure_seconds")
@@ -84,7 +77,7 @@ async def test_a_limit_that_backends_do_not_let_hold_is_an_alarm_until_it_holds_
         assert flusher.status()["exposure"]["written"]["bytes"] == 0
 
 
-async def test_what_no_cut_can_hold_begins_none_and_is_no_alarm(machine: FlushMachine, clock):  # noqa: F811
+async def test_what_no_cut_can_hold_begins_none_and_is_no_alarm(machine: FlushMachine, clock):
     """Writes of a database before its sync: backends cannot help, and an idle mount stays idle."""
     async with flushing(machine, cut_seconds=86400, exposure_bytes=4096, exposure_seconds=5) as flusher:
         await flusher.sync()
@@ -110,7 +103,7 @@ class HandClock(FixedClock):
 @pytest.mark.parametrize("limits", [(100.0, 0), (0.0, 8000)])
 def test_after_a_cut_that_found_nothing_the_rest_counts_no_more(limits):
     """An open file without a name stays dirty: that must not have one cut follow the other.  New bytes count."""
-    clock = HandClock(1)  # noqa: F811
+    clock = HandClock(1)
     limit = ExposureLimit(*limits, clock)
     base = clock.time_ns() - int(80e9)
     assert limit.look(5000, base, "")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 import trio
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import wait_all_tasks_blocked
 
 from qsfs import failpoints
-from qsfs.clock import FixedClock
 from qsfs.config import FlushConfig
 from qsfs.errors import DataLost, Fenced, FormatMismatch
 from qsfs.format.head import Head, Owner
@@ -31,80 +29,8 @@ from qsfs.remote.publish import NotYet, Published
 from qsfs.remote.stored import StoredPack
 from qsfs.store.schema import PAGE, PackRow, PackState, Table
 from tests.remote.flush_machine import Crash, DirectReader, FlushMachine, crash, restore
-from tests.remote.harness import TIMING, World, make_world
-from tests.support.virtual_time import virtual_time
-
-
-class VirtualClock(FixedClock):
-    """Running time is a virtual clock that worker threads may read too."""
-
-    def __init__(self, clock: MockClock) -> None:
-        super().__init__(3)
-        self._clock = clock
-
-    def monotonic(self) -> float:
-        return self._clock.current_time()
-
-    def time_ns(self) -> int:
-        return super().time_ns() + int(self._clock.current_time() * 1e9)
-
-
-@pytest.fixture
-def clock() -> Iterator[MockClock]:
-    """Runs ahead once nothing is at work."""
-    with virtual_time() as clock:
-        yield clock
-
-
-@pytest.fixture
-async def world(clock: MockClock) -> World:
-    return await make_world(6, k=2, m=2)
-
-
-@pytest.fixture
-def machine(world: World, clock: MockClock, tmp_path: Path) -> FlushMachine:
-    machine = FlushMachine(world, tmp_path / "cache")
-    machine.clock = VirtualClock(clock)
-    return machine
-
-
-@contextlib.asynccontextmanager
-async def flushing(
-    machine: FlushMachine,
-    context_of: Callable[[FlushMachine], FlushContext] = lambda machine: machine.context,
-    **settings: float,
-) -> AsyncIterator[Flusher]:
-    """A flusher at work on a mounted machine."""
-    config = FlushConfig(**{"cut_seconds": 30.0, "quiet_seconds": 5.0, **settings})  # type: ignore[arg-type]
-    fenced: list[Fenced] = []
-    async with machine.mounted(), trio.open_nursery() as nursery:
-        flusher = Flusher(
-            context_of(machine),
-            config,
-            machine.publisher,
-            machine.first,
-            DirectReader(machine.world),
-            on_fenced=fenced.append,
-        )
-        machine.fenced = fenced  # type: ignore[attr-defined]
-        await nursery.start(flusher.run)
-        yield flusher
-        nursery.cancel_scope.cancel()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Lets virtual time pass until something is so; the test's time limit says when it never is."""
-    while not condition():
-        await trio.sleep(1)
-
-
-def page(letter: str) -> bytes:
-    return letter.encode() * PAGE
-
-
-def pack_rows(machine: FlushMachine) -> dict[int, PackRow]:
-    rows = machine.store.scan(Table.PACKS, b"", None)
-    return {int.from_bytes(key, "big"): PackRow.decode(row) for key, row in rows}
+from tests.remote.flushing import flushing, pack_rows, page, until
+from tests.remote.harness import TIMING, World
 
 
 async def test_sync_returns_when_everything_before_it_is_published(

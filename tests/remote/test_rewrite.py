@@ -4,43 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import AsyncIterator, Collection, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Collection
 
 import pytest
 import trio
-from trio.testing import MockClock
 
 from qsfs.errors import Unavailable
 from qsfs.remote import rewrite
 from qsfs.remote.flush import Flusher
 from qsfs.remote.stored import StoredPack
 from qsfs.store.schema import BLOCK_PAGES, PAGE, Table, u64_pair
-from tests.remote.flush_machine import FlushMachine, restore
-from tests.remote.harness import World, make_world
-from tests.remote.test_dead_packs import RETENTION, generations, stored_packs
-from tests.remote.test_flush_flusher import DirectReader, VirtualClock, flushing, pack_rows, until
-from tests.support.virtual_time import virtual_time
+from tests.remote.flush_machine import DirectReader, FlushMachine, restore
+from tests.remote.flushing import flushing, pack_rows, stored_packs, until
+from tests.remote.harness import World
+from tests.remote.test_dead_packs import RETENTION, generations
 
 PAGES = 160
-
-
-@pytest.fixture
-def clock() -> Iterator[MockClock]:
-    with virtual_time() as clock:
-        yield clock
-
-
-@pytest.fixture
-async def world(clock: MockClock) -> World:
-    return await make_world(6, k=2, m=2)
-
-
-@pytest.fixture
-def machine(world: World, clock: MockClock, tmp_path: Path) -> FlushMachine:
-    machine = FlushMachine(world, tmp_path / "cache")
-    machine.clock = VirtualClock(clock)
-    return machine
 
 
 @contextlib.asynccontextmanager

@@ -6,7 +6,6 @@ The machine that flushes, and the restore that shares no code with the store, ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,10 +26,9 @@ from qsfs.remote.spool import Spool
 from qsfs.store.schema import PAGE, InodeFlag, Table, read_plain_u64
 from qsfs.store.store import Store
 from tests.remote.flush_machine import LIMITS, FlushMachine, Image, SimplePublisher, crash, newest_head, restore
-from tests.remote.harness import TIMING, World, make_world
-from tests.remote.test_flush_flusher import VirtualClock, flushing, page
+from tests.remote.flushing import flushing, page
+from tests.remote.harness import TIMING, World
 from tests.remote.test_snapshot_pins import create, pinned
-from tests.support.virtual_time import virtual_time
 
 OLD = {"a": page("x") * 4, "b": page("y")}
 NEW = {"a": page("x") + page("z") * 2 + page("x"), "c": page("c") * 20}
@@ -55,25 +53,6 @@ DEATHS = (
     ("test.head.at-one", 13, OLD),
     ("rollback.published", 1, OLD),
 )
-
-
-@pytest.fixture
-def clock() -> Iterator[MockClock]:
-    """Runs ahead once nothing is at work."""
-    with virtual_time() as clock:
-        yield clock
-
-
-@pytest.fixture
-async def world(clock: MockClock) -> World:
-    return await make_world(6, k=2, m=2)
-
-
-@pytest.fixture
-def machine(world: World, clock: MockClock, tmp_path: Path) -> FlushMachine:
-    machine = FlushMachine(world, tmp_path / "cache")
-    machine.clock = VirtualClock(clock)
-    return machine
 
 
 class Gated:

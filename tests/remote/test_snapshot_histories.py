@@ -15,8 +15,8 @@ import pytest
 from qsfs import failpoints
 from qsfs.remote.flush import Flusher
 from tests.remote.flush_machine import FlushMachine, crash, restore
+from tests.remote.flushing import VirtualClock, flushing, page
 from tests.remote.harness import make_world
-from tests.remote.test_flush_flusher import VirtualClock, flushing, page
 from tests.remote.test_rollback import local_files, roll_back
 from tests.remote.test_snapshot_pins import create, pinned
 from tests.support.virtual_time import virtual_time

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -15,9 +14,8 @@ from qsfs.format.head import head_key, open_head
 from qsfs.remote.flush import Flusher
 from qsfs.remote.snapshots import Snapshot, snapshots_of
 from tests.remote.flush_machine import Crash, FlushMachine, Image, crash, newest_head, restore
-from tests.remote.harness import World, make_world
-from tests.remote.test_flush_flusher import VirtualClock, flushing, page, until
-from tests.support.virtual_time import virtual_time
+from tests.remote.flushing import flushing, page, until
+from tests.remote.harness import World
 
 POINTS = (
     "flush.cut.sealed",
@@ -30,25 +28,6 @@ POINTS = (
     "flush.recorded",
     "flush.spool.cleared",
 )
-
-
-@pytest.fixture
-def clock() -> Iterator[MockClock]:
-    """Runs ahead once nothing is at work."""
-    with virtual_time() as clock:
-        yield clock
-
-
-@pytest.fixture
-async def world(clock: MockClock) -> World:
-    return await make_world(6, k=2, m=2)
-
-
-@pytest.fixture
-def machine(world: World, clock: MockClock, tmp_path: Path) -> FlushMachine:
-    machine = FlushMachine(world, tmp_path / "cache")
-    machine.clock = VirtualClock(clock)
-    return machine
 
 
 async def create(flusher: Flusher, name: str) -> Snapshot:

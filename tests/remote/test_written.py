@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import trio
-from trio.testing import MockClock
 
 from qsfs import failpoints
 from qsfs.daemon.syncing import sync_to
@@ -17,27 +14,8 @@ from qsfs.errors import BackendFull, Fenced, Unavailable
 from qsfs.format.shard import parse_shard_key
 from qsfs.remote.flush import Flusher
 from tests.remote.flush_machine import FlushMachine, restore
-from tests.remote.harness import World, make_world
-from tests.remote.test_flush_flusher import VirtualClock, flushing, page, until
-from tests.support.virtual_time import virtual_time
-
-
-@pytest.fixture
-def clock() -> Iterator[MockClock]:
-    with virtual_time() as clock:
-        yield clock
-
-
-@pytest.fixture
-async def world(clock: MockClock) -> World:
-    return await make_world(6, k=2, m=2)
-
-
-@pytest.fixture
-def machine(world: World, clock: MockClock, tmp_path: Path) -> FlushMachine:
-    machine = FlushMachine(world, tmp_path / "cache")
-    machine.clock = VirtualClock(clock)
-    return machine
+from tests.remote.flushing import flushing, page, until
+from tests.remote.harness import World
 
 
 class Here:
