@@ -205,21 +205,30 @@ class DeadPackCollector:
         if row is not None and row.unnamed_since_ns:
             return True
         if row is not None and dead.data:
-            pack = StoredPack.of_row(row, self._context.sealer.code.params)
             try:
                 with trio.fail_after(_READ_SECONDS):
+                    pack = StoredPack.of_row(row, self._context.sealer.code.params)
                     entries = await read_index(self._reader, pack, self._context.sealer.keys)
             except (trio.TooSlowError, BackendError):
-                self._later(dead, {f"too many of the backends of pack {pack.name}"})
+                self._later(dead, {f"too many of the backends of pack {dead.pack_id.hex()}"})
                 return False
-            except (DataLost, Corrupt) as error:
+            except DataLost as error:
                 # Nobody can read it any more, so nobody needs it: the count of its live bytes must do.
-                _log.info("pack %s: is dead, and its index cannot be read (%s)", pack.name, error)
+                _log.info("pack %s: is dead, and its index cannot be read (%s)", dead.pack_id.hex(), error)
                 entries = ()
+            except (Corrupt, FormatMismatch) as error:
+                # The row may be what is damaged, and with it the count of live bytes.
+                _log.error(
+                    "pack %s: its row says that nothing lives in it, and does not fit the pack (%s); it stays; "
+                    "unmount, and run 'qsfs fsck --deep'",
+                    dead.pack_id.hex(),
+                    error,
+                )
+                self._forget(dead)
+                return False
             row = self._row(dead) if self._nothing_lives_in(dead, entries) else None
         if row is None:
-            self._let_go(dead)
-            self.graveyard.forget(dead.number)
+            self._forget(dead)
             return False
         mark = replace(row, live=0, unnamed_since_ns=self._context.clock.time_ns())
         self._context.store.layers.put(Table.PACKS, u64(dead.number), mark.encode())
@@ -241,6 +250,11 @@ class DeadPackCollector:
     def _later(self, dead: DeadPack, missing: Iterable[str]) -> None:
         self._unanswered[dead.number] = frozenset(missing)
         self._not_before[dead.number] = self._context.clock.monotonic() + AGAIN_SECONDS
+
+    def _forget(self, dead: DeadPack) -> None:
+        """Leaves a pack alone until the next mount."""
+        self._let_go(dead)
+        self.graveyard.forget(dead.number)
 
     def _let_go(self, dead: DeadPack) -> None:
         for known in (self._not_before, self._cleared, self._unanswered):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 import trio
 
-from qsfs.errors import BackendError, Corrupt, DataLost
+from qsfs.errors import BackendError, Corrupt, DataLost, FormatMismatch
 from qsfs.format.extent import ExtentEntry, PackKind
 from qsfs.format.pack import open_extent
 from qsfs.remote.context import FlushContext
@@ -100,14 +100,15 @@ class Rewriter:
         return False
 
     def _choose(self) -> tuple[int, PackRow] | None:
-        """The thinnest of the packs that were known to be thin for longest."""
+        """The thinnest of the packs that were not looked at for longest."""
         now, wall_ns = self._context.clock.monotonic(), self._context.clock.time_ns()
         best: tuple[float, int, PackRow] | None = None
         for number in [n for _, (n, later) in zip(range(_LOOKED_AT), self._thin.items(), strict=False) if later <= now]:
             row = pack_row(self._context.store, number)
+            later = self._thin.pop(number)
             if row is None or not row.live or row.kind != PackKind.DATA:
-                del self._thin[number]
                 continue
+            self._thin[number] = later
             part = row.live / row.body_length
             if part >= self._share or wall_ns - row.written_at_ns < SETTLED_SECONDS * 1e9:
                 continue
@@ -118,16 +119,16 @@ class Rewriter:
     async def _rewrite(self, number: int, row: PackRow) -> None:
         """Brings what lives of a pack into the cache, and marks it dirty."""
         context = self._context
+        marked = 0
         try:
             with trio.fail_after(_READ_SECONDS):
                 pack = StoredPack.of_row(row, context.sealer.code.params)
-                marked = 0
                 for entry in await read_index(self._reader, pack, context.sealer.keys):
                     marked += await self._rewrite_extent(number, pack, entry)
                     await trio.lowlevel.checkpoint()
-        except (trio.TooSlowError, BackendError, DataLost, Corrupt) as error:
-            _log.info("pack %s: is not rewritten now: %s", row.pack_id.hex(), error or "it is not read in time")
-            marked = 0
+        except (trio.TooSlowError, BackendError, DataLost, Corrupt, FormatMismatch) as error:
+            why = "it was not read in time" if isinstance(error, trio.TooSlowError) else error
+            _log.info("pack %s: is not rewritten, which is tried again: %s", row.pack_id.hex(), why)
         self.rewritten_bytes += marked * PAGE
         del self._thin[number]
         self._thin[number] = context.clock.monotonic() + AGAIN_SECONDS

@@ -325,6 +325,24 @@ async def rewrite_once_and_let_it_die(machine: FlushMachine, flusher: Flusher) -
     return {row.pack_id for row in old if place in row.placement}, place
 
 
+async def test_a_damaged_row_costs_space_and_no_data(world: World, machine: FlushMachine, clock, expect_log):
+    """What its row calls dead and the pack does not confirm stays, and nothing else waits for it."""
+    expect_log(r"does not fit the pack .*; it stays", count=1)
+    async with flushing(machine, retention_seconds=RETENTION) as flusher:
+        number = machine.create("a")
+        await rewrite(machine, flusher, number, 1)
+        pack, row = next((n, r) for n, r in pack_rows(machine).items() if r.kind == 1 and r.live)
+        damaged = dataclasses.replace(row, live=0, digest=bytes(32))
+        machine.store.layers.put(Table.PACKS, u64(pack), damaged.encode())
+        machine.store.extents.emptied.add(pack)
+        other = machine.create("b")
+        for byte in range(10):
+            await rewrite(machine, flusher, other, byte)
+            await trio.sleep(RETENTION)
+        assert row.pack_id in stored_packs(world)
+        assert flusher.status()["dead"]["deleted_packs"] > 0
+
+
 async def test_a_backend_that_does_not_answer_is_asked_again_and_nothing_is_taken_for_done(
     world: World, machine: FlushMachine, clock
 ):

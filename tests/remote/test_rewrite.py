@@ -91,6 +91,21 @@ async def test_rewriting_can_be_switched_off(world: World, machine: FlushMachine
         assert thin(machine) == before
 
 
+async def test_packs_that_are_not_thin_enough_do_not_keep_others_from_their_turn(
+    world: World, machine: FlushMachine, clock, monkeypatch
+):
+    """However many there are, and however few are looked at in a second."""
+    monkeypatch.setattr(rewrite, "_LOOKED_AT", 1)
+    async with thinned(machine, evicted=False, rewrite_below=0.2) as (flusher, number, _):
+        assert len(thin(machine)) >= 2, "a quarter of each is alive"
+        last = max(thin(machine))
+        for row in [row for row in machine.store.extents.overlapping(number, 0, PAGES) if row.pack == last][:-2]:
+            machine.write(number, row.first, bytes(row.pages * PAGE))
+        await flusher.sync()
+        await pass_time(machine, flusher, 10)
+        assert flusher.status()["rewrite"]["rewritten_packs"] == 1 and last not in thin(machine)
+
+
 async def test_the_next_mount_finds_what_is_thin(world: World, machine: FlushMachine, clock):
     async with thinned(machine, evicted=False) as (_, number, content):
         assert thin(machine)
