@@ -18,7 +18,7 @@ from qsfs.clock import Clock
 from qsfs.daemon.committer import Committer
 from qsfs.daemon.connect import SUPERBLOCK_ROW, Opened
 from qsfs.daemon.owning import local_fleets
-from qsfs.errors import BackendError, KeyFileError, QsfsError
+from qsfs.errors import BackendError, KeyFileError, QsfsBug, QsfsError
 from qsfs.format.keys import KeyRing
 from qsfs.format.slots import Secret, name_of
 from qsfs.format.superblock import SUPERBLOCK_KEY, Superblock, encode_superblock, open_superblock, read_superblock
@@ -173,10 +173,17 @@ class KeyUpkeep:
             return None
 
     async def _take_up(self, value: bytes, superblock: Superblock, keys: KeyRing) -> None:
+        held = self.opened.keys
+        try:
+            KeyRing(held.fsid, [held.get(number) for number in held.numbers]).learn(
+                keys.get(number) for number in keys.numbers
+            )
+        except QsfsBug as error:
+            self._tell(f"the key slots on the backends are not taken up: {error}; 'qsfs key list' says more")
+            return
         # Durable here before anything is sealed under it: a restart must be able to open that.
         self._store.set_local(SUPERBLOCK_ROW, value)
         await self._committer.commit()
-        held = self.opened.keys
         before = held.current.number
         held.learn(keys.get(number) for number in keys.numbers)
         self.opened = replace(self.opened, superblock=superblock)

@@ -128,6 +128,17 @@ def superblock_fsid(value: Buffer) -> bytes:
     return _split(value)[0]
 
 
+def is_whole(value: Buffer, fsid: bytes) -> bool:
+    """Whether a superblock of this file system did not rot, whoever wrote it: its checksum fits.
+
+    What is whole and does not authenticate under the keys at hand may be sealed under others.
+    """
+    try:
+        return superblock_fsid(value) == fsid
+    except (Corrupt, FormatMismatch):
+        return False
+
+
 def open_superblock(value: Buffer, secret: Secret) -> tuple[Superblock, KeyRing]:
     """The superblock, and the key ring that a secret opens.
 

@@ -17,7 +17,7 @@ from qsfs.errors import BackendError, Corrupt, FormatMismatch, KeyFileError
 from qsfs.format.head import HeadRef, Owner, head_key, open_head, open_owner_record, owner_key
 from qsfs.format.identity import identity_key, open_identity
 from qsfs.format.keys import KeyRing
-from qsfs.format.superblock import SUPERBLOCK_KEY, read_superblock
+from qsfs.format.superblock import SUPERBLOCK_KEY, is_whole, read_superblock
 from qsfs.remote.ask import Finding
 from qsfs.remote.members import Member, Members
 
@@ -54,12 +54,19 @@ class CopySet:
 async def superblock_copies(members: Members, keys: KeyRing) -> CopySet:
     """The superblock on every backend; the right one is that of the highest revision.
 
-    One that says it is of a newer master key than `keys` has is unknown, and stays.
+    One that says it is of a newer master key than `keys` has is unknown, and stays; so does one that is
+    whole and sealed under another key.
     """
     revisions: dict[bytes, int] = {}
 
     def check(value: bytes) -> None:
-        revisions[value] = read_superblock(value, keys).revision
+        try:
+            revisions[value] = read_superblock(value, keys).revision
+        except Corrupt as error:
+            if is_whole(value, keys.fsid):
+                what = f"{error}, and is whole: of another change of the key slots; see 'qsfs key list'"
+                raise KeyFileError(what) from None
+            raise
 
     found = await _read(members, "superblock", SUPERBLOCK_KEY, lambda member: member.data, check)
     held = Counter(copy.value for copy in found)

@@ -61,11 +61,26 @@ class KeyState:
 
     @property
     def readable(self) -> frozenset[int]:
-        """The backends that said what they hold, be it nothing."""
+        """The backends of which is known what they hold, be it nothing.
+
+        What is closed to our secret may be a later change, so it is not known.
+        """
         empty = {c.name for c, error in self.found.problems if isinstance(error, NotFound)}
-        return self._where(lambda value: True) | frozenset(
+        return self._where(lambda value: value not in self.found.closed) | frozenset(
             member.number for member in self.members if member.identified and member.name in empty
         )
+
+    @property
+    def closed(self) -> frozenset[int]:
+        """The backends whose copy is whole, and closed to our secret."""
+        return self._where(lambda value: value in self.found.closed)
+
+    @property
+    def beaten(self) -> frozenset[bytes]:
+        """Copies of a change that cannot have held: a quorum holds another, and they are of no newer master key."""
+        if not reached(self.quorums, self.holders):
+            return frozenset()
+        return frozenset(v for v, error in self.found.closed.items() if not isinstance(error, KeyFileError))
 
     def opened_by(self, secret: Secret) -> frozenset[int]:
         """The backends whose copy a secret opens, be it an old one."""
@@ -143,14 +158,16 @@ async def change_key_slots(
     state = await read_key_state(candidates, secret, clock, timing)
     found = state.found
     _require_present(found)
-    _require_quorum(state)
+    _require_quorum(state, NOTHING_CHANGED)
 
     def prepare() -> tuple[Change, bytes]:
         change = make(found.superblock, found.keys, found.newest_master + 1)
         return change, encode_superblock(change.superblock, change.keys, clock)
 
     change, value = await trio.to_thread.run_sync(prepare)
-    spread = await write_superblock(state.members, state.quorums, value, change.keys, timing=timing)
+    spread = await write_superblock(
+        state.members, state.quorums, value, change.keys, timing=timing, beaten=state.beaten
+    )
     return _changed(state, change, spread)
 
 
@@ -160,9 +177,11 @@ async def refill_key_slots(
     """Brings the newest key slots to all backends that hold older ones or none; completes a change that
     was interrupted.  Raises as `change_key_slots`."""
     state = await read_key_state(candidates, secret, clock, timing)
-    _require_quorum(state)
+    _require_quorum(state, NOTHING_CHANGED)
     if reached(state.quorums, state.holders):
-        spread = await spread_superblock(state.members, state.found.value, state.found.keys, timing=timing)
+        spread = await spread_superblock(
+            state.members, state.found.value, state.found.keys, timing=timing, beaten=state.beaten
+        )
     else:
         spread = await write_superblock(
             state.members, state.quorums, state.found.value, state.found.keys, timing=timing
@@ -185,8 +204,8 @@ async def prove_secret(
 ) -> Proof:
     """Proves against the backends that a secret opens the key slots there, and its master keys the newest head.
 
-    Raises `KeyFileError` if it opens nothing, or only copies from before it was removed, and
-    `QuorumUnavailable` if too few backends answered to know which head is the newest.
+    Raises `KeyFileError` if it opens nothing, or only copies that may be from before it was removed, and
+    `QuorumUnavailable` if too few backends answered to know the newest key slots and the newest head.
     """
     state = await read_key_state(candidates, secret, clock, timing)
     found, fleet = state.found, state.fleet
@@ -196,6 +215,7 @@ async def prove_secret(
             f"{found.removed} (on {len(opens)} of {fleet} backends). Do not rely on it: it opens nothing once they "
             "are refilled"
         )
+    _require_quorum(state, "nothing is proven")
     if state.newest.judgement.withstands < 0:
         raise QuorumUnavailable(f"the secret opens the key slots, but {' '.join(state.newest.sentences())}")
     slot = ", ".join(map(str, sorted(found.used)))
@@ -216,13 +236,21 @@ def _require_present(found: FoundSuperblock) -> None:
         raise KeyFileError(f"{found.removed}; {NOTHING_CHANGED}: use a secret that opens the present key slots")
 
 
-def _require_quorum(state: KeyState) -> None:
+def _require_quorum(state: KeyState, so: str) -> None:
+    """Raises unless it is known what the newest key slots are; `so` says what follows."""
     readable = state.readable
-    if not reached(state.quorums, readable):
-        raise QuorumUnavailable(
-            f"too few backends answered to change key slots ({describe_shortage(state.quorums, readable)}); "
-            f"{NOTHING_CHANGED}. {' '.join(state.sentences())}"
+    if reached(state.quorums, readable):
+        return
+    told = " ".join(state.sentences())
+    if state.closed:
+        raise KeyFileError(
+            f"{len(state.closed)} of {state.fleet} backends hold key slots that this secret does not open, so it may "
+            f"have been removed; {so}: use a secret that opens the present key slots. {told}"
         )
+    raise QuorumUnavailable(
+        f"too few backends answered to know the newest key slots ({describe_shortage(state.quorums, readable)}); "
+        f"{so}. {told}"
+    )
 
 
 def _changed(state: KeyState, change: Change, spread: Spread) -> Changed:

@@ -1,10 +1,11 @@
 """Replacing the superblock: the one value on backends that is ever replaced by a different one.
 
 On each backend a superblock is written only over an older revision of the same file system, over
-nothing, or over rot, and only after this was read over the same connection.  A change counts when a
-fence quorum of backends gives it back afterwards.  Whoever changes it read such a quorum before,
-so of two changes one after the other the later one builds on the earlier; of two at once at least
-one sees the other and says so, and every secret that opened before still opens some copy.
+nothing, over rot, or over one that a quorum decided against, and only after this was read over the
+same connection.  A change counts when a fence quorum of backends gives it back afterwards.  Whoever
+changes it read such a quorum before, so of two changes one after the other the later one builds on
+the earlier; of two at once at least one sees the other and says so, and every secret that opened
+before still opens some copy.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from qsfs.errors import (
     QuorumUnavailable,
 )
 from qsfs.format.keys import KeyRing
-from qsfs.format.superblock import SUPERBLOCK_KEY, Superblock, read_superblock
+from qsfs.format.superblock import SUPERBLOCK_KEY, Superblock, is_whole, read_superblock
 from qsfs.remote.members import Member, Members
 from qsfs.remote.quorum import FleetQuorum, describe_shortage, reached
 from qsfs.remote.reasons import summary
@@ -45,7 +46,7 @@ class Standing(Enum):
     NEWER = "newer"
     """A higher revision, or one under a master key that is not known here."""
     RIVAL = "rival"
-    """Another one of the same revision."""
+    """Another one of the same revision, or one that is whole and sealed under another master key of the same number."""
     FOREIGN = "foreign"
     """Something else, or of a newer format: left alone."""
 
@@ -71,7 +72,7 @@ def standing(present: bytes | None, value: bytes, right: Superblock, keys: KeyRi
     try:
         other = read_superblock(present, keys)
     except Corrupt:
-        return Standing.OLDER
+        return Standing.RIVAL if is_whole(present, keys.fsid) else Standing.OLDER
     except KeyFileError:
         return Standing.NEWER
     except FormatMismatch:
@@ -82,11 +83,18 @@ def standing(present: bytes | None, value: bytes, right: Superblock, keys: KeyRi
 
 
 async def spread_superblock(
-    members: Members, value: bytes, keys: KeyRing, *, timing: Timing | None = None, write: bool = True
+    members: Members,
+    value: bytes,
+    keys: KeyRing,
+    *,
+    timing: Timing | None = None,
+    write: bool = True,
+    beaten: Collection[bytes] = (),
 ) -> Spread:
     """Brings `value` to every identified member that holds an older one, and reads it back there.
 
-    Without `write` it only looks.  Raises nothing of the backends'.
+    `beaten` are rivals that count as older: a quorum held another when they were read.  Without `write`
+    it only looks.  Raises nothing of the backends'.
     """
     timing = timing or Timing()
     right = read_superblock(value, keys)
@@ -96,7 +104,7 @@ async def spread_superblock(
 
     async def put(session: Session, member: Member) -> None:
         present = await session.get(SUPERBLOCK_KEY)
-        found = standing(present, value, right, keys)
+        found = Standing.OLDER if present in beaten else standing(present, value, right, keys)
         if found is Standing.OLDER and write:
             await session.set(SUPERBLOCK_KEY, value)
             failpoints.hit("superblock.stored")
@@ -138,7 +146,7 @@ async def spread_superblock(
 
 _SAID = {
     Standing.NEWER: "holds a newer superblock",
-    Standing.RIVAL: "holds another superblock of the same revision",
+    Standing.RIVAL: "holds the superblock of another change of the key slots",
     Standing.FOREIGN: "holds something else than a superblock of this file system and format",
 }
 
@@ -150,6 +158,7 @@ async def write_superblock(
     keys: KeyRing,
     *,
     timing: Timing | None = None,
+    beaten: Collection[bytes] = (),
 ) -> Spread:
     """Makes `value` the superblock: it is written everywhere, and a quorum of every fleet gives it back.
 
@@ -157,9 +166,9 @@ async def write_superblock(
     `KeyConflict` if another change was made at the same time, and `QuorumUnavailable` if too few hold
     it in the end: then it lies on some backends, and old and new secrets each open some.
     """
-    written = await spread_superblock(members, value, keys, timing=timing)
+    written = await spread_superblock(members, value, keys, timing=timing, beaten=beaten)
     failpoints.hit("superblock.spread")
-    again = await spread_superblock(members, value, keys, timing=timing, write=False)
+    again = await spread_superblock(members, value, keys, timing=timing, write=False, beaten=beaten)
     found = Spread(
         again.holders,
         {**{n: why for n, why in written.reasons.items() if n not in again.holders}, **again.reasons},

@@ -25,6 +25,7 @@ from qsfs.format.slots import Secret, masters_of, name_of
 from qsfs.format.superblock import (
     SUPERBLOCK_KEY,
     Superblock,
+    is_whole,
     open_superblock,
     read_superblock,
     superblock_fsid,
@@ -38,10 +39,11 @@ class FoundSuperblock:
     """The superblock of the highest revision, its key ring, and what every other backend gave instead.
 
     `value` is the superblock as it lies on backends, `same` are all values that say just this, `copies`
-    what each backend that answered holds, by name.  `used` are the slots that the secret opens in it; none
-    if only an older copy opens: the secret was removed since, and `removed` says so for people.
-    `newest_master` is the highest number of a master key in any copy that is ours, also of a change that did
-    not hold.
+    what each backend that answered holds, by name, and `closed` those of them that are whole and not to be
+    read: under a newer master key, or of another change of the key slots.  `used` are the slots that the
+    secret opens in it; none if only an older copy opens: the secret was removed since, and `removed` says so
+    for people.  `newest_master` is the highest number of a master key in any copy that is ours, also of a
+    change that did not hold.
     """
 
     superblock: Superblock
@@ -50,6 +52,7 @@ class FoundSuperblock:
     value: bytes
     same: frozenset[bytes]
     copies: dict[str, bytes]
+    closed: dict[bytes, QsfsError]
     used: frozenset[int]
     newest_master: int
     removed: str = ""
@@ -111,7 +114,10 @@ async def find_superblock(
     keys, used, removed = work.ring_of(value)
     copies = {candidate.name: other for candidate, other in held}
     same = frozenset(other for other, opened in work.opened.items() if opened == superblock)
-    return FoundSuperblock(superblock, keys, tuple(problems), value, same, copies, used, work.newest_master, removed)
+    closed = {other: error for other, error in work.errors.items() if is_whole(other, keys.fsid)}
+    return FoundSuperblock(
+        superblock, keys, tuple(problems), value, same, copies, closed, used, work.newest_master, removed
+    )
 
 
 def _outdated(candidate: Candidate, old: Superblock, right: Superblock) -> Corrupt:

@@ -218,6 +218,103 @@ async def test_of_two_commands_at_once_none_undoes_what_the_other_reported(autoj
     assert {0, 1} & outcomes, "the two never met: the test shows nothing"
 
 
+async def rotated_between(servers: KeyServers) -> tuple[KeyServers, Exception | None]:
+    """Two rotations of the master key: the second has read before the first is done, and writes afterwards."""
+    other = KeyServers.__new__(KeyServers)
+    other.__dict__ |= servers.__dict__
+    other.connect()
+
+    def make(superblock, keys, number):
+        trio.from_thread.run(other.rotate_master)
+        return rotate_master(superblock, keys, (OLD,), servers.clock, number=number)
+
+    servers.connect()
+    try:
+        await servers.change(make)
+    except KeyConflict as error:
+        return other, error
+    return other, None
+
+
+async def test_a_rotation_that_was_reported_is_not_overwritten_by_one_that_began_before(servers):
+    """What a mount seals under the new master key at once would be lost with it."""
+    other, error = await rotated_between(servers)
+    assert isinstance(error, KeyConflict) and "at the same time" in str(error)
+    found = await other.find()
+    assert found.keys.numbers == (1, 2) and servers.revisions(OLD) == [2] * 5
+    await other.rotate_master()
+    assert (await other.find()).keys.get(2) == found.keys.get(2)
+
+
+async def test_a_change_that_lost_against_another_is_replaced_once_that_is_seen_on_a_quorum(servers):
+    """Two of five backends have the loser's: the next refill mends them, and no later command fails for it."""
+    loser = servers.change(lambda s, k, n: rotate_master(s, k, (OLD,), servers.clock, number=n))
+    for backend in servers.backends[:3]:
+        backend.gate = _refuse_sets
+    with pytest.raises(QuorumUnavailable):
+        await loser
+    lost = [store.peek(SUPERBLOCK_KEY) for store in servers.data[3:]]
+    for store, value in zip(servers.data[3:], [store.peek(SUPERBLOCK_KEY) for store in servers.data[:2]], strict=True):
+        store.put(SUPERBLOCK_KEY, value)
+    servers.connect()
+    await servers.rotate_master()
+    for store, value in zip(servers.data[3:], lost, strict=True):
+        store.put(SUPERBLOCK_KEY, value)
+    won = (await servers.find()).keys
+    refilled = await servers.refill()
+    assert refilled.holders == 5 and (await servers.find()).keys.get(2) == won.get(2)
+
+
+async def dropped(servers: KeyServers) -> None:
+    """OLD is dropped by a rotation while one backend is away, and comes back with its old copy."""
+    await servers.add()
+    servers.down(4)
+    await servers.rotate_master((NEW,), NEW, drop=(1,))
+    servers.down()
+
+
+@pytest.mark.parametrize("change", ["rotate_master", "add", "refill"])
+async def test_a_secret_that_was_dropped_changes_nothing(servers, change):
+    """Not even with an old copy that it still opens: that would lock out everybody else."""
+    await dropped(servers)
+    held = [store.peek(SUPERBLOCK_KEY) for store in servers.data]
+    with pytest.raises(KeyFileError, match="nothing was changed"):
+        await {
+            "rotate_master": lambda: servers.rotate_master((OLD,), OLD, drop=(2,)),
+            "add": lambda: servers.add(THIRD, OLD),
+            "refill": lambda: servers.refill(OLD),
+        }[change]()
+    assert [store.peek(SUPERBLOCK_KEY) for store in servers.data] == held
+    assert servers.revisions(NEW)[:4] == [3] * 4
+
+
+async def test_a_secret_that_was_dropped_proves_nothing(servers):
+    await dropped(servers)
+    with pytest.raises(KeyFileError, match="does not open"):
+        await prove_secret(servers.candidates(), OLD, servers.clock, TIMING)
+    assert (await prove_secret(servers.candidates(), NEW, servers.clock, TIMING)).opens == 5
+
+
+async def test_a_check_of_copies_leaves_another_change_of_the_key_slots_alone(servers):
+    """It is whole: what a repair by our keys would write over it may be what was lost in the race."""
+    before = servers.data[0].peek(SUPERBLOCK_KEY)
+    other, _ = await rotated_between(servers)
+    held = (await other.find()).keys
+    servers.data[4].put(SUPERBLOCK_KEY, before)
+    stranger = KeyServers.__new__(KeyServers)
+    stranger.__dict__ |= servers.__dict__
+    stranger.connect()
+    stranger.down(0, 1, 2, 3)
+    alone = await find_superblock(stranger.candidates(), OLD)
+    rival = rotate_master(alone.superblock, alone.keys, (OLD,), servers.clock, number=2)
+    servers.data[4].put(SUPERBLOCK_KEY, encode_superblock(rival.superblock, rival.keys, servers.clock))
+    servers.connect()
+    members, _ = await find_members(servers.candidates(), held, servers.clock)
+    copies = await superblock_copies(members, held)
+    assert [copy.finding for copy in copies.copies] == [*[Finding.GOOD] * 4, Finding.UNKNOWN]
+    assert not copies.wrong
+
+
 async def test_a_removed_secret_still_opens_an_old_copy_and_is_told_so(servers):
     await servers.add()
     servers.down(4)
