@@ -107,6 +107,25 @@ async def test_the_local_copy_opens_before_anything_is_sealed_under_the_new_key(
     assert seen == [1] and mount.opened.keys.current.number == 2
 
 
+async def test_slots_with_another_master_key_of_a_number_that_is_held_are_not_taken_up(mount, expect_log):
+    """What was sealed under ours would open nowhere: the local copy, which still opens it, stays."""
+    expect_log("are not taken up: master key 2 .* has two different secrets", logging.WARNING, count=1)
+    first = mount.opened.superblock, mount.opened.keys
+
+    def rotated(superblock, keys, number):
+        return rotate_master(superblock, keys, [SECRET], mount.clock, number=number)
+
+    rival = rotated(first[0], open_superblock(mount.store.local(SUPERBLOCK_ROW), SECRET)[1], 2)
+    rival = rotated(rival.superblock, rival.keys, 3)
+    ours = mount.changed(rotated(*first, 2))
+    mount.put(ours, 8)
+    await mount.upkeep.look()
+    assert mount.opened.keys.numbers == (1, 2)
+    mount.put(mount.changed(rival), 8)
+    await mount.upkeep.look()
+    assert mount.store.local(SUPERBLOCK_ROW) == ours and mount.opened.keys.numbers == (1, 2)
+
+
 async def test_a_secret_that_was_rotated_away_does_not_hinder_the_mount(mount):
     change = rotate_slot(mount.opened.superblock, mount.opened.keys, 1, NEW, mount.clock)
     mount.put(mount.changed(change), 3)
