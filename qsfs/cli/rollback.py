@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         print(text, file=sys.stderr, flush=True)
 
     def agree(plan: Plan) -> None:
+        _tell_lost(plan)
         if not args.yes:
             _ask(plan)
 
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
                 "as": report.target.head.generation,
                 "left": report.left,
                 "aside": None if report.aside is None else str(report.aside),
+                "emptied": report.tally.emptied,
                 "put_aside": [{"path": file.path, "name": file.name} for file in report.tally.aside],
             }
         )
@@ -68,9 +70,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tell_lost(plan: Plan) -> None:
+    """Says what no snapshot will have, also where nobody is asked."""
+    from qsfs.daemon.rollback import describe_unpublished
+
+    if plan.lost:
+        what = f"It will be in {plan.aside} only." if plan.aside is not None else "It will be gone."
+        print(f"Never published: {describe_unpublished(plan.lost)}. {what}", file=sys.stderr)
+
+
 def _ask(plan: Plan) -> None:
     from qsfs.cli.output import format_time
-    from qsfs.daemon.rollback import describe_unpublished
     from qsfs.remote.newest import describe_head
 
     if not sys.stdin.isatty():
@@ -80,9 +90,6 @@ def _ask(plan: Plan) -> None:
     print(f"What is there now, {describe_head(plan.newest)}, will be kept as a snapshot.", file=sys.stderr)
     target = f"{describe_head(plan.target.head)}{names}"
     print(f"The file system will be what it was at {cut_at}, {target}.", file=sys.stderr)
-    if plan.aside is not None:
-        lost = describe_unpublished(plan.lost)
-        print(f"Never published: {lost}. It will be in {plan.aside} only.", file=sys.stderr)
     print("Go on? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise QsfsError("not agreed to; nothing was changed")
@@ -90,7 +97,7 @@ def _ask(plan: Plan) -> None:
 
 def _sentences(report: RollbackReport) -> list[str]:
     from qsfs.cli.output import format_time
-    from qsfs.remote.restore import aside_sentences
+    from qsfs.remote.restore import changed_sentences
 
     names = f" ({', '.join(report.target.pins)})" if report.target.pins else ""
     tally = report.tally
@@ -102,4 +109,4 @@ def _sentences(report: RollbackReport) -> list[str]:
     ]
     if report.aside is not None:
         lines.append(f"what was never published is in {report.aside}")
-    return [*lines, *aside_sentences(tally), "Next: qsfs mount"]
+    return [*lines, *changed_sentences(tally), "Next: qsfs mount"]

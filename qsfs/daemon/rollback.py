@@ -38,7 +38,7 @@ LEFT = "before-rollback-"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a rollback would do, for a person to agree to."""
+    """What a rollback would do, for a person to agree to.  `lost` is in no snapshot, only in `aside` if given."""
 
     target: KeptGeneration
     newest: HeadRef
@@ -163,23 +163,43 @@ class _Work:
         target = find_kept((*newest.head.kept, own), self._order.which)
         lost = unpublished(store.environment, self._clock)
         directory = self._config.cache.directory
-        if lost and not self._order.set_aside:
-            raise CacheError(
-                f"{directory}: holds what no generation holds yet ({describe_unpublished(lost)}): 'qsfs mount' and "
-                "'qsfs umount' publish it, so that the snapshot of what is left has it; --set-aside goes back "
-                "without, and moves the local state beside the cache directory"
-            )
+        if not self._order.set_aside:
+            refuse_to_lose(directory, lost)
         aside = directory.with_name(f"{directory.name}.aside-{self._clock.time_ns() // 1_000_000_000}")
-        return Plan(target, newest.sealed.ref, lost, aside if lost else None)
+        return Plan(target, newest.sealed.ref, lost, aside if lost and self._order.set_aside else None)
 
     def _wait(self, what: str) -> None:
         if what:
             self._progress(f"waiting for {what}")
 
 
+def refuse_to_lose(directory: Path, lost: Unpublished) -> None:
+    """Raises `CacheError` if the state in `directory` holds more that no generation does than may be lost unasked."""
+    if lost.bearable:
+        return
+    if lost.publishable:
+        raise CacheError(
+            f"{directory}: holds what no generation holds yet ({describe_unpublished(lost)}): 'qsfs mount' and "
+            "'qsfs umount' publish it, so that the snapshot of what is left has it; --set-aside goes back "
+            "without, and moves the local state beside the cache directory"
+        )
+    raise CacheError(
+        f"{directory}: holds {describe_unpublished(lost)}, and no snapshot ever has that: copy elsewhere what is "
+        "still needed and delete it; --set-aside goes back without, and moves the local state beside the cache "
+        "directory"
+    )
+
+
 def describe_unpublished(lost: Unpublished) -> str:
     """What is not published, for people."""
-    return f"{format_size(lost.bytes)} of contents, {counted(lost.changes, 'change')} of files, names and attributes"
+    parts = []
+    if lost.publishable:
+        changes = counted(lost.changes, "change")
+        parts.append(f"{format_size(lost.bytes)} of contents, {changes} of files, names and attributes")
+    if lost.local_files:
+        files = counted(lost.local_files, "file")
+        parts.append(f"{format_size(lost.local_bytes)} in {files} with the policy local_only")
+    return "; ".join(parts)
 
 
 def name_of_left(clock: Clock, taken: Container[str]) -> str:

@@ -388,13 +388,13 @@ def _summary(found: Found, tally: Tally) -> Iterator[str]:
         f"Restored {describe_head(found.ref)}: {tally.files} files, {tally.directories} directories, "
         f"{tally.others} others; contents stay on the backends until they are read."
     )
+    yield from changed_sentences(tally)
+
+
+def changed_sentences(tally: Tally) -> Iterator[str]:
+    """What is not as it was: files that are empty now, those put beside their names, and what that means."""
     if tally.emptied:
         yield f"{tally.emptied} files that are never uploaded (local_only) are empty."
-    yield from aside_sentences(tally)
-
-
-def aside_sentences(tally: Tally) -> Iterator[str]:
-    """Which files were put beside their names, and what that means."""
     for aside in tally.aside:
         yield f"{aside.path} was put beside as {aside.name}."
     if tally.aside:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Mapping
+import stat
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from qsfs.remote.spool import Spool
 from qsfs.remote.survey import Timing
 from qsfs.store.environment import Environment
 from qsfs.store.limits import Limits
-from qsfs.store.schema import Table, u64
+from qsfs.store.schema import PAGE, Inode, InodeFlag, Table, split_u64, u64
 from qsfs.store.snapshot import CommittedState, Want
 
 _PUBLISH_SECONDS = 30.0
@@ -52,15 +53,34 @@ _STEP_SECONDS = 0.1
 _FILES = (DATA, "journal.0", "journal.1")
 
 
+BEARABLE_BYTES = 1 << 20
+"""What files that are never uploaded may hold for a rollback to empty them unasked: lock files and the like."""
+
+
 @dataclass(frozen=True, slots=True)
 class Unpublished:
-    """What local state holds that no published generation does: bytes of contents, changes of everything else."""
+    """What local state holds that no published generation does: bytes of contents, changes of everything else.
+
+    `local_files` are never uploaded (`local_only`) and hold `local_bytes`: no mount publishes those.
+    """
 
     bytes: int
     changes: int
+    local_files: int = 0
+    local_bytes: int = 0
 
     def __bool__(self) -> bool:
+        return bool(self.bytes or self.changes or self.local_files)
+
+    @property
+    def publishable(self) -> bool:
+        """Whether a mount would publish some of it."""
         return bool(self.bytes or self.changes)
+
+    @property
+    def bearable(self) -> bool:
+        """Whether a rollback may go ahead and lose it: little, and only what is never uploaded."""
+        return not self.publishable and self.local_bytes <= BEARABLE_BYTES
 
 
 def unpublished(environment: Environment, clock: Clock) -> Unpublished:
@@ -71,19 +91,33 @@ def unpublished(environment: Environment, clock: Clock) -> Unpublished:
     most = 1 << 62
     with CommittedState(environment, clock) as state:
         size = max(state.dirty_bytes(most, Want(1)), int(state.moving))
-    changes = 0
-    start, stop = bytes((Table.INODES,)), bytes((Table.EXTENTS,))
     lowest = u64(FIRST_COMMIT)
+    marks = _stepped(environment, clock, Table.CHANGED, bytes((Table.INODES,)), bytes((Table.EXTENTS,)))
+    changes = sum(mark > lowest for _, mark in marks)
+    files = pages = 0
+    for key, row in _stepped(environment, clock, Table.INODES, b"", None):
+        inode = Inode.decode(split_u64(key), row)
+        # A store that is built from a generation has them empty.
+        if inode.flags & InodeFlag.LOCAL_ONLY and inode.nlink and inode.allocated and stat.S_ISREG(inode.mode):
+            files += 1
+            pages += inode.allocated
+    return Unpublished(size, changes, files, pages * PAGE)
+
+
+def _stepped(
+    environment: Environment, clock: Clock, table: Table, start: bytes, stop: bytes | None
+) -> Iterator[tuple[bytes, bytes]]:
+    """Committed rows of a table, in short transactions."""
     while True:
         until = clock.monotonic() + _STEP_SECONDS
         with CommittedState(environment, clock) as state:
-            for key, mark in state.view.scan(Table.CHANGED, start, stop):
-                changes += bytes(mark) > lowest
+            for key, row in state.view.scan(table, start, stop):
+                yield key, bytes(row)
                 start = key + b"\0"
                 if clock.monotonic() >= until:
                     break
             else:
-                return Unpublished(size, changes)
+                return
 
 
 class HeadGate:

@@ -14,6 +14,7 @@ import trio
 from trio.testing import MockClock
 
 from qsfs import failpoints
+from qsfs.daemon.rollback import refuse_to_lose
 from qsfs.errors import CacheError, Unavailable
 from qsfs.format.erasure import Code
 from qsfs.format.head import HeadRef, Owner, SealedHead, head_key, open_head, parse_head_key
@@ -325,6 +326,31 @@ async def test_what_is_not_published_is_counted(machine: FlushMachine, clock: Mo
         machine.create("b", flags=int(InodeFlag.LOCAL_ONLY))
         machine.committer.commit_now()
         assert count().bytes == 0 and count().changes
+
+
+async def test_what_is_never_uploaded_is_lost_only_where_it_is_little_or_that_is_wanted(
+    machine: FlushMachine, clock: MockClock
+):
+    """No generation can ever hold it: a sync changes nothing.  Lock files are no reason to refuse."""
+
+    def count() -> Unpublished:
+        return unpublished(machine.store.environment, machine.clock)
+
+    async with flushing(machine, quiet_seconds=3600) as flusher:
+        machine.create("empty", flags=int(InodeFlag.LOCAL_ONLY))
+        await flusher.sync()
+        assert not count()
+        number = machine.create("b", flags=int(InodeFlag.LOCAL_ONLY))
+        machine.write(number, 0, page("l") * 2)
+        await flusher.sync()
+        assert count() == Unpublished(0, 0, 1, 2 * PAGE) and count()
+        refuse_to_lose(machine.directory, count())
+        for step in range(16):
+            machine.write(number, 2 + step * 16, page("l") * 16)
+        await flusher.sync()
+        assert count() == Unpublished(0, 0, 1, 258 * PAGE)
+        with pytest.raises(CacheError, match=r"1\.0 MiB in 1 file with the policy local_only.*--set-aside"):
+            refuse_to_lose(machine.directory, count())
 
 
 def _image(world: World, ref: HeadRef) -> Image:

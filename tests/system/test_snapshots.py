@@ -23,7 +23,7 @@ pytestmark = pytest.mark.mount
 COUNT = 6
 MIB = 1 << 20
 KILLED = -9
-ASIDE = {"policy": [{"match": "unit_files", "restore_aside": True}]}
+ASIDE = {"policy": [{"match": "unit_files", "restore_aside": True}, {"match": "*.lock", "local_only": True}]}
 
 # Where a rollback dies, and whether the file system is then what it was at the snapshot.
 DEATHS = (
@@ -119,6 +119,28 @@ def test_a_machine_that_was_taken_over_from_cannot_roll_back(scratch: Path, flee
             assert one.run("rollback", "first", "--yes", code=11).stderr.count("restore") >= 1
             assert one.run("mount", code=11).returncode == 11
             check_clean(two)
+
+
+def test_what_is_never_uploaded_is_not_lost_by_a_rollback_unsaid(scratch: Path, fleet: Servers) -> None:
+    """A lock file goes, and that is said; more is refused, or lies aside where that is asked for."""
+    with file_system(scratch, fleet, "local") as fs:
+        lock = fs.mountpoint / "a.lock"
+        lock.write_bytes(b"x" * 8192)
+        fs.run("snapshot", "create", "first")
+        fs.umount()
+        done = fs.run("rollback", "first", "--yes", "--json")
+        assert "8.0 KiB in 1 file with the policy local_only. It will be gone." in done.stderr
+        assert done.json()["emptied"] == 1 and done.json()["aside"] is None
+        fs.mount()
+        assert lock.read_bytes() == b""
+        lock.write_bytes(b"x" * (2 * MIB))
+        fs.run("sync")
+        fs.umount()
+        refused = fs.run("rollback", "first", "--yes", code=14).stderr
+        assert "2.0 MiB in 1 file with the policy local_only" in refused and "--set-aside" in refused
+        said = fs.run("rollback", "first", "--yes", "--set-aside").stdout
+        assert "1 files that are never uploaded (local_only) are empty" in said
+        assert len(list(fs.directory.glob("*.aside-*/data.mdb"))) == 1
 
 
 def test_what_was_never_published_is_not_lost_by_a_rollback(scratch: Path, fleet: Servers) -> None:
