@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qsfs.errors import DeadlineExceeded, MountError, QsfsError
+from qsfs.errors import DeadlineExceeded, QsfsError
 from qsfs.values import duration
 
 _TELL_SECONDS = 3.0
@@ -52,17 +52,15 @@ def _timeout(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Syncs; raises what the daemon reports."""
+    """Syncs; raises what the daemon reports, and `MountError` if the kernel lost some of what was written."""
     from qsfs.cli.output import print_json
     from qsfs.config import Config
     from qsfs.daemon import control
-    from qsfs.daemon.handover import hand_over
+    from qsfs.daemon.handover import require_handed_over
 
     config = Config.load(args.config)
-    if args.timeout is None:
-        hand_over(config.filesystem.mountpoint)
-    else:
-        _hand_over_within(config.filesystem.mountpoint, max(args.timeout, _LEAST_HAND_OVER_SECONDS))
+    within = None if args.timeout is None else max(args.timeout, _LEAST_HAND_OVER_SECONDS)
+    require_handed_over(config.filesystem.mountpoint, within)
     with waits_told(config.cache.directory):
         wanted = {"class": args.durability, "seconds": args.timeout}
         result = control.ask(
@@ -85,39 +83,6 @@ def run(args: argparse.Namespace) -> int:
     }
     print(f"generation {result['generation']} is published, {worth[result['class']]}")
     return 0
-
-
-_HAND_OVER = """
-import ctypes, os, sys
-try:
-    directory = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECTORY)
-except OSError as error:
-    sys.exit(error.errno)
-ctypes.CDLL(None).syncfs(directory)
-"""
-
-
-def _hand_over_within(mountpoint: Path, seconds: float) -> None:
-    """Has the kernel hand its pages over, for at most so long.
-
-    In a process of its own: nothing can interrupt a `syncfs` whose pages wait for room in the cache.
-    Raises `DeadlineExceeded`, and `MountError` if nothing is mounted that can be asked.
-    """
-    import os
-    import subprocess
-
-    command = [sys.executable, "-I", "-S", "-c", _HAND_OVER, str(mountpoint)]
-    silent = subprocess.DEVNULL
-    process = subprocess.Popen(command, stdin=silent, stdout=silent, stderr=silent, start_new_session=True)
-    try:
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired as error:
-        raise DeadlineExceeded(
-            f"{mountpoint}: the kernel could not hand its pages over within {seconds:g} s, so nothing is certain yet: "
-            "writes wait for room in the cache; 'qsfs status' says what for"
-        ) from error
-    if code:
-        raise MountError(f"{mountpoint}: {os.strerror(code)}; is it mounted?")
 
 
 def missing(result: dict[str, Any]) -> list[str]:

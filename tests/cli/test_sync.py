@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from qsfs.cli import sync
-from qsfs.daemon import control
-from qsfs.errors import NotRunning
+from qsfs.daemon import control, handover
+from qsfs.errors import MountError, NotRunning
 
 
 def test_what_is_waited_for_is_told_once_until_it_changes(monkeypatch, capsys):
@@ -97,7 +97,7 @@ def test_a_kernel_that_cannot_hand_its_pages_over_holds_up_no_sync_with_a_timeou
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[0])
     os.mkfifo(tmp_path / "stuck")
-    monkeypatch.setattr(sync, "_HAND_OVER", f"open({str(tmp_path / 'stuck')!r})")
+    monkeypatch.setattr(handover, "_CHILD", f"open({str(tmp_path / 'stuck')!r})")
     monkeypatch.setattr(sync, "_LEAST_HAND_OVER_SECONDS", 0.0)
     said = qsfs("-c", tmp_path, "sync", "--timeout", "1ms")
     assert said.code == 17 and "could not hand its pages over" in said.err
@@ -110,3 +110,33 @@ def test_a_sync_with_a_timeout_says_where_nothing_is_mounted(qsfs, tmp_path):
     (tmp_path / "mnt").rmdir()
     said = qsfs("-c", tmp_path, "sync", "--timeout", "1min")
     assert said.code == 13 and "No such file or directory; is it mounted?" in said.err
+
+
+@pytest.mark.parametrize("timeout", [(), ("--timeout", "1min")])
+@pytest.mark.parametrize("failure", ["import sys; sys.exit('syncfs 5')", "raise MemoryError"])
+def test_what_the_kernel_lost_is_no_success(monkeypatch, qsfs, tmp_path, timeout, failure):
+    """Nor is anything asked of the daemon, which cannot know of it."""
+    qsfs("init", tmp_path)
+    monkeypatch.setattr(handover, "_CHILD", failure)
+    monkeypatch.setattr(control, "ask", lambda *_, **__: pytest.fail("asked"))
+    said = qsfs("-c", tmp_path, "sync", *timeout)
+    assert said.code == MountError.exit_code and "have it written again" in said.err
+    assert ("Input/output error" in said.err) == ("5" in failure)
+
+
+def test_who_waits_for_the_kernel_is_another_process_that_has_no_file_of_ours(monkeypatch, tmp_path):
+    """Else a daemon that is killed meanwhile keeps /dev/fuse open, and its mount hangs."""
+    assert handover.hand_over(tmp_path) == ""
+    ours = os.open(tmp_path, os.O_RDONLY)
+    os.set_inheritable(ours, True)
+    try:
+        told = tmp_path / "told"
+        say = "print(os.getpid(), *os.listdir('/proc/self/fd'), file=told)"
+        script = f"import os; told = open({str(told)!r}, 'w'); {say}"
+        monkeypatch.setattr(handover, "_CHILD", script)
+        handover.require_handed_over(tmp_path)
+    finally:
+        os.close(ours)
+    process, *numbers = map(int, told.read_text().split())
+    # Its standard files, the one that it writes, and the directory that it lists.
+    assert process != os.getpid() and len(numbers) <= 5
