@@ -242,11 +242,13 @@ def set_aside(directory: Path, clock: Clock) -> Path | None:
     aside = directory.with_name(f"{directory.name}.aside-{clock.time_ns() // 1_000_000_000}")
     try:
         aside.mkdir(mode=0o700)
+        # Before anything lies only there.
+        flush_directory(aside.parent)
         # The store goes last: until then the directory counts as in use.
         for path in sorted(moved, key=lambda path: path.name == DATA):
             path.rename(aside / path.name)
-        _flush(directory)
-        _flush(aside)
+        flush_directory(aside)
+        flush_directory(directory)
     except OSError as error:
         raise CacheError(f"{directory}: cannot be set aside in {aside}: {error.strerror}") from error
     return aside
@@ -366,16 +368,17 @@ def put_in_place(building: Path, directory: Path) -> None:
     try:
         for name in ("journal.0", "journal.1", "lock.mdb"):
             (directory / name).unlink(missing_ok=True)
-        _flush(building)
+        flush_directory(building)
         (building / DATA).rename(directory / DATA)
-        _flush(directory)
+        flush_directory(directory)
         failpoints.hit("restore.renamed")
         shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise CacheError(f"{directory}: the store cannot be put in place: {error.strerror}") from error
 
 
-def _flush(directory: Path) -> None:
+def flush_directory(directory: Path) -> None:
+    """Makes the names in a directory durable.  Blocks; raises `OSError`."""
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -14,7 +14,6 @@ key meets another plaintext; new numbers of generations, inodes and packs lie ab
 
 from __future__ import annotations
 
-import os
 import shutil
 import stat
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -39,7 +38,7 @@ from qsfs.remote.readable import read_head
 from qsfs.remote.reader import PackReader
 from qsfs.remote.reasons import summary
 from qsfs.remote.rebuild import FIRST_COMMIT, Rebuild, Tally
-from qsfs.remote.restore import DATA, DIRECTORY, Progress, Say, load, make_empty, put_in_place
+from qsfs.remote.restore import DATA, DIRECTORY, Progress, Say, flush_directory, load, make_empty, put_in_place
 from qsfs.remote.spool import Spool
 from qsfs.remote.survey import Timing
 from qsfs.store.environment import Environment
@@ -258,21 +257,36 @@ class Rollback:
         if self.aside is not None:
             _link_aside(self.directory, self.aside)
         failpoints.hit("rollback.built")
-        put_in_place(self.directory / DIRECTORY, self.directory)
+        try:
+            put_in_place(self.directory / DIRECTORY, self.directory)
+        except CacheError:
+            if self.aside is not None:
+                _drop_aside(self.directory, self.aside)
+            raise
         failpoints.hit("rollback.replaced")
 
 
 def _link_aside(directory: Path, aside: Path) -> None:
-    """Gives the files of a closed store a second name each, in the new directory `aside`."""
+    """Gives the files of a closed store a second name each, in the new directory `aside`; all or none, durably."""
     try:
         aside.mkdir(mode=0o700)
-        for name in _FILES:
-            if (directory / name).exists():
-                (aside / name).hardlink_to(directory / name)
-        handle = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            for name in _FILES:
+                if (directory / name).exists():
+                    (aside / name).hardlink_to(directory / name)
+            flush_directory(aside)
+            flush_directory(aside.parent)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
     except OSError as error:
         raise CacheError(f"{directory}: cannot be set aside in {aside}: {error.strerror}") from error
+
+
+def _drop_aside(directory: Path, aside: Path) -> None:
+    """Takes the second names away again, unless the store behind them is no more what `directory` has.
+
+    With two names one store could be opened twice.
+    """
+    if (directory / DATA).exists() and (directory / DATA).samefile(aside / DATA):
+        shutil.rmtree(aside, ignore_errors=True)

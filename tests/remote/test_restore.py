@@ -24,6 +24,7 @@ from qsfs.errors import (
     Unavailable,
 )
 from qsfs.format.superblock import SUPERBLOCK_KEY
+from qsfs.remote import restore as restore_module
 from qsfs.remote.base import BASE_KEY, local_head
 from qsfs.remote.generation import GENERATION
 from qsfs.remote.rebuild import AsideFile
@@ -346,7 +347,7 @@ async def test_live_bytes_and_allocation_are_counted_anew(fs, scratch):
 # refusals
 
 
-async def test_a_directory_with_a_file_system_is_refused_and_can_be_set_aside(fs, scratch):
+async def test_a_directory_with_a_file_system_is_refused_and_can_be_set_aside(fs, scratch, monkeypatch):
     await a_small_tree(fs)
     fs.publish()
     await fs.restore(scratch / "new")
@@ -354,7 +355,11 @@ async def test_a_directory_with_a_file_system_is_refused_and_can_be_set_aside(fs
     with pytest.raises(CacheError, match="already"):
         await fs.restore(scratch / "new")
     assert (scratch / "new" / "data.mdb").read_bytes() == before
+    flushed = []
+    monkeypatch.setattr(restore_module, "flush_directory", flushed.append)
     aside = set_aside(scratch / "new", fs.clock)
+    assert flushed == [scratch, aside, scratch / "new"], "where it lies is durable before where it lay"
+    monkeypatch.undo()
     assert aside is not None and (aside / "data.mdb").read_bytes() == before
     await fs.restore(scratch / "new")
 

@@ -18,6 +18,7 @@ from qsfs.daemon.rollback import refuse_to_lose
 from qsfs.errors import CacheError, Unavailable
 from qsfs.format.erasure import Code
 from qsfs.format.head import HeadRef, Owner, SealedHead, head_key, open_head, parse_head_key
+from qsfs.remote import rollback as rollback_module
 from qsfs.remote.base import record_published
 from qsfs.remote.kept import kept_of_first
 from qsfs.remote.ownership import Ownership
@@ -276,6 +277,30 @@ async def test_the_local_state_is_kept_aside_where_that_is_wanted(
     assert bytes(store.blocks.pages(only_here, 0, 1)[0] or b"") == page("h")
     store.close()
     assert restore(world).files == OLD
+
+
+async def test_no_second_name_of_a_store_stays_that_was_not_replaced(
+    world: World, machine: FlushMachine, clock: MockClock, monkeypatch: pytest.MonkeyPatch
+):
+    """What lies aside is durable before the store goes, and gone where it does not go."""
+    aside = machine.directory.with_name("aside")
+    flushed: list[Path] = []
+    flush = rollback_module.flush_directory
+    monkeypatch.setattr(rollback_module, "flush_directory", lambda path: flushed.append(path) or flush(path))
+
+    def fail(building: Path, directory: Path) -> None:
+        assert (aside / "data.mdb").samefile(directory / "data.mdb")
+        assert flushed == [aside, aside.parent]
+        raise CacheError("the store cannot be put in place")
+
+    await two_states(machine)
+    with monkeypatch.context() as patch:
+        patch.setattr(rollback_module, "put_in_place", fail)
+        with pytest.raises(CacheError, match="put in place"):
+            await roll_back(machine, "first", aside=aside)
+    assert not aside.exists()
+    await roll_back(machine, "first", "again", aside=aside)
+    assert (aside / "data.mdb").exists() and restore(world).files == OLD
 
 
 async def test_a_full_disk_changes_nothing(world: World, machine: FlushMachine, clock: MockClock):
