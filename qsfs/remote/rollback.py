@@ -24,7 +24,7 @@ import trio
 
 from qsfs import failpoints
 from qsfs.clock import Clock
-from qsfs.errors import CacheError
+from qsfs.errors import BackendError, CacheError, Corrupt, FormatMismatch
 from qsfs.format.erasure import Code
 from qsfs.format.head import Head, HeadRef, KeptGeneration, SealedHead
 from qsfs.format.keys import KeyRing
@@ -120,10 +120,14 @@ def _stepped(
 
 
 class HeadGate:
-    """Stores heads in the spool before they are sent; `after` runs once between the two, for the next one."""
+    """Stores heads in the spool before they are sent; `after` runs once between the two, for the next one.
+
+    `failed`: `after` did not succeed, so no head may be sent any more.
+    """
 
     def __init__(self, spool: Spool) -> None:
         self.after: Callable[[SealedHead], Awaitable[None]] | None = None
+        self.failed = False
         self._spool = spool
 
     async def store(self, sealed: SealedHead) -> None:
@@ -131,7 +135,9 @@ class HeadGate:
         await self._spool.store_head(sealed)
         after, self.after = self.after, None
         if after is not None:
+            self.failed = True
             await after(sealed)
+            self.failed = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,11 +249,18 @@ class Rollback:
 
     async def _publish(self, head: Head) -> HeadRef:
         while True:
-            result = await self.owned.publisher.publish(head, deadline_seconds=_PUBLISH_SECONDS)
-            if isinstance(result, Published):
-                self.waiting("")
-                return result.ref
-            self.waiting(f"a quorum of backends: {summary(result.reasons)}")
+            try:
+                result = await self.owned.publisher.publish(head, deadline_seconds=_PUBLISH_SECONDS)
+            except (BackendError, Corrupt, FormatMismatch) as error:
+                if self.gate.failed:
+                    raise
+                # Not another head: this one may have been sent.
+                self.waiting(f"a quorum of backends: {error}")
+            else:
+                if isinstance(result, Published):
+                    self.waiting("")
+                    return result.ref
+                self.waiting(f"a quorum of backends: {summary(result.reasons)}")
             await trio.sleep(_AGAIN_SECONDS)
 
     def _replace(self, rebuild: Rebuild, new: Head, sealed: SealedHead, local: Mapping[bytes, bytes]) -> None:

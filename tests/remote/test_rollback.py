@@ -15,9 +15,9 @@ from trio.testing import MockClock
 
 from qsfs import failpoints
 from qsfs.daemon.rollback import refuse_to_lose
-from qsfs.errors import CacheError, Unavailable
+from qsfs.errors import BackendError, CacheError, Corrupt, FormatMismatch, QsfsError, Unavailable
 from qsfs.format.erasure import Code
-from qsfs.format.head import HeadRef, Owner, SealedHead, head_key, open_head, parse_head_key
+from qsfs.format.head import Head, HeadRef, Owner, SealedHead, head_key, open_head, parse_head_key
 from qsfs.remote import rollback as rollback_module
 from qsfs.remote.base import record_published
 from qsfs.remote.kept import kept_of_first
@@ -301,6 +301,45 @@ async def test_no_second_name_of_a_store_stays_that_was_not_replaced(
     assert not aside.exists()
     await roll_back(machine, "first", "again", aside=aside)
     assert (aside / "data.mdb").exists() and restore(world).files == OLD
+
+
+@pytest.mark.parametrize("error", [BackendError("gone"), Corrupt("a head is damaged"), FormatMismatch("newer")])
+async def test_what_a_backend_answers_ends_no_rollback(
+    world: World, machine: FlushMachine, clock: MockClock, monkeypatch: pytest.MonkeyPatch, error: QsfsError
+):
+    """The same head is sent again: it may be on some backend already."""
+    publish = SimplePublisher.publish
+    calls = 0
+
+    async def publish_at_the_second_try(self: SimplePublisher, head: Head, *, deadline_seconds: float) -> Any:
+        nonlocal calls
+        calls += 1
+        result = await publish(self, head, deadline_seconds=deadline_seconds)
+        if calls in (2, 4):
+            raise error
+        return result
+
+    await two_states(machine)
+    monkeypatch.setattr(SimplePublisher, "publish", publish_at_the_second_try)
+    await roll_back(machine, "first")
+    assert calls == 5 and restore(world).files == OLD
+    assert len(set(positions(world))) == len(positions(world))
+
+
+async def test_a_store_that_cannot_be_built_ends_it_before_the_head_is_sent(
+    world: World, machine: FlushMachine, clock: MockClock, monkeypatch: pytest.MonkeyPatch
+):
+    """That is no answer of a backend: sent without its store, the head would leave this machine behind it."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise Corrupt("no root directory")
+
+    await two_states(machine)
+    with monkeypatch.context() as patch:
+        patch.setattr(rollback_module.Rebuild, "finish", fail)
+        with pytest.raises(Corrupt):
+            await roll_back(machine, "first")
+    assert restore(world).files == NEW
 
 
 async def test_a_full_disk_changes_nothing(world: World, machine: FlushMachine, clock: MockClock):
