@@ -28,6 +28,7 @@ class ExposureLimit:
     """Judges exposure of the class `written` against limits, 0 for none.  For the event loop's thread.
 
     What no cut can hold, writes of atomic-sync files before their sync, is not counted: give `look` the rest.
+    Ages are by running time: the wall clock may step.
     """
 
     def __init__(self, seconds: float, size: int, clock: Clock) -> None:
@@ -39,9 +40,12 @@ class ExposureLimit:
         self._cut_seconds = seconds / 4
         self._rate = 0.0
         self._last = (clock.monotonic(), 0)
-        self._begun = (0.0, 0, 0)
+        self._exposed = 0
+        self._begun = (0.0, 0)
+        self._cut_at = 0.0
         self._floor = 0
-        self._clean_ns = 0
+        # Everything accepted before then is safe; None: not known yet.
+        self._safe_at: float | None = None
         self._told = False
 
     @property
@@ -51,34 +55,47 @@ class ExposureLimit:
 
     def begin(self) -> None:
         """A generation begins."""
-        self._begun = (self._clock.monotonic(), self._clock.time_ns(), self._last[1])
+        self._cut_at = self._clock.monotonic()
+        self._begun = (self._cut_at, self._exposed)
+
+    def cut(self) -> None:
+        """Its cut is taken now: what was accepted before is in it."""
+        self._cut_at = self._clock.monotonic()
 
     def ended(self, *, new: bool) -> None:
         """It ended: with a published head, or (not `new`) because there was nothing that a cut could hold.
 
         Then what is exposed nevertheless, such as files that are open and have no name, is not counted.
         """
-        began, began_ns, exposed = self._begun
+        began, exposed = self._begun
         if not new:
-            self._floor, self._clean_ns = exposed, began_ns
+            self._floor = exposed
+            self._became_safe(began)
             return
         self._floor = 0
+        self._became_safe(self._cut_at)
         seconds = self._clock.monotonic() - began
         # What took long is believed at once, and forgotten slowly.
         self._cut_seconds = max(seconds, self._cut_seconds + _FORGETTING * (seconds - self._cut_seconds))
 
-    def look(self, exposed: int, base_ns: int, why: str) -> bool:
-        """Whether a cut should begin now, with `exposed` bytes and the last published cut taken at `base_ns`.
+    def _became_safe(self, at: float) -> None:
+        self._safe_at = at if self._safe_at is None else max(self._safe_at, at)
 
+    def look(self, exposed: int, base_ns: int, why: str) -> bool:
+        """Whether a cut should begin now, with `exposed` bytes.
+
+        `base_ns`, the time of the last published cut, counts only where none was seen and nothing was safe yet.
         Sets `problem` while a limit is exceeded, `why` telling what is in the way, and logs its begin and end.
         """
-        now, now_ns = self._clock.monotonic(), self._clock.time_ns()
+        now = self._clock.monotonic()
         self._learn(now, exposed)
         self._floor = min(self._floor, exposed)
         exposed -= self._floor
         if not exposed:
-            self._clean_ns = now_ns
-        age = max(0.0, (now_ns - max(base_ns, self._clean_ns)) / 1e9)
+            self._became_safe(now)
+        elif self._safe_at is None:
+            self._safe_at = now - max(0.0, (self._clock.time_ns() - base_ns) / 1e9)
+        age = 0.0 if self._safe_at is None else now - self._safe_at
         self._judge(exposed, age, why)
         ahead = _MARGIN * self._cut_seconds + LOOK_SECONDS
         # Not before a quarter: where the limit cannot be kept, cuts do not follow one another without end.
@@ -88,10 +105,12 @@ class ExposureLimit:
         return bool(exposed) and (old or much)
 
     def _learn(self, now: float, exposed: int) -> None:
-        if now > self._last[0]:
+        self._exposed = exposed
+        # Over less one write would pass for a flood.
+        if now - self._last[0] >= LOOK_SECONDS / 2:
             rate = max(0.0, (exposed - self._last[1]) / (now - self._last[0]))
             self._rate = max(rate, self._rate + _FORGETTING * (rate - self._rate))
-        self._last = (now, exposed)
+            self._last = (now, exposed)
 
     def _judge(self, exposed: int, age: float, why: str) -> None:
         over = []
@@ -147,6 +166,10 @@ class ExposureWatch:
         """A generation begins, after that of `base`."""
         self._base = base
         self.limit.begin()
+
+    def cut(self) -> None:
+        """Its cut is taken now."""
+        self.limit.cut()
 
     def ended(self, base: object) -> None:
         """It ended, and the last published one is now that of `base`: the same, if nothing was new."""

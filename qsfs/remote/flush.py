@@ -264,6 +264,7 @@ class Flusher:
             asked = self.pinning.waiting
             serial = self._started = self._started + 1
             self.phase = "committing"
+            self._limits.cut()
             await context.committer.commit()
             self.phase = "sealing"
             begin = context.clock.monotonic()

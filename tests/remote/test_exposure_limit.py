@@ -92,12 +92,13 @@ class HandClock(FixedClock):
     """A clock that is set by hand."""
 
     now = 0.0
+    stepped = 0.0
 
     def monotonic(self) -> float:
         return self.now
 
     def time_ns(self) -> int:
-        return 10**18 + int(self.now * 1e9)
+        return 10**18 + int((self.now + self.stepped) * 1e9)
 
 
 @pytest.mark.parametrize("limits", [(100.0, 0), (0.0, 8000)])
@@ -115,3 +116,56 @@ def test_after_a_cut_that_found_nothing_the_rest_counts_no_more(limits):
     clock.now += 70
     assert limit.look(10000, base, "")
     assert not limit.look(100, base, ""), "what went is not held against the next"
+
+
+@pytest.mark.parametrize("step", [-1e6, 1e6])
+def test_a_wall_clock_that_steps_makes_nothing_older_or_younger(expect_log, step):
+    """Back, it would hide what gets old; ahead, it would be an alarm and cuts without end."""
+    expect_log("no published head has what was written")
+    clock = HandClock(1)
+    limit = ExposureLimit(100.0, 0, clock)
+    base = clock.time_ns()
+    assert not limit.look(5000, base, "")
+    clock.stepped = step
+    clock.now += 20
+    assert not limit.look(5000, base, "") and limit.problem == ""
+    clock.now += 60
+    assert limit.look(5000, base, "") and limit.problem == ""
+    limit.begin()
+    clock.now += 10
+    limit.cut()
+    base = clock.time_ns()
+    clock.now += 10
+    limit.ended(new=True)
+    clock.stepped = 0.0
+    assert not limit.look(5000, base, "") and limit.problem == "", "the cut was taken 10 s ago"
+    clock.now += 80
+    assert limit.look(5000, base, "") and limit.problem == ""
+    clock.now += 11
+    assert limit.look(5000, base, "") and "1 min 41 s" in limit.problem
+
+
+@pytest.mark.parametrize("ahead", [0.0, 1e6])
+def test_a_base_from_the_future_is_one_of_now(expect_log, ahead):
+    """Another machine's clock, or this one's before it was set."""
+    expect_log("no published head has what was written")
+    clock = HandClock(1)
+    limit = ExposureLimit(100.0, 0, clock)
+    base = clock.time_ns() + int(ahead * 1e9)
+    assert not limit.look(5000, base, "")
+    clock.now += 80
+    assert limit.look(5000, base, "") and limit.problem == ""
+    clock.now += 30
+    limit.look(5000, base, "")
+    assert limit.problem
+
+
+def test_no_rate_is_learnt_from_two_looks_that_follow_at_once():
+    """A write between two looks a millisecond apart is no flood that goes on."""
+    clock = HandClock(1)
+    limit = ExposureLimit(0.0, 100_000, clock)
+    for _ in range(10):
+        clock.now += 0.25
+        assert not limit.look(1000, 0, "")
+    clock.now += 0.001
+    assert not limit.look(30_000, 0, "")
