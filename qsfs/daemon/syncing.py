@@ -69,8 +69,7 @@ async def _full(flusher: Flusher) -> None:
     incomplete = flusher.context.ledger.incomplete
     pending = set(incomplete)
     while pending := pending & incomplete.keys():
-        if flusher.phase in ("fenced", "stopped"):
-            await flusher.sync()
+        flusher.raise_if_ended()
         await trio.sleep(_WATCH_SECONDS)
 
 

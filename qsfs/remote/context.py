@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from qsfs.clock import Clock
+from qsfs.errors import CacheError
 from qsfs.remote.ledger import Ledger
 from qsfs.remote.packing import Sealer
 from qsfs.remote.spool import Spool
@@ -25,7 +26,9 @@ THREADS = 2
 
 
 class Committer(Protocol):
-    """Who drives the store's groups."""
+    """Who drives the store's groups.  `failed` is set once the local disk failed: no way back."""
+
+    failed: CacheError | None
 
     async def commit(self) -> int:
         """Commits everything accepted so far; returns the number of the commit that has it."""
@@ -33,6 +36,10 @@ class Committer(Protocol):
 
     async def room(self) -> None:
         """Waits while the open group is full."""
+        ...
+
+    async def failure(self) -> CacheError:
+        """Waits until the local disk fails; returns why."""
         ...
 
 

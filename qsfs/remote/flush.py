@@ -15,7 +15,7 @@ import trio
 
 from qsfs.config import FlushConfig
 from qsfs.errors import CacheError, DeadlineExceeded, Fenced, QsfsBug, QsfsError
-from qsfs.format.head import Head, HeadRef
+from qsfs.format.head import Head
 from qsfs.remote.base import BASE_KEY, local_head, record_published
 from qsfs.remote.context import FlushContext
 from qsfs.remote.cut import NoCut
@@ -136,6 +136,7 @@ class Flusher:
                 await self._begin()
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self.context.uploader.run)
+                    nursery.start_soon(self._watch_disk)
                     nursery.start_soon(self._read_ledger)
                     nursery.start_soon(self._turn)
                     nursery.start_soon(self._precopier.run)
@@ -198,6 +199,11 @@ class Flusher:
         if self.phase == "reading pack rows":
             self.phase = "running"
         self._knows_packs.set()
+        self._tell()
+
+    async def _watch_disk(self) -> None:
+        """Ends what waits for a generation when none can be made any more."""
+        await self.context.committer.failure()
         self._tell()
 
     async def _look_after_packs(self) -> None:
@@ -380,8 +386,8 @@ class Flusher:
     async def sync(self) -> SyncResult:
         """Waits until a generation with everything accepted before this call is published.
 
-        Joins a cut that is taken after the call.  Raises `Fenced`, and `DeadlineExceeded` if flushing
-        stops first.
+        Joins a cut that is taken after the call.  Raises `Fenced`, `CacheError` if the local disk failed, and
+        `DeadlineExceeded` if flushing stops first.
         """
         await self.publish_all()
         while not self.knows_packs:
@@ -426,6 +432,8 @@ class Flusher:
         """Raises why nothing will be done any more, if so."""
         if self._fenced is not None:
             raise self._fenced
+        if self.context.committer.failed is not None:
+            raise self.context.committer.failed
         if self.phase == "stopped":
             raise DeadlineExceeded("flushing stopped before everything was published; it is safe locally")
 
@@ -458,11 +466,6 @@ class Flusher:
             _log.critical("%s", error)
             self._scope.cancel()
             self._on_fenced(error)
-
-    def pin(self, ref: HeadRef, names: tuple[str, ...]) -> None:
-        """Pins a kept generation by `names` (none: unpins) from the next published head on."""
-        others = {head: held for head, held in self._generations.pins.items() if head != ref}
-        self._generations.pins = others | ({ref: names} if names else {})
 
     def status(self) -> dict[str, Any]:
         """What flushing does, waits for, and has not made safe yet.  Bytes; ages in seconds."""

@@ -20,7 +20,7 @@ import trio
 
 from qsfs import failpoints
 from qsfs.clock import FixedClock
-from qsfs.errors import DataLost
+from qsfs.errors import CacheError, DataLost
 from qsfs.format.erasure import Code
 from qsfs.format.extent import ExtentEntry, PackKind, PackRef
 from qsfs.format.head import Head, HeadRef, MetadataPack, Owner, open_head, parse_head_key, seal_head
@@ -101,6 +101,17 @@ class DirectCommitter:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.before_seal: Callable[[int], None] = lambda number: None
+        self.failed: CacheError | None = None
+        self._failure = trio.Event()
+
+    def fail(self, error: CacheError) -> None:
+        self.failed = error
+        self._failure.set()
+
+    async def failure(self) -> CacheError:
+        await self._failure.wait()
+        assert self.failed is not None
+        return self.failed
 
     def commit_now(self) -> int:
         self.before_seal(self.store.layers.open.number)
@@ -111,6 +122,8 @@ class DirectCommitter:
 
     async def commit(self) -> int:
         await trio.lowlevel.checkpoint()
+        if self.failed is not None:
+            raise self.failed
         return self.commit_now() if self.store.dirty else self.store.layers.committed_number
 
     async def room(self) -> None:

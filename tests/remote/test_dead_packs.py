@@ -19,6 +19,7 @@ from qsfs.store.schema import PAGE, PackRow, Table, u64
 from tests.remote.flush_machine import Crash, DirectReader, FlushMachine, crash, newest_head, read_body, restore
 from tests.remote.flushing import flushing, pack_rows, stored_packs, until
 from tests.remote.harness import World
+from tests.remote.test_snapshot_pins import create
 
 RETENTION = 100.0
 POINTS = (
@@ -75,7 +76,6 @@ async def test_after_any_history_all_kept_generations_can_be_read_and_the_rest_i
     content: dict[str, bytes] = {}
     numbers: dict[str, int] = {}
     seen: dict[int, dict[str, bytes]] = {}
-    pins: dict[HeadRef, tuple[str, ...]] = {}
     recorded: set[bytes] = set()
 
     def check() -> None:
@@ -111,13 +111,9 @@ async def test_after_any_history_all_kept_generations_can_be_read_and_the_rest_i
         assert restore(world).files == content
         check()
         if source.random() < 0.4:
-            newest = newest_head(world)
-            assert newest is not None
-            kept = source.choice(newest[1].kept).head if newest[1].kept else newest[0]
-            flusher.pin(kept, ("pin",))
-            pins[kept] = ("pin",)
-        elif pins and source.random() < 0.5:
-            flusher.pin(pins.popitem()[0], ())
+            await create(flusher, f"{mount}-{number}")
+        elif flusher.pinning.snapshots and source.random() < 0.5:
+            await flusher.pinning.unpin([source.choice(flusher.pinning.snapshots).name])
         await trio.sleep(source.choice((0, 5, 2 * RETENTION)))
         check()
 
@@ -141,8 +137,7 @@ async def test_after_any_history_all_kept_generations_can_be_read_and_the_rest_i
         for backend in machine.backends:
             backend.down = False
         await flusher.sync()
-        for ref in list(flusher.generations.pins):
-            flusher.pin(ref, ())
+        await flusher.pinning.unpin([snapshot.name for snapshot in flusher.pinning.snapshots])
         for number in range(10):
             machine.create(f"last {number}")
             await flusher.sync()
@@ -188,9 +183,8 @@ async def test_a_pinned_generation_stays_whole_and_goes_once_it_is_not_pinned_an
     async with flushing(machine, retention_seconds=RETENTION) as flusher:
         number = machine.create("a")
         await rewrite(machine, flusher, number, 1)
-        first = machine.publisher.published
-        flusher.pin(first, ("keep",))
         needed = {row.pack_id for row in pack_rows(machine).values()}
+        first = (await create(flusher, "keep")).head
         for byte in range(2, 12):
             await rewrite(machine, flusher, number, byte)
             await trio.sleep(RETENTION)
@@ -198,7 +192,7 @@ async def test_a_pinned_generation_stays_whole_and_goes_once_it_is_not_pinned_an
         assert generations(world)[first] == {"a": bytes([1]) * PAGE * 40}
         deleted = flusher.status()["dead"]["deleted_packs"]
         assert deleted > 0, "what died between the pin and now is not kept by it"
-        flusher.pin(first, ())
+        await flusher.pinning.unpin(["keep"])
         for byte in range(12, 22):
             await rewrite(machine, flusher, number, byte)
             await trio.sleep(RETENTION)
@@ -214,8 +208,7 @@ async def test_a_pin_from_before_a_restart_still_keeps_what_it_names(
     async with flushing(machine, retention_seconds=RETENTION) as flusher:
         number = machine.create("a")
         await rewrite(machine, flusher, number, 1)
-        first = machine.publisher.published
-        flusher.pin(first, ("keep",))
+        first = (await create(flusher, "keep")).head
         await rewrite(machine, flusher, number, 2)
     async with flushing(machine, retention_seconds=RETENTION) as flusher:
         for byte in range(3, 13):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -13,7 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from qsfs import failpoints
 from qsfs.config import FlushConfig
-from qsfs.errors import DataLost, Fenced, FormatMismatch
+from qsfs.errors import CacheError, DataLost, Fenced, FormatMismatch
 from qsfs.format.head import Head, Owner
 from qsfs.format.shard import open_shard, parse_shard_key, shard_key
 from qsfs.remote import flush, named
@@ -772,3 +773,37 @@ async def test_mounts_that_crash_and_own_again_lose_nothing(
         assert restore(world).files == content
         assert real.generations.publisher.published is not None
         assert done.generation == restore(world).head.generation
+
+
+@pytest.mark.parametrize("want", ["sync", "cut", "pinned", "unpin"])
+async def test_who_waits_is_told_that_the_local_disk_failed(machine: FlushMachine, expect_log, clock, want: str):
+    """No generation will be made any more: nobody waits for ever, whoever asked before or asks after."""
+    expect_log("no generation could be made")
+    async with flushing(machine, cut_seconds=86400) as flusher:
+        pinning = flusher.pinning
+        await pinning.pinned(await pinning.cut("old"))
+        reach, machine.publisher.reach = machine.publisher.reach, 0
+        machine.write(machine.create("a"), 0, page("x"))
+        request = await pinning.cut("first")
+        await until(lambda: flusher.phase == "publishing")
+        wants: dict[str, Callable[[], Awaitable[Any]]] = {
+            "sync": flusher.sync,
+            "cut": lambda: pinning.cut("second"),
+            "pinned": lambda: pinning.pinned(request),
+            "unpin": lambda: pinning.unpin(["old"]),
+        }
+
+        async def ask() -> None:
+            with pytest.raises(CacheError, match="the disk is gone"):
+                await wants[want]()
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask)
+                await wait_all_tasks_blocked()
+                machine.committer.fail(CacheError("the disk is gone"))
+            await ask()
+        machine.publisher.reach = reach
+        await until(lambda: "the disk is gone" in flusher.last_error)
+        with trio.fail_after(60):
+            await ask()
