@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import secrets
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +107,7 @@ def _create(config: Config, args: argparse.Namespace) -> int:
 
 
 def _create_held(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    from qsfs import failpoints
     from qsfs.cli.freeze import cgroup_root, find_cgroup, freeze, refuse_own
     from qsfs.cli.sync import waits_told
     from qsfs.daemon import control
@@ -119,27 +122,32 @@ def _create_held(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     require_handed_over(mountpoint)
     with waits_told(cache):
         control.ask(cache, "sync")
-    with freeze(directory, args.freeze_seconds) as frozen:
-        require_handed_over(mountpoint)
-        frozen.require_held()
-        left = frozen.seconds_left
-        control.ask(cache, "snapshot-cut", name=args.name, held_seconds=left, timeout=left + _ANSWER_SECONDS)
-        try:
+    ticket = secrets.token_hex(8)
+    try:
+        with freeze(directory, args.freeze_seconds) as frozen:
+            require_handed_over(mountpoint)
             frozen.require_held()
-        except QsfsError:
-            _drop(cache, args.name)
-            raise
+            left = frozen.seconds_left
+            control.ask(
+                cache, "snapshot-cut", name=args.name, held_seconds=left, ticket=ticket, timeout=left + _ANSWER_SECONDS
+            )
+            failpoints.hit("snapshot.cut")
+            frozen.require_held()
+    except BaseException:
+        _abandon(cache, ticket)
+        raise
+    # Nothing is a snapshot before this is asked.
     with waits_told(cache):
-        made: dict[str, Any] = control.ask(cache, "snapshot-hold", name=args.name)
+        made: dict[str, Any] = control.ask(cache, "snapshot-hold", ticket=ticket)
     return made
 
 
-def _drop(cache: Path, name: str) -> None:
-    """Deletes a snapshot that is not what was asked for, as soon as it is one."""
+def _abandon(cache: Path, ticket: str) -> None:
+    """Has a cut that is not what was asked for given up at once; unasked, the daemon does it somewhat later."""
     from qsfs.daemon import control
 
-    control.ask(cache, "snapshot-hold", name=name)
-    control.ask(cache, "snapshot-delete", name=name)
+    with contextlib.suppress(QsfsError):
+        control.ask(cache, "snapshot-abandon", ticket=ticket, timeout=_ANSWER_SECONDS)
 
 
 def _list(config: Config, args: argparse.Namespace) -> int:

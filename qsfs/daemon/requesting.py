@@ -32,6 +32,7 @@ class Requesting:
             "snapshot-create": self._snapshot_create,
             "snapshot-cut": self._snapshot_cut,
             "snapshot-hold": self._snapshot_hold,
+            "snapshot-abandon": self._snapshot_abandon,
             "snapshot-list": self._snapshot_list,
             "snapshot-delete": self._snapshot_delete,
         }
@@ -82,10 +83,13 @@ class Requesting:
         return await (await self._snapshots()).create(request["name"])
 
     async def _snapshot_cut(self, request: Mapping[str, Any]) -> Any:
-        return await (await self._snapshots()).cut(request["name"], request["held_seconds"])
+        return await (await self._snapshots()).cut(request["name"], request["held_seconds"], request["ticket"])
 
     async def _snapshot_hold(self, request: Mapping[str, Any]) -> Any:
-        return await (await self._snapshots()).hold(request["name"])
+        return await (await self._snapshots()).hold(request["ticket"])
+
+    async def _snapshot_abandon(self, request: Mapping[str, Any]) -> Any:
+        return await (await self._snapshots()).abandon(request["ticket"])
 
     async def _snapshot_list(self, _: Mapping[str, Any]) -> Any:
         self._require_mounted()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import trio
@@ -12,7 +13,7 @@ from qsfs.daemon.committer import Committer
 from qsfs.daemon.connect import links, read_secret
 from qsfs.errors import DeadlineExceeded, NotFound
 from qsfs.filesystem.contents import Contents
-from qsfs.remote.pinning import Pinning, SnapshotRequest
+from qsfs.remote.pinning import Pinning
 from qsfs.remote.restore import find_source
 from qsfs.remote.snapshots import Snapshot, check_name, snapshots_of
 from qsfs.store.store import Store
@@ -26,7 +27,6 @@ class Snapshots:
         self._contents = contents
         self._committer = committer
         self._pinning = pinning
-        self._requests: dict[str, SnapshotRequest] = {}
 
     async def create(self, name: str) -> dict[str, Any]:
         """Makes a snapshot of everything accepted so far; returns once it holds.
@@ -35,12 +35,14 @@ class Snapshots:
         """
         return described(await self._pinning.pinned(await self._pinning.cut(check_name(name))))
 
-    async def cut(self, name: str, held_seconds: float) -> None:
+    async def cut(self, name: str, held_seconds: float, ticket: str) -> None:
         """The first half of `create` for applications that are held still, `held_seconds` at most.
 
         Covers everything, also what atomic-sync files have written since their last sync, as if the
-        applications had been killed.  Returns once a cut is sealed, when they may go on; `hold` does the
-        rest.  Raises `DeadlineExceeded` if that does not come in time: then there is no snapshot.
+        applications had been killed.  Returns once a cut is sealed, when they may go on.  It becomes a
+        snapshot only if `hold` with the same `ticket`, which only this caller knows, follows soon: whoever
+        died or let them go early does not call it.  Raises `DeadlineExceeded` if no cut is sealed in time:
+        then there is no snapshot either.
         """
         check_name(name)
         end = trio.current_time() + held_seconds
@@ -52,7 +54,7 @@ class Snapshots:
                 f"covered within {held_seconds:g} s; see 'qsfs status'"
             )
         left = max(0.0, end - trio.current_time())
-        self._requests[name] = await self._pinning.cut(name, held_seconds=left)
+        await self._pinning.cut(name, held_seconds=left, ticket=ticket)
 
     async def _cover(self) -> None:
         for number in self._contents.uncovered():
@@ -61,12 +63,19 @@ class Snapshots:
             if inode is not None:
                 self._contents.cover(inode)
 
-    async def hold(self, name: str) -> dict[str, Any]:
-        """Waits until the snapshot holds whose cut was sealed by `cut`."""
-        request = self._requests.pop(name, None)
-        if request is None:
-            raise NotFound(f'no snapshot "{name}" is being made')
+    async def hold(self, ticket: str) -> dict[str, Any]:
+        """Takes it that the applications were held until `cut` had sealed its cut; returns once that is a snapshot.
+
+        Raises `NotFound` if it was abandoned, as it is when this comes too late.
+        """
+        request = self._pinning.held(ticket)
+        self._pinning.confirm(request)
         return described(await self._pinning.pinned(request))
+
+    async def abandon(self, ticket: str) -> None:
+        """Gives up what `cut` was called for, if it is still there: it never is a snapshot."""
+        with contextlib.suppress(NotFound):
+            self._pinning.abandon(self._pinning.held(ticket))
 
     async def delete(self, name: str) -> None:
         """Deletes a snapshot, and waits until a published head does without it.  Raises `NotFound`."""

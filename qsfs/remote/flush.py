@@ -258,6 +258,9 @@ class Flusher:
         generations, context = self._generations, self.context
         serial = self._started = self._started + 1
         while self._head_due or await self._something_new():
+            if self.pinning.undecided:
+                self.phase = "waiting for a snapshot to be confirmed"
+                await self.pinning.decided()
             renewed = generations.renewed
             marks = context.store.layers.view.count(Table.CHANGED)
             if marks > EARLY_DELTA_MARKS and generations.pre_delta is None:

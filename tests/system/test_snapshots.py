@@ -227,6 +227,14 @@ def test_a_held_database_is_what_it_would_be_if_it_were_killed(scratch: Path, fl
             fs.run("snapshot", "create", "plain")
             fs.run("snapshot", "create", "held", "--freeze", f"/{cgroup.name}")
             assert "frozen 0" in (cgroup / "cgroup.events").read_text()
+            fs.run(
+                *("snapshot", "create", "dead", "--freeze", f"/{cgroup.name}"),
+                code=KILLED,
+                QSFS_FAILPOINTS="snapshot.cut=kill",
+            )
+            store(fs, "later", 4096)
+            fs.sync()
+            assert set(names(fs)) == {"plain", "held"}
             (cgroup / "cgroup.procs").write_text(f"{fs.process}")
             assert "qsfs itself" in fs.run("snapshot", "create", "x", "--freeze", str(cgroup), code=3).stderr
             cgroup.parent.joinpath("cgroup.procs").write_text(f"{fs.process}")
