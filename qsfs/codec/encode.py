@@ -61,6 +61,14 @@ def shard_paths(directories: Sequence[Path], name: str, n: int) -> list[Path]:
     return [directories[number % len(directories)] / f"{name}.{number:0{digits}d}.qsfs" for number in range(n)]
 
 
+def shard_mode(mode: int, *, public: bool) -> int:
+    """The permission bits (before the umask) of the shard files of a file with `mode`.
+
+    What anyone may read that has the shard files is not for more people than the file was.
+    """
+    return mode & 0o666 if public else 0o666
+
+
 def losses_survived(directories: int, code: CodeParams) -> int:
     """How many of the directories, whichever, may be lost together."""
     counts = sorted((len(range(i, code.n, directories)) for i in range(directories)), reverse=True)
@@ -92,9 +100,7 @@ def encode(
     """
     coder = Code(code)
     superblock, keys = create_archive(secret, code, clock)
-    # What anyone may read that has the shard files is not for more people than the file was.
-    mode = source.mode & 0o666 if secret == PUBLIC_SECRET else 0o666
-    files = NewFiles(paths, clock, mode=mode, force=force)
+    files = NewFiles(paths, clock, mode=shard_mode(source.mode, public=secret == PUBLIC_SECRET), force=force)
     try:
         for file in files.files:
             file.skip(LABEL_SIZE)

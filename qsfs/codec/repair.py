@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qsfs.clock import Clock
 from qsfs.codec.decode import Report, Say, decode
-from qsfs.codec.encode import shard_paths
+from qsfs.codec.encode import shard_mode, shard_paths
 from qsfs.codec.files import NewFiles
 from qsfs.codec.packs import PackRead
 from qsfs.codec.survey import Found
@@ -44,7 +44,7 @@ def repair(
     code = Code(archive.code)
     names = shard_paths([Path()], name, archive.code.n)
     paths = [directories[i % len(directories)] / names[number] for i, number in enumerate(numbers)]
-    files = NewFiles(paths, clock, force=force)
+    files = NewFiles(paths, clock, mode=shard_mode(archive.manifest.mode, public=archive.public), force=force)
 
     def add(pack: PackRead) -> None:
         if pack.ref is None:

@@ -98,11 +98,12 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """What a key opens of a label."""
+    """What a key opens of a label; `public`: no key is needed."""
 
     superblock: Superblock
     keys: KeyRing
     manifest: Manifest
+    public: bool
 
     @property
     def code(self) -> CodeParams:
@@ -192,7 +193,7 @@ def open_label(label: Label, secret: bytes) -> Archive:
     size = pack_bytes(superblock.code)
     if label.number >= superblock.code.n or manifest.packs != -(-manifest.length // size):
         raise Corrupt(f"archive {keys.fsid.hex()}: its label contradicts its superblock")
-    return Archive(superblock, keys, manifest)
+    return Archive(superblock, keys, manifest, secret == PUBLIC_SECRET)
 
 
 def is_public(label: Label) -> bool:

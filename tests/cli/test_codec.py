@@ -187,3 +187,6 @@ def test_shard_files_that_hide_nothing_are_for_no_more_people_than_the_file_was(
     (tmp_path / "archive.tar").chmod(0o600)
     assert qsfs("codec", "encode", "archive.tar", "--output", "x", "--no-encryption").code == 0
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "x").iterdir()} == {0o600}
+    (tmp_path / "x" / "archive.tar.03.qsfs").unlink()
+    assert qsfs("codec", "repair", "x", "--output", "x").code == 0
+    assert stat.S_IMODE((tmp_path / "x" / "archive.tar.03.qsfs").stat().st_mode) == 0o600
