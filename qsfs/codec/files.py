@@ -107,6 +107,7 @@ class NewFiles:
 
     def __init__(self, paths: Sequence[Path], clock: Clock, *, mode: int = 0o666, force: bool = False) -> None:
         """Raises as `NewFile`."""
+        self._force = force
         self.files: list[NewFile] = []
         try:
             for path in paths:
@@ -118,16 +119,22 @@ class NewFiles:
     def publish(self) -> None:
         """Makes all durable, side by side since they may lie on as many disks, then names them.
 
-        Where one cannot get its name, those that have got theirs go again.
+        Where one cannot get its name, those that have got theirs go again; with force they stay, and the error
+        names them: what they replaced is gone already.
         """
         with ThreadPoolExecutor(min(_FLUSHING_THREADS, len(self.files))) as pool:
             list(pool.map(NewFile.flush, self.files))
         for done, file in enumerate(self.files):
             try:
                 file.publish()
-            except BaseException:
-                for published in self.files[:done]:
-                    published.path.unlink(missing_ok=True)
+            except BaseException as error:
+                paths = [published.path for published in self.files[:done]]
+                if not self._force:
+                    for path in paths:
+                        path.unlink(missing_ok=True)
+                elif paths and isinstance(error, QsfsError):
+                    kept = ", ".join(map(str, paths))
+                    raise QsfsError(f"{error}; whole and in place already: {kept}") from error
                 raise
 
     def close(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+from pathlib import Path
 
 import pytest
 
@@ -93,6 +95,28 @@ def test_a_name_that_is_taken_at_the_last_moment_is_not_replaced_and_none_is_lef
         encode(Source(io.BytesIO(b"x"), b"a"), paths, secret=SECRET, code=CODE, clock=FixedClock(1), say=take)
     assert [path.name for path in tmp_path.iterdir()] == [paths[2].name]
     assert paths[2].read_text() == "mine"
+
+
+def test_a_forced_replacement_that_fails_midway_keeps_what_it_has_put_in_place(tmp_path, monkeypatch):
+    """What those files replaced is gone: without them neither the old nor the new would be left."""
+    archive = make(tmp_path)
+    before = [path.read_bytes() for path in archive.paths]
+    rename = Path.rename
+
+    def fail_at_the_third(path, target):
+        if target == archive.paths[2]:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_at_the_third)
+    source = Source(io.BytesIO(b"other"), b"a")
+    with pytest.raises(
+        QsfsError, match=r"a\.02\.qsfs: cannot be put in place: .*in place.*a\.00\.qsfs, .*a\.01\.qsfs$"
+    ):
+        encode(source, archive.paths, secret=SECRET, code=CODE, clock=FixedClock(2), force=True)
+    assert read(*archive.paths[:2])[0] == b"other"
+    assert [path.read_bytes() for path in archive.paths[2:]] == before[2:]
+    assert sorted(tmp_path.iterdir()) == archive.paths
 
 
 def test_a_machine_whose_random_numbers_repeat_still_uses_no_key_twice(tmp_path):
