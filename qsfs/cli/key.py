@@ -311,19 +311,20 @@ def _sheet(config: Config, args: argparse.Namespace) -> int:
     import trio
 
     from qsfs.cli.output import print_json
-    from qsfs.cli.sheet import sheet_text
+    from qsfs.cli.sheet import add_sheet, sheet_text
     from qsfs.clock import SystemClock
     from qsfs.daemon import keys
     from qsfs.daemon.secret import read_key_file, write_private
-    from qsfs.format.key_changes import add_slot
 
     clock = SystemClock()
     secret = _unlock(config, args)
     target = None if args.file is None else Path(args.file)
+    if target is not None and target.is_dir():
+        raise ConfigError(f"{target}: is a directory; name a file")
     if target is not None and target.exists() and not args.overwrite:
         raise ConfigError(f"{target}: exists; name another file, or say --overwrite")
-    state = trio.run(lambda: keys.key_state(config, clock, secret))
     if args.of is not None:
+        state = trio.run(lambda: keys.key_state(config, clock, secret))
         on_paper = read_key_file(Path(args.of))
         from qsfs.format.slots import masters_of
 
@@ -334,15 +335,7 @@ def _sheet(config: Config, args: argparse.Namespace) -> int:
             write_private(target, text, clock, replace=args.overwrite)
         slot = 0
     else:
-        on_paper = clock.random_bytes(32)
-        slot = max((s.number for s in state.slots), default=0) + 1
-        text = sheet_text(config, state, on_paper, clock.time_ns(), slot=slot)
-        # First the paper, then the slot: a slot that nobody can open is worse than a sheet that opens nothing.
-        if target is not None:
-            write_private(target, text, clock, replace=args.overwrite)
-        changed = _change(
-            config, secret, target, lambda superblock, ring, _, __: add_slot(superblock, ring, on_paper, clock)
-        )
+        text, changed = add_sheet(config, secret, target, replace=args.overwrite)
         slot = changed.change.slot
         print(changed.sentence(), file=sys.stderr)
     if args.json:
@@ -475,5 +468,3 @@ def _done(config: Config, args: argparse.Namespace, changed: Changed, said: str,
         if line:
             print(f"{line}.")
     return 0
-
-

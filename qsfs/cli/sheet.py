@@ -1,13 +1,16 @@
-"""The text of a recovery sheet: for paper, and for somebody who has nothing else."""
+"""Recovery sheets: their text, for paper and for somebody who has nothing else, and making one with its slot."""
 
 from __future__ import annotations
 
+import sys
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qsfs.config import Config
-    from qsfs.remote.key_slots import KeyState
+    from qsfs.format.slots import Secret
+    from qsfs.remote.key_slots import Changed, KeyState
 
 _HOW = """\
 Whoever reads this sheet and reaches the backends can read the file system. Keep it where you keep deeds.
@@ -59,6 +62,47 @@ def sheet_text(config: Config, state: KeyState, secret: bytes, now_ns: int, *, s
         address, _, namespace = name.partition("/")
         lines += ["    [[backend]]", f'    address = "{address}"', f'    namespace = "{namespace}"']
     return "\n".join(lines) + "\n"
+
+
+def add_sheet(config: Config, secret: Secret, target: Path | None, *, replace: bool) -> tuple[str, Changed]:
+    """A sheet with a slot of its own, in `target` if there is one; what that replaces stays until the slot holds."""
+    import trio
+
+    from qsfs.clock import SystemClock
+    from qsfs.daemon import keys
+    from qsfs.daemon.secret import move_private, write_private
+    from qsfs.format.key_changes import Change, add_slot
+
+    clock = SystemClock()
+    on_paper = clock.random_bytes(32)
+    text = ""
+    written = target
+    if target is not None and replace:
+        written = target.with_name(f"{target.name}.{clock.random_bytes(4).hex()}")
+
+    def make(superblock: Any, ring: Any, _: int, __: frozenset[int]) -> Change:
+        nonlocal text
+        change = add_slot(superblock, ring, on_paper, clock)
+        text = sheet_text(config, state, on_paper, clock.time_ns(), slot=change.slot)
+        # First the paper, then the slot: a slot that nobody can open is worse than a sheet that opens nothing.
+        if written is not None:
+            write_private(written, text, clock)
+        return change
+
+    with keys.one_at_a_time(config):
+        state = trio.run(lambda: keys.key_state(config, clock, secret))
+        try:
+            changed = trio.run(lambda: keys.change(config, clock, secret, make))
+            if target is not None and written is not None and written != target:
+                move_private(written, target)
+        except BaseException:
+            # Once it is written its slot may be made.
+            if written is not None and written != target and written.exists():
+                print(
+                    f"{target} is as it was; the new sheet, whose key slot may be made, is {written}", file=sys.stderr
+                )
+            raise
+    return text, changed
 
 
 def _backends(config: Config, state: KeyState) -> set[str]:

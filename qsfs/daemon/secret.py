@@ -103,15 +103,28 @@ def write_private(path: Path, text: str, clock: Clock, *, replace: bool = False)
                 _place_new(aside, path, text)
         finally:
             aside.unlink(missing_ok=True)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _flush_directory(path.parent)
     except FileExistsError:
         raise ConfigError(f"{path}: exists; name another file, or move it away if it is not needed") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def move_private(aside: Path, path: Path) -> None:
+    """Lets a file that `write_private` made beside `path` take its place, durably."""
+    try:
+        aside.replace(path)
+        _flush_directory(path.parent)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be replaced: {error.strerror}") from None
+
+
+def _flush_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _place_new(aside: Path, path: Path, text: str) -> None:

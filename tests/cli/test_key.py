@@ -10,9 +10,11 @@ import subprocess
 import sys
 
 import pytest
+import trio
 
 from qsfs.clock import SystemClock
 from qsfs.config import Config
+from qsfs.daemon import keys
 from qsfs.daemon.secret import (
     decode_secret,
     encode_secret,
@@ -20,10 +22,14 @@ from qsfs.daemon.secret import (
     read_secret,
     write_private,
 )
-from qsfs.errors import ConfigError, KeyFileError
+from qsfs.errors import BackendUnavailable, ConfigError, KeyFileError
+from qsfs.format.key_changes import add_slot
 from qsfs.format.keys import key_file_text, parse_key_file
 from qsfs.format.passphrase import Passphrase
-from qsfs.format.sheet import sheet_lines
+from qsfs.format.sheet import parse_sheet, sheet_lines
+from qsfs.remote.members import Candidate
+from tests.remote.harness import FaultyBackend
+from tests.remote.test_format_fs import Servers
 from tests.support.scratch import ROOT
 
 SECRET = bytes(range(32))
@@ -129,6 +135,47 @@ class TestFiles:
                 decode_secret(data)
 
 
+class Reachable:
+    """A formatted file system in memory behind the configuration's backends."""
+
+    def __init__(self) -> None:
+        self.servers = Servers()
+        self.down = 0
+        self.refuse_writes = False
+        trio.run(self.servers.format)
+
+    def links(self, *_: object) -> Reachable:
+        """Stands for `daemon.connect.links`."""
+        return self
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        self.servers.backends = [FaultyBackend(store) for store in self.servers.data]
+        for number, backend in enumerate(self.servers.backends):
+            backend.down = number < self.down
+            if self.refuse_writes:
+                backend.gate = refuse_sets
+        return self.servers.candidates()
+
+    async def aclose(self) -> None:
+        pass
+
+
+def refuse_sets(call: str, key: bytes) -> None:
+    if call == "set":
+        raise BackendUnavailable("no writes")
+
+
+@pytest.fixture
+def reachable(tmp_path, monkeypatch):
+    found = Reachable()
+    monkeypatch.setattr(keys, "links", found.links)
+    (tmp_path / "qsfs.key").write_text(key_file_text(SECRET))
+    (tmp_path / "qsfs.key").chmod(0o600)
+    (tmp_path / "qsfs.toml").write_text("[filesystem]\nkey_file = 'qsfs.key'\n[[backend]]\naddress = 'host0:1'\n")
+    return found
+
+
 class TestSheets:
     def test_a_sheet_becomes_a_key_file_without_any_configuration(self, qsfs, tmp_path):
         (tmp_path / "typed").write_text("\n".join(sheet_lines(SECRET)).lower())
@@ -136,6 +183,49 @@ class TestSheets:
         assert result.code == 0, result.err
         assert parse_key_file((tmp_path / "back.key").read_text()) == SECRET
         assert stat.S_IMODE((tmp_path / "back.key").stat().st_mode) == 0o600
+
+    def test_a_sheet_that_is_there_stays_until_the_new_one_has_its_slot(self, qsfs, tmp_path, reachable):
+        sheet = tmp_path / "sheet"
+        assert qsfs("key", "sheet", "sheet").code == 0
+        first = sheet.read_text()
+        reachable.down = 3
+        result = qsfs("key", "sheet", "sheet", "--overwrite")
+        assert (result.code, sheet.read_text()) == (5, first), result.err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["qsfs.key", "qsfs.toml", "sheet"]
+        reachable.down = 0
+        assert qsfs("key", "sheet", ".", "--overwrite").code == 3
+        result = qsfs("key", "sheet", "sheet", "--overwrite")
+        assert result.code == 0, result.err
+        assert "key slot 2" in first and "key slot 3" in sheet.read_text()
+        assert stat.S_IMODE(sheet.stat().st_mode) == 0o600
+        assert parse_sheet(first) != parse_sheet(sheet.read_text())
+        for text in (first, sheet.read_text()):
+            (tmp_path / "typed").write_text(text)
+            assert qsfs("key", "verify", "--sheet", "typed").code == 0
+
+    def test_when_it_is_unknown_whether_a_slot_was_made_both_sheets_are_kept(self, qsfs, tmp_path, reachable):
+        sheet = tmp_path / "sheet"
+        sheet.write_text("precious")
+        reachable.refuse_writes = True
+        result = qsfs("key", "sheet", "sheet", "--overwrite")
+        assert (result.code, sheet.read_text()) == (5, "precious"), result.err
+        [new] = tmp_path.glob("sheet.*")
+        assert f"the new sheet, whose key slot may be made, is {new.name}" in result.err
+        assert "key slot 2" in new.read_text()
+        assert stat.S_IMODE(new.stat().st_mode) == 0o600
+
+    def test_a_sheet_names_the_slot_that_was_made_though_another_came_between(
+        self, qsfs, tmp_path, reachable, monkeypatch
+    ):
+        change = keys.change
+
+        async def after_another(config, clock, secret, make):
+            await change(config, clock, secret, lambda s, ring, *_: add_slot(s, ring, b"o" * 32, clock))
+            return await change(config, clock, secret, make)
+
+        monkeypatch.setattr(keys, "change", after_another)
+        assert qsfs("--json", "key", "sheet", "sheet").json["slot"] == 3
+        assert "key slot 3" in (tmp_path / "sheet").read_text()
 
     def test_a_typing_error_names_its_line_and_writes_nothing(self, qsfs, tmp_path):
         lines = sheet_lines(SECRET)
