@@ -18,6 +18,7 @@ from qsfs.daemon.jobs import Progress
 from qsfs.daemon.walking import walk
 from qsfs.errors import DataLost, LimitExceeded, QsfsError, Unavailable
 from qsfs.filesystem.tree import Tree
+from qsfs.remote.plain import plain_errors
 from qsfs.store.dropping import Dropper
 from qsfs.store.schema import BLOCK_SIZE, PAGE, ROOT_INODE, Inode, InodeFlag, Table, split_u64, u64
 from qsfs.store.store import Store
@@ -138,14 +139,15 @@ class Caching:
                 slots.release()
 
         progress["wanted_bytes"] = pages * PAGE
-        async with trio.open_nursery() as nursery:
-            async for inode in self._files(roots):
-                async for first, count, wanted in self._chunks(inode, part):
-                    full = full or self.room() <= 0
-                    if full or len(failures) >= _MOST_FAILURES:
-                        continue
-                    await slots.acquire()
-                    nursery.start_soon(fetch, inode.number, first, count, wanted)
+        with plain_errors():
+            async with trio.open_nursery() as nursery:
+                async for inode in self._files(roots):
+                    async for first, count, wanted in self._chunks(inode, part):
+                        full = full or self.room() <= 0
+                        if full or len(failures) >= _MOST_FAILURES:
+                            continue
+                        await slots.acquire()
+                        nursery.start_soon(fetch, inode.number, first, count, wanted)
         await self._committer.commit()
         fetched = {"wanted_bytes": pages * PAGE, "fetched_bytes": done * PAGE}
         if failures:

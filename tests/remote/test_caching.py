@@ -14,7 +14,7 @@ from qsfs.daemon import caching as caching_module
 from qsfs.daemon.caching import Caching, Range
 from qsfs.daemon.informing import answering_of, inform
 from qsfs.daemon.jobs import Jobs
-from qsfs.errors import LimitExceeded, NotFound, QsfsError, Unavailable
+from qsfs.errors import Corrupt, LimitExceeded, NotFound, QsfsError, Unavailable
 from qsfs.filesystem.contents import Contents
 from qsfs.filesystem.namespace import Namespace
 from qsfs.filesystem.policies import Policies
@@ -244,6 +244,28 @@ async def test_a_warm_that_does_not_come_says_so(fs, autojump_clock, expect_log,
 
 
 # pins
+
+
+async def test_a_walk_that_fails_while_parts_are_fetched_is_told_as_it_is(fs, monkeypatch):
+    """As the one error that a command knows how to tell, though it ends fetches that are under way."""
+
+    class Never:
+        async def fetch(self, inode, first, count):
+            await trio.sleep_forever()
+
+    number = fs.remote_file("a", noise(64 * PAGE))
+    walks = []
+
+    def fail_at_the_second(tree, root):
+        walks.append(root)
+        yield [root.number]
+        if len(walks) == 2:
+            raise Corrupt("a directory entry names no inode")
+
+    monkeypatch.setattr(caching_module, "walk", fail_at_the_second)
+    with pytest.raises(Corrupt, match="names no inode"):
+        await caching(fs, Never()).warm([fs.inode(number)], Range(), {})
+    assert len(walks) == 2
 
 
 def make(fs: Cached, parent: int, name: bytes, mode: int = stat.S_IFREG | 0o644):
