@@ -9,10 +9,8 @@ follows moves with it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +31,7 @@ from qsfs.daemon.probing import probe
 from qsfs.daemon.reading_status import status_of
 from qsfs.daemon.runtime import tune_allocator, tune_interpreter
 from qsfs.daemon.sightings import Sightings
+from qsfs.daemon.stopping import Stopping
 from qsfs.daemon.supervision import supervised
 from qsfs.errors import (
     BackendUnavailable,
@@ -59,7 +58,6 @@ from qsfs.store.schema import BLOCK_SIZE
 _log = logging.getLogger(__name__)
 
 _AGAIN_SECONDS = 1.0
-_BUSY_TRIES_SECONDS = 0.1
 _ANSWER_SECONDS = 2.0
 _WAITED_FOR = (QuorumUnavailable, BackendUnavailable, Unavailable)
 
@@ -99,11 +97,10 @@ class Reading:
         self._tell_waiting = waiting
         self._links: Links
         self._limits: Limits
-        self._stopping = trio.Event()
+        self._stopping = Stopping(config.filesystem.mountpoint, self._end_waits)
         self._finished = trio.Event()
         self._pending = control.Pending()
         self._unmounts = control.Pending()
-        self._scope: trio.CancelScope | None = None
         self._timing = Timing()
         self._first: Image | None = None
 
@@ -147,9 +144,9 @@ class Reading:
         begun = False
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch_signals)
+                nursery.start_soon(self._stopping.watch_signals)
                 await nursery.start(control.serve, directory / "control.sock", handlers, self._pending)
-                with self._stop_scope() as scope:
+                with self._stopping.start_scope() as scope:
                     image = self._first = await self._open(directory, secret)
                     if self.follow:
                         self.follower = self._follower(directory, image)
@@ -259,7 +256,7 @@ class Reading:
         nursery.start_soon(supervised, partial(probe, self.source.members, self.source.keys))
         nursery.start_soon(supervised, partial(self.sightings.run, self.config.mount.follow_seconds))
         async with trio.open_nursery() as serving:
-            serving.start_soon(self._unmount_when_stopping)
+            serving.start_soon(self._stopping.unmount_when_told)
             if self.follower is not None:
                 serving.start_soon(supervised, partial(self.follower.run, nursery))
             await session.serve(
@@ -302,48 +299,10 @@ class Reading:
             await self.image.commit()
         self._finished.set()
 
-    @contextlib.contextmanager
-    def _stop_scope(self) -> Iterator[trio.CancelScope]:
-        """Cancels what runs in the block when the daemon is told to stop before it is mounted."""
-        with trio.CancelScope() as scope:
-            self._scope = scope
-            if self._stopping.is_set():
-                scope.cancel()
-            yield scope
-        self._scope = None
-
-    async def _watch_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for number in signals:
-                _log.info("%s: stopping", signal.Signals(number).name)
-                self.stop()
-
-    def stop(self) -> None:
-        """Begins to stop; a start that waits ends at once."""
-        self._stopping.set()
-        if self._scope is not None:
-            self._scope.cancel()
-
-    async def _unmount_when_stopping(self) -> None:
-        """Unmounts when told to stop; while applications use the mount it is tried again."""
-        await self._stopping.wait()
-        warned = False
-        while True:
-            self._unblock(None)
-            try:
-                await trio.to_thread.run_sync(
-                    mountpoint.unmount, self.config.filesystem.mountpoint, abandon_on_cancel=True
-                )
-            except MountError as error:
-                if not warned:
-                    _log.warning("%s; waiting for them to end", error)
-                    notify(f"STATUS=waiting: {error}")
-                    warned = True
-                await trio.sleep(_BUSY_TRIES_SECONDS)
-            else:
-                return
-
     # control
+
+    def _end_waits(self) -> None:
+        self._unblock(None)
 
     def _unblock(self, number: int | None) -> int:
         return sum(image.fetcher.unblock(number) for image in self.images)
@@ -355,12 +314,12 @@ class Reading:
         """Answered at the end."""
         mounted = self.phase == "mounted"
         if not mounted:
-            self.stop()
+            self._stopping.stop()
         else:
-            self._unblock(None)
+            self._end_waits()
             with self._unmounts:
                 await trio.to_thread.run_sync(mountpoint.unmount, self.config.filesystem.mountpoint)
-            self._stopping.set()
+            self._stopping.stop()
         await self._finished.wait()
         return {"mounted": mounted, "published": False, "read_only": True}
 

@@ -8,10 +8,8 @@ not yet published until a deadline, commit, close.  A crash at any point is what
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
-import signal
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -42,10 +40,11 @@ from qsfs.daemon.runtime import tune_allocator, tune_interpreter
 from qsfs.daemon.secret import read_secret
 from qsfs.daemon.space import DaemonSpace
 from qsfs.daemon.status import status_of
+from qsfs.daemon.stopping import Stopping
 from qsfs.daemon.supervision import supervised
 from qsfs.daemon.waiter import DaemonWaiter
 from qsfs.daemon.written import LATE_SECONDS, WrittenDurability
-from qsfs.errors import CacheError, MountError, NotFound, QsfsError
+from qsfs.errors import CacheError, NotFound, QsfsError
 from qsfs.filesystem.contents import Contents
 from qsfs.filesystem.namespace import Namespace
 from qsfs.filesystem.needs import Need
@@ -67,7 +66,6 @@ _log = logging.getLogger(__name__)
 
 _POLICY_STEP_SECONDS = 0.2
 _ANSWER_SECONDS = 2.0
-_BUSY_TRIES_SECONDS = 0.1
 
 
 class Service:
@@ -97,7 +95,7 @@ class Service:
         self.started_ns = clock.time_ns()
         self._ready = ready
         self._tell_waiting = waiting
-        self._stopping = trio.Event()
+        self._stopping = Stopping(config.filesystem.mountpoint, self._end_waits)
         self.jobs = Jobs()
         self._pending = control.Pending()
         self._unmounts = control.Pending()
@@ -166,7 +164,7 @@ class Service:
         self.links = links(config, self.clock)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch_signals)
+                nursery.start_soon(self._stopping.watch_signals)
                 nursery.start_soon(self.committer.run)
                 await nursery.start(self.jobs.run)
                 self.opened = await open_file_system(store, self.links, self._secret, self.clock)
@@ -176,7 +174,7 @@ class Service:
                     self._control_handlers(),
                     self._pending,
                 )
-                with self._stop_scope() as scope:
+                with self._stopping.start_scope() as scope:
                     await self._start_remote(nursery)
                 if not scope.cancelled_caught:
                     await self._mounted(nursery)
@@ -197,16 +195,6 @@ class Service:
             _log.warning("waiting for %s", what)
             notify(f"STATUS=waiting for {what}\nEXTEND_TIMEOUT_USEC=120000000")
             self._tell_waiting(what)
-
-    @contextlib.contextmanager
-    def _stop_scope(self) -> Any:
-        """Cancels what runs in the block when the daemon is told to stop before it is mounted."""
-        with trio.CancelScope() as scope:
-            self._scope = scope
-            if self._stopping.is_set():
-                scope.cancel()
-            yield scope
-        self._scope = None
 
     async def _start_remote(self, nursery: trio.Nursery) -> None:
         fleets = local_fleets(self.store, self.opened)
@@ -286,7 +274,7 @@ class Service:
             relatime=self.config.mount.relatime,
         )
         async with trio.open_nursery() as serving:
-            serving.start_soon(self._unmount_when_stopping)
+            serving.start_soon(self._stopping.unmount_when_told)
             nursery.start_soon(self._watch_disk)
             await session.serve(
                 self.operations,
@@ -355,41 +343,6 @@ class Service:
     def _take_up_keys(self, opened: Opened) -> None:
         self.opened = opened
 
-    # stopping
-
-    async def _watch_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for number in signals:
-                _log.info("%s: stopping", signal.Signals(number).name)
-                self.stop()
-
-    def stop(self) -> None:
-        """Begins to stop; a start that waits ends at once."""
-        self._stopping.set()
-        if self._scope is not None:
-            self._scope.cancel()
-
-    _scope: trio.CancelScope | None = None
-
-    async def _unmount_when_stopping(self) -> None:
-        """Unmounts when told to stop; while applications use the mount it is tried again."""
-        await self._stopping.wait()
-        warned = False
-        while True:
-            self._end_waits()
-            try:
-                await trio.to_thread.run_sync(
-                    mountpoint.unmount, self.config.filesystem.mountpoint, abandon_on_cancel=True
-                )
-            except MountError as error:
-                if not warned:
-                    _log.warning("%s; waiting for them to end", error)
-                    notify(f"STATUS=waiting: {error}")
-                    warned = True
-                await trio.sleep(_BUSY_TRIES_SECONDS)
-            else:
-                return
-
     # background
 
     async def _walk_policies(self, waiter: DaemonWaiter) -> None:
@@ -447,12 +400,12 @@ class Service:
         """Answered at the end: `published` is whether all of it is on the backends."""
         mounted = self.operations is not None
         if not mounted:
-            self.stop()
+            self._stopping.stop()
         else:
             self._end_waits()
             with self._unmounts:
                 await trio.to_thread.run_sync(mountpoint.unmount, self.config.filesystem.mountpoint)
-            self._stopping.set()
+            self._stopping.stop()
         await self._finished.wait()
         return {"mounted": mounted, "published": self._published}
 
