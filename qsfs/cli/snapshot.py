@@ -94,6 +94,7 @@ def _create(config: Config, args: argparse.Namespace) -> int:
     cache = config.cache.directory
     check_name(args.name)
     if args.freeze is None:
+        control.require_running(cache)
         require_handed_over(config.filesystem.mountpoint)
         with waits_told(cache):
             made = control.ask(cache, "snapshot-create", name=args.name)

@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = Config.load(args.config)
     within = None if args.timeout is None else max(args.timeout, _LEAST_HAND_OVER_SECONDS)
+    control.require_running(config.cache.directory)
     require_handed_over(config.filesystem.mountpoint, within)
     with waits_told(config.cache.directory):
         wanted = {"class": args.durability, "seconds": args.timeout}

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from qsfs.daemon.lock import require_access
 from qsfs.errors import DeadlineExceeded, MountError, NotRunning, QsfsError, error_of
 
 _log = logging.getLogger(__name__)
+SOCKET = "control.sock"
+"""Its name in the cache directory."""
 _LONGEST_LINE = 1 << 20
 
 Handler = Callable[[Mapping[str, Any]], Awaitable[Any]]
@@ -129,8 +131,33 @@ def ask(cache: Path, command: str, *, timeout: float | None = None, **arguments:
     Raises `NotRunning` if none runs, `CacheError` if it is another user's, `DeadlineExceeded` if it does
     not answer within `timeout` seconds, or the typed error that the daemon reports.
     """
+    try:
+        with _connected(cache, timeout) as connection:
+            connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            with connection.makefile("rb") as lines:
+                line = lines.readline()
+    except TimeoutError as error:
+        raise DeadlineExceeded(
+            f"{cache / SOCKET}: the daemon did not answer within {timeout:g} s; see its log"
+        ) from error
+    if not line:
+        raise NotRunning(f"{cache / SOCKET}: the daemon ended before it answered; see its log")
+    reply = json.loads(line)
+    if not reply["ok"]:
+        raise error_of(reply["error"], reply["message"])
+    return reply["result"]
+
+
+def require_running(cache: Path) -> None:
+    """Raises `NotRunning` if no daemon serves the cache directory `cache`, `CacheError` if it is another user's."""
+    with _connected(cache, None):
+        pass
+
+
+@contextlib.contextmanager
+def _connected(cache: Path, timeout: float | None) -> Iterator[socket.socket]:
     require_access(cache)
-    path = cache / "control.sock"
+    path = cache / SOCKET
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(timeout)
     try:
@@ -140,13 +167,9 @@ def ask(cache: Path, command: str, *, timeout: float | None = None, **arguments:
                 connection.connect(f"/proc/self/fd/{directory}/{path.name}")
             finally:
                 os.close(directory)
-            connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
-            with connection.makefile("rb") as lines:
-                line = lines.readline()
-    except TimeoutError as error:
-        raise DeadlineExceeded(
-            f"{path}: the daemon did not answer within {timeout:g} s; see its log"
-        ) from error
+            yield connection
+    except TimeoutError:
+        raise
     except FileNotFoundError as error:
         raise NotRunning(f"{cache}: not mounted: no daemon runs here; 'qsfs mount' starts it") from error
     except ConnectionRefusedError as error:
@@ -155,9 +178,3 @@ def ask(cache: Path, command: str, *, timeout: float | None = None, **arguments:
         ) from error
     except OSError as error:
         raise NotRunning(f"{path}: no daemon answers ({error.strerror}); is it mounted?") from error
-    if not line:
-        raise NotRunning(f"{path}: the daemon ended before it answered; see its log")
-    reply = json.loads(line)
-    if not reply["ok"]:
-        raise error_of(reply["error"], reply["message"])
-    return reply["result"]

@@ -145,7 +145,7 @@ class Reading:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._stopping.watch_signals)
-                await nursery.start(control.serve, directory / "control.sock", handlers, self._pending)
+                await nursery.start(control.serve, directory / control.SOCKET, handlers, self._pending)
                 with self._stopping.start_scope() as scope:
                     image = self._first = await self._open(directory, secret)
                     if self.follow:

@@ -170,7 +170,7 @@ class Service:
                 self.opened = await open_file_system(store, self.links, self._secret, self.clock)
                 await nursery.start(
                     control.serve,
-                    config.cache.directory / "control.sock",
+                    config.cache.directory / control.SOCKET,
                     self._control_handlers(),
                     self._pending,
                 )

@@ -16,6 +16,7 @@ import trio
 from qsfs.config import FlushConfig
 from qsfs.errors import CacheError, DeadlineExceeded, Fenced, QsfsBug, QsfsError
 from qsfs.format.head import Head
+from qsfs.remote.ahead import Ahead
 from qsfs.remote.base import BASE_KEY, local_head, record_published
 from qsfs.remote.context import FlushContext
 from qsfs.remote.cut import NoCut
@@ -23,7 +24,6 @@ from qsfs.remote.exposure import Exposure
 from qsfs.remote.exposure_limit import ExposureWatch
 from qsfs.remote.generation import Generations, HeadPublisher
 from qsfs.remote.ledger import read_rows
-from qsfs.remote.metadata import MetadataUpload
 from qsfs.remote.named import NamedPacks
 from qsfs.remote.pace import Pace
 from qsfs.remote.pinning import Pinning
@@ -33,7 +33,7 @@ from qsfs.remote.renewal import Renewer
 from qsfs.remote.shards import ShardReader
 from qsfs.remote.upkeep import Upkeep, every_second
 from qsfs.store.schema import Table
-from qsfs.store.snapshot import CommittedState, Want
+from qsfs.store.snapshot import CommittedState
 from qsfs.store.store import NEXT_PACK
 
 _log = logging.getLogger(__name__)
@@ -44,8 +44,6 @@ _FEW_MARKS = 1000
 _POLL_SECONDS = 0.5
 _RETRY_SECONDS = 5.0
 _MOVE_STEPS = 256
-_LITTLE_PACKS = 4
-"""Packs' worth of dirty bytes that need not be uploaded ahead of a cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +89,7 @@ class Flusher:
         self._on_fenced = on_fenced
         self._renewer = Renewer(context, reader, config.snapshot_ratio)
         self._precopier = PreCopier(context, self._in_cut, config.quiet_seconds)
+        self._ahead = Ahead(context, self._precopier)
         self.pinning = Pinning(self)
         self._named = NamedPacks(context.spool, context.sealer.keys, lambda: self._generations.base)
         self._upkeep = Upkeep(
@@ -264,7 +263,8 @@ class Flusher:
             renewed = generations.renewed
             marks = context.store.layers.view.count(Table.CHANGED)
             if marks > EARLY_DELTA_MARKS and generations.pre_delta is None:
-                await self._early_delta()
+                self.phase = "uploading rows ahead"
+                await self._ahead.rows(generations)
             uploaded = self.exposure.uploaded
             given_up = self._upkeep.given_up()
             view, before = self._upkeep.dead.before_cut(), generations.base.head
@@ -301,9 +301,11 @@ class Flusher:
                 await self._move_covered()
             else:
                 self.phase = "uploading ahead"
-                await self._upload_ahead(order.most_bytes)
+                self._pace.too_much()
+                await self._ahead.pages(order.most_bytes)
                 if marks > _FEW_MARKS:
-                    await self._early_delta()
+                    self.phase = "uploading rows ahead"
+                    await self._ahead.rows(generations)
         self.phase = "running"
         self._precopier.press("")
         self._finished = serial
@@ -335,41 +337,6 @@ class Flusher:
         while not store.move_covered(_MOVE_STEPS):
             await self.context.committer.room()
             await trio.lowlevel.checkpoint()
-
-    async def _upload_ahead(self, most_bytes: int) -> None:
-        """Has pre-copy take everything until so little is dirty that a cut can be made.
-
-        What pre-copy takes it reads, seals and sends at the same time, and a cut one after the other: so
-        it goes on beyond what a cut may seal, for as long as that gets it much further.
-        """
-        context = self.context
-        self._pace.too_much()
-        self._precopier.press("more is dirty than a cut may seal", orphans_too=False)
-        enough, little = most_bytes // 2, min(most_bytes // 2, _LITTLE_PACKS * context.sealer.pack_bytes)
-        before = self._precopier.bytes_recorded
-        while True:
-            await trio.sleep(_POLL_SECONDS)
-            await context.committer.commit()
-            recorded = self._precopier.bytes_recorded
-            stalled = recorded - before < little
-            before = recorded
-            goal = enough if stalled else little
-            if await context.in_thread(lambda: self._dirty_bytes(goal)) <= goal:  # noqa: B023 (awaited at once)
-                return
-
-    def _dirty_bytes(self, most: int) -> int:
-        with CommittedState(self.context.store.environment, self.context.clock) as state:
-            return state.dirty_bytes(most, Want(1))
-
-    async def _early_delta(self) -> None:
-        """Uploads the rows that changed so far, so that the cut reads only what changes after."""
-        generations = self._generations
-        self.phase = "uploading rows ahead"
-        floor, packs = generations.pre_delta or (0, ())
-        upload = MetadataUpload(self.context, floor)
-        generations.pre_delta = None
-        more = await upload.run()
-        generations.pre_delta = (upload.complete_to, (*packs, *more))
 
     # room
 

@@ -39,6 +39,7 @@ def test_what_is_waited_for_is_told_once_until_it_changes(monkeypatch, capsys):
 
     monkeypatch.setattr(sync, "_TELL_SECONDS", 0.001)
     monkeypatch.setattr(control, "ask", ask)
+    monkeypatch.setattr(control, "require_running", lambda cache: None)
     with sync.waits_told(Path("/c")):
         assert asked.wait(60)
     assert capsys.readouterr().err.splitlines() == [
@@ -68,6 +69,7 @@ def test_a_class_that_is_not_reached_in_time_is_exit_17_with_what_is_missing(mon
         return result
 
     monkeypatch.setattr(control, "ask", ask)
+    monkeypatch.setattr(control, "require_running", lambda cache: None)
     said = qsfs("-c", tmp_path, "sync", "--class", "full", "--timeout", "1min")
     assert ("sync", {"class": "full", "seconds": 60.0}) in asked
     assert (said.code, said.out) == (17, "")
@@ -86,6 +88,7 @@ def test_a_class_that_is_not_reached_in_time_is_exit_17_with_what_is_missing(mon
 def test_the_number_and_what_it_is_worth_are_told(monkeypatch, qsfs, tmp_path, durability, word):
     qsfs("init", tmp_path)
     monkeypatch.setattr(control, "ask", lambda *_, **__: {"generation": 7, "class": durability})
+    monkeypatch.setattr(control, "require_running", lambda cache: None)
     said = qsfs("-c", tmp_path, "sync").out
     assert said.startswith("generation 7 is published") and word in said
 
@@ -93,6 +96,7 @@ def test_the_number_and_what_it_is_worth_are_told(monkeypatch, qsfs, tmp_path, d
 def test_a_kernel_that_cannot_hand_its_pages_over_holds_up_no_sync_with_a_timeout(monkeypatch, qsfs, tmp_path):
     """They wait for room in a full cache, for as long as backends are gone: nothing is certain, and that is said."""
     qsfs("init", tmp_path)
+    monkeypatch.setattr(control, "require_running", lambda cache: None)
     started = []
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[0])
@@ -107,9 +111,8 @@ def test_a_kernel_that_cannot_hand_its_pages_over_holds_up_no_sync_with_a_timeou
 
 def test_a_sync_with_a_timeout_says_where_nothing_is_mounted(qsfs, tmp_path):
     qsfs("init", tmp_path)
-    (tmp_path / "mnt").rmdir()
     said = qsfs("-c", tmp_path, "sync", "--timeout", "1min")
-    assert said.code == 13 and "No such file or directory; is it mounted?" in said.err
+    assert said.code == NotRunning.exit_code and "not mounted" in said.err
 
 
 @pytest.mark.parametrize("timeout", [(), ("--timeout", "1min")])
@@ -119,6 +122,7 @@ def test_what_the_kernel_lost_is_no_success(monkeypatch, qsfs, tmp_path, timeout
     qsfs("init", tmp_path)
     monkeypatch.setattr(handover, "_CHILD", failure)
     monkeypatch.setattr(control, "ask", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(control, "require_running", lambda cache: None)
     said = qsfs("-c", tmp_path, "sync", *timeout)
     assert said.code == MountError.exit_code and "have it written again" in said.err
     assert ("Input/output error" in said.err) == ("5" in failure)
