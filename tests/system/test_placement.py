@@ -47,7 +47,7 @@ def test_losses_and_promises_are_told_mounted_and_unmounted(scratch: Path, fleet
         assert formatted["packs"]["full"] >= 1 and formatted["broken_promises"] == []
         fs.mount()
         store(fs, "a", 3 << 20)
-        assert fs.sync()["class"] == "full"
+        fs.run("sync", "--class", "full")
         mounted = check(fs)
         assert mounted["any_may_be_lost"] == {"backend": 2, "node": 2, "group": 1}
         assert mounted["packs"]["full"] > formatted["packs"]["full"]
