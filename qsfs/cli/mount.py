@@ -52,6 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_unlock_options(parser)
     parser.add_argument("--report-fd", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--secret-stdin", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--beside", nargs=3, metavar=("NAME", "MOUNTPOINT", "BYTES"), help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,6 +61,13 @@ def run(args: argparse.Namespace) -> int:
     from qsfs.config import Config
 
     config = Config.load(args.config)
+    if args.beside is not None:
+        from pathlib import Path
+
+        from qsfs.daemon.beside import beside
+
+        args.snapshot, place, cache_bytes = args.beside
+        config = beside(config, args.snapshot, Path(place), int(cache_bytes))
     chosen = args.generation is not None or args.snapshot is not None
     args.read_only = args.read_only or config.mount.read_only or config.mount.follow
     args.follow = args.follow or (config.mount.follow and not chosen)
@@ -70,7 +78,15 @@ def run(args: argparse.Namespace) -> int:
     secret = _handed_over() if args.secret_stdin else unlocking(args)
     if args.foreground:
         return _serve(config, args, secret)
-    return _start(config, args, secret)
+    words = [
+        *(["--offline"] if args.offline else []),
+        *(["--debug"] if args.debug else []),
+        *(["--read-only"] if args.read_only else []),
+        *(["--follow"] if args.follow else []),
+        *(["--generation", str(args.generation)] if args.generation is not None else []),
+        *(["--snapshot", args.snapshot] if args.snapshot is not None else []),
+    ]
+    return start(config, words, secret, as_json=args.json)
 
 
 def _handed_over() -> Secret:
@@ -145,17 +161,13 @@ class _Report:
             self._file = None
 
 
-def _start(config: Config, args: argparse.Namespace, secret: Secret | None) -> int:
+def start(config: Config, words: list[str], secret: Secret | None, *, as_json: bool) -> int:
+    """Starts the daemon with `words` for `qsfs mount`, and says when it is mounted; raises what it could not do."""
     from qsfs.daemon.secret import encode_secret
 
     read, write = os.pipe()
     command = [sys.executable, "-m", "qsfs.cli.main", "-c", str(config.path), "mount", "--foreground"]
-    command += ["--report-fd", str(write), *(["--offline"] if args.offline else [])]
-    command += ["--debug"] if args.debug else []
-    command += ["--read-only"] if args.read_only else []
-    command += ["--follow"] if args.follow else []
-    command += ["--generation", str(args.generation)] if args.generation is not None else []
-    command += ["--snapshot", args.snapshot] if args.snapshot is not None else []
+    command += ["--report-fd", str(write), *words]
     command += [] if secret is None else ["--secret-stdin"]
     environment = {"MALLOC_ARENA_MAX": "2", **os.environ}
     with open(os.devnull, "r+b") as nothing:  # noqa: PTH123 - a device, not a path of ours
@@ -181,7 +193,7 @@ def _start(config: Config, args: argparse.Namespace, secret: Secret | None) -> i
             elif "error" in answer:
                 raise error_of(answer["error"], answer["message"])
             else:
-                return _report_mounted(config, process.pid, args.json, answer.get("shown"))
+                return _report_mounted(config, process.pid, as_json, answer.get("shown"))
     process.wait()
     raise QsfsError(
         f"the daemon ended with {process.returncode} before it was mounted; "

@@ -1,4 +1,4 @@
-"""`qsfs snapshot`: makes, lists and deletes snapshots."""
+"""`qsfs snapshot`: makes, lists, deletes and mounts snapshots."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 _FREEZE_SECONDS = 30.0
 _MOST_FREEZE_SECONDS = 600.0
 _ANSWER_SECONDS = 5.0
+_UMOUNT_SECONDS = 600.0
+_CACHE_BYTES = 256 << 20
+_LEAST_CACHE_BYTES = 16 << 20
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `snapshot` and its subcommands."""
+    from qsfs.cli.unlock import add_unlock_options
+
     parser = subparsers.add_parser(
         "snapshot",
-        help="make, list or delete snapshots",
+        help="make, list, delete or mount snapshots",
         description="A snapshot keeps the whole file system as it is at one moment, under a name, on the "
         "backends. It costs nothing until what it holds is changed. 'qsfs rollback' returns to one.",
     )
@@ -63,6 +68,28 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Keep a snapshot no longer. Returns once that is published. Nothing else is changed.",
     )
     delete.add_argument("name", metavar="NAME")
+    mount = actions.add_parser(
+        "mount",
+        help="mount a snapshot read-only",
+        description="Mount a snapshot read-only on an empty directory, beside the mount that writes or without one. "
+        "What is read is kept in a cache of its own, which goes with 'qsfs snapshot umount'.",
+    )
+    mount.add_argument("name", metavar="NAME")
+    mount.add_argument("mountpoint", metavar="DIRECTORY")
+    mount.add_argument(
+        "--cache-size",
+        type=_size,
+        default=_CACHE_BYTES,
+        metavar="SIZE",
+        help="of its cache, beside the configured one and not part of its bound (default: 256MiB)",
+    )
+    add_unlock_options(mount)
+    umount = actions.add_parser(
+        "umount",
+        help="unmount a snapshot",
+        description="Unmount a snapshot and remove its cache. Refused while in use.",
+    )
+    umount.add_argument("name", metavar="NAME")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,8 +97,18 @@ def run(args: argparse.Namespace) -> int:
     from qsfs.config import Config
 
     config = Config.load(args.config)
-    actions = {"create": _create, "list": _list, "delete": _delete}
+    actions = {"create": _create, "list": _list, "delete": _delete, "mount": _mount, "umount": _umount}
     return actions[args.action](config, args)
+
+
+def _size(text: str) -> int:
+    from qsfs.values import size
+
+    try:
+        found: int = size(_LEAST_CACHE_BYTES)(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return found
 
 
 def _seconds(text: str) -> float:
@@ -155,6 +192,7 @@ def _list(config: Config, args: argparse.Namespace) -> int:
     from qsfs.cli.output import format_table, format_time, print_json
     from qsfs.clock import SystemClock
     from qsfs.daemon import control
+    from qsfs.daemon.beside import mounted
     from qsfs.values import format_duration
 
     sentences: tuple[str, ...] = ()
@@ -164,7 +202,9 @@ def _list(config: Config, args: argparse.Namespace) -> int:
         # Nothing is mounted here, or not by one who writes.
         found, sentences = _on_backends(config)
     now = SystemClock().time_ns() / 1e9
+    places = {name: str(place) for name, place in mounted(config).items()}
     for entry in found:
+        entry["mounted_on"] = places.get(entry["name"])
         entry["age_seconds"] = round(now - entry["time"], 1)
     if args.json:
         print_json({"snapshots": found})
@@ -177,8 +217,8 @@ def _list(config: Config, args: argparse.Namespace) -> int:
     rows = []
     for entry in found:
         age = format_duration(max(0.0, entry["age_seconds"]))
-        rows.append((entry["name"], entry["generation"], format_time(entry["time"]), age))
-    print(format_table(("name", "generation", "cut at", "age"), rows))
+        rows.append((entry["name"], entry["generation"], format_time(entry["time"]), age, entry["mounted_on"] or ""))
+    print(format_table(("name", "generation", "cut at", "age", "mounted on"), rows))
     return 0
 
 
@@ -203,4 +243,46 @@ def _delete(config: Config, args: argparse.Namespace) -> int:
         print_json({"deleted": args.name})
     else:
         print(f"snapshot {args.name} is deleted")
+    return 0
+
+
+def _mount(config: Config, args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from qsfs.cli.mount import start
+    from qsfs.cli.unlock import unlocking
+    from qsfs.daemon.beside import beside, make, remove
+
+    place = Path(args.mountpoint).absolute()
+    secret = unlocking(args)
+    shown = beside(config, args.name, place, args.cache_size)
+    make(shown)
+    words = ["--beside", args.name, str(place), str(args.cache_size), *(["--debug"] if args.debug else [])]
+    try:
+        return start(shown, words, secret, as_json=args.json)
+    except QsfsError:
+        remove(shown.cache.directory)
+        raise
+
+
+def _umount(config: Config, args: argparse.Namespace) -> int:
+    from qsfs.cli.output import print_json
+    from qsfs.cli.umount import unmount
+    from qsfs.daemon.beside import cache_of, mountpoint_of, remove
+
+    directory = cache_of(config, args.name)
+    if not directory.is_dir():
+        raise NotRunning(f'snapshot "{args.name}" is not mounted; \'qsfs snapshot list\' tells which are, and where')
+    place = mountpoint_of(directory)
+    try:
+        unmount(directory, place, _UMOUNT_SECONDS)
+    except NotRunning:
+        # The machine went down meanwhile.
+        remove(directory)
+        raise
+    remove(directory)
+    if args.json:
+        print_json({"unmounted": args.name, "mountpoint": str(place)})
+    else:
+        print(f"{place}: snapshot {args.name} is unmounted")
     return 0

@@ -44,13 +44,19 @@ def snapshots_of(kept: Iterable[KeptGeneration]) -> list[Snapshot]:
     return [Snapshot(name, entry.head, entry.time_ns) for entry in sorted(kept, key=_age) for name in entry.pins]
 
 
-def check_name(name: str) -> str:
-    """The name, if a person may give it to a snapshot; else `ConfigError` with the rules."""
+def check_form(name: str) -> str:
+    """The name, if a snapshot may have it; else `ConfigError` with the rules."""
     if len(name) > LONGEST_NAME or _NAME.fullmatch(name) is None:
         raise ConfigError(
             f'"{name}" is not a name for a snapshot: 1 to {LONGEST_NAME} letters, digits, "." "_" "-", of which '
             "the first is a letter or digit"
         )
+    return name
+
+
+def check_name(name: str) -> str:
+    """The name, if a person may give it to a snapshot; else `ConfigError` with the rules."""
+    check_form(name)
     if name.isdigit():
         raise ConfigError(f'"{name}" looks like the number of a generation; give the snapshot a name with a letter')
     if name.startswith(AUTOMATIC):

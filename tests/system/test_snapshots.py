@@ -15,7 +15,7 @@ from qsfs.cli.freeze import cgroup_root
 from qsfs.errors import DependencyMissing
 from tests.support.backends import Servers
 from tests.support.daemon import FileSystem
-from tests.system.fleet import QUICK, check, eventually, status, store
+from tests.system.fleet import QUICK, check, content, eventually, status, store
 from tests.system.load import check_clean
 
 pytestmark = pytest.mark.mount
@@ -247,6 +247,47 @@ def test_a_held_database_is_what_it_would_be_if_it_were_killed(scratch: Path, fl
             fs.mount()
             assert (fs.mountpoint / "data.mdb").read_bytes() == expected
             fs.umount()
+        check_clean(fs)
+
+
+def test_snapshots_are_mounted_beside_the_mount_that_writes(scratch: Path, fleet: Servers) -> None:
+    """Each shows what was there then, while the other and the writer go on; nothing stays of one that is unmounted."""
+    with file_system(scratch, fleet, "beside") as fs:
+        fs.run("snapshot", "create", "empty")
+        store(fs, "base", MIB)
+        fs.run("snapshot", "create", "first")
+        (fs.mountpoint / "base").write_bytes(content("changed", 4096))
+        places = {name: scratch / name for name in ("empty", "first")}
+        assert fs.run("snapshot", "mount", "first", places["first"], code=13).stderr.count("does not exist") == 1
+        for name, place in places.items():
+            place.mkdir()
+            said = fs.run("snapshot", "mount", name, place, "--cache-size", "32MiB").stdout
+            assert said.startswith(f"mounted read-only on {place} ")
+        try:
+            assert not list(places["empty"].iterdir())
+            assert (places["first"] / "base").read_bytes() == content("base", MIB)
+            assert (fs.mountpoint / "base").read_bytes() == content("changed", 4096)
+            with pytest.raises(OSError, match="Read-only"):
+                (places["first"] / "new").touch()
+            listed = fs.run("snapshot", "list", "--json").json()["snapshots"]
+            assert {entry["name"]: entry["mounted_on"] for entry in listed} == {
+                name: str(place) for name, place in places.items()
+            }
+            other = scratch / "other"
+            other.mkdir()
+            assert "mounted already" in fs.run("snapshot", "mount", "first", other, code=13).stderr
+            assert (places["first"] / "base").read_bytes() == content("base", MIB)
+            fs.run("snapshot", "umount", "empty")
+            assert not list(places["empty"].iterdir())
+            with (places["first"] / "base").open("rb") as held:
+                assert held.read(1) and "in use" in fs.run("snapshot", "umount", "first", code=13).stderr
+            fs.umount()
+            assert (places["first"] / "base").read_bytes() == content("base", MIB)
+        finally:
+            for name in places:
+                fs.run("snapshot", "umount", name, code=None)
+        assert not list(scratch.glob("one/*-snapshots")) and not list(places["first"].iterdir())
+        assert "not mounted" in fs.run("snapshot", "umount", "first", code=16).stderr
         check_clean(fs)
 
 
