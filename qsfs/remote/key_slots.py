@@ -95,10 +95,7 @@ class KeyState:
         told = [f"{error}." for _, error in sorted(self.found.problems, key=lambda problem: problem[0].name)]
         known = {c.name for c, _ in self.found.problems}
         told += [f"{s.error}." for s in self.strangers if s.candidate.name not in known]
-        told += [
-            f"Not configured: {entry.address}/{entry.namespace} (entry {entry.number})."
-            for entry in self.newest.missing
-        ]
+        told += self.newest.not_configured(self.strangers)
         return tuple(told if len(told) <= 3 else [f"{summary(line.removesuffix('.') for line in told)}."])
 
     def _authentic(self) -> set[bytes]:
@@ -217,7 +214,8 @@ async def prove_secret(
         )
     _require_quorum(state, "nothing is proven")
     if state.newest.judgement.withstands < 0:
-        raise QuorumUnavailable(f"the secret opens the key slots, but {' '.join(state.newest.sentences())}")
+        newest = " ".join(state.newest.sentences(state.strangers))
+        raise QuorumUnavailable(f"the secret opens the key slots, but {newest}")
     slot = ", ".join(map(str, sorted(found.used)))
     kinds = ", ".join(s.kind for s in state.slots if s.number in found.used)
     keys = found.keys

@@ -84,7 +84,8 @@ class Source:
 
     def sentences(self) -> tuple[str, ...]:
         """What was found where, for people."""
-        return (*self.found.sentences(), *self.problems, *(f"Left out: {s.error}." for s in self.strangers))
+        left_out = (f"Left out: {stranger.error}." for stranger in self.strangers)
+        return (*self.found.sentences(self.strangers), *self.problems, *left_out)
 
 
 async def find_source(
@@ -155,8 +156,8 @@ async def restore(
     found = source.found
     if found.judgement.withstands < 0 and not force:
         raise QuorumUnavailable(
-            f"{' '.join(found.sentences())} Bring more backends back, or restore with --force what may not "
-            "be the newest"
+            f"{' '.join(found.sentences(source.strangers))} Bring more backends back, or restore with --force "
+            "what may not be the newest"
         )
     packs, tally = await restore_into(
         directory, source, limits, clock, say=say, deadline_seconds=deadline_seconds

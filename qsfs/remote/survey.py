@@ -24,7 +24,7 @@ from qsfs.format.erasure import CodeParams
 from qsfs.format.head import FleetEntry, Head, HeadRef
 from qsfs.format.identity import identity_key
 from qsfs.remote.control import Reading, Records, read_control
-from qsfs.remote.identity import require_identity
+from qsfs.remote.identity import Stranger, require_identity
 from qsfs.remote.members import Member, Members
 from qsfs.remote.newest import Judgement, describe_head, judge, newest_head, uncounted
 from qsfs.remote.quorum import fleet_quorums
@@ -195,8 +195,20 @@ class Found:
         """Names the head."""
         return self.judgement.newest
 
-    def sentences(self) -> tuple[str, ...]:
-        """What a restore prints: which head, how many losses the reading withstands, what did not answer."""
+    def not_configured(self, strangers: Collection[Stranger]) -> list[str]:
+        """Sentences about entries at whose place there is no configured backend, not even a stranger."""
+        places = {(stranger.candidate.address, stranger.candidate.namespace) for stranger in strangers}
+        return [
+            f"Not configured: {entry.address}/{entry.namespace} (entry {entry.number})."
+            for entry in self.missing
+            if (entry.address, entry.namespace) not in places
+        ]
+
+    def sentences(self, strangers: Collection[Stranger] = ()) -> tuple[str, ...]:
+        """What a restore prints: which head, how many losses the reading withstands, what did not answer.
+
+        `strangers` are the configured backends that are no members, about which the caller says more.
+        """
         verdict = self.judgement
         fleet = {entry.number for fleet in self.head.fleets for entry in fleet.entries}
         answered = len(verdict.counted & fleet)
@@ -215,10 +227,7 @@ class Found:
             found.append(f"Not counted: {summary(verdict.uncounted.values())}.")
         if self.survey.errors:
             found.append(f"Not answered: {self.survey.reasons()}.")
-        found += [
-            f"Not configured: {entry.address}/{entry.namespace} (entry {entry.number})."
-            for entry in self.missing
-        ]
+        found += self.not_configured(strangers)
         found += [
             f"Also found: {describe_head(ref)}, which may or may not be an ancestor."
             for ref in verdict.undecided

@@ -7,10 +7,13 @@ import dataclasses
 import pytest
 import trio
 
+from qsfs.backend.memory import MemoryBackend
 from qsfs.errors import BackendUnavailable, Corrupt, NotFound, QuorumUnavailable, SplitHeads
 from qsfs.format.fleet import Fleet
 from qsfs.format.head import HeadRef, KeptGeneration, Owner, head_key
+from qsfs.remote.identity import Stranger
 from qsfs.remote.kept import kept_of_first, kept_with
+from qsfs.remote.members import Candidate
 from qsfs.remote.survey import Found, Timing, fetch_head, find_newest
 from tests.remote.harness import FSID, TIMING, Machine, World, make_head, make_world, plant
 
@@ -115,6 +118,9 @@ async def test_entries_that_no_configured_backend_is_are_named(autojump_clock):
     found = await find(world)
     assert found.missing == (other,)
     assert "Not configured: gone:1/qsfs (entry 9)." in found.sentences()
+    backend = MemoryBackend(world.data[0])
+    silent = Stranger(Candidate("gone:1", "qsfs", backend, lambda _: backend), BackendUnavailable("no"))
+    assert not any("Not configured" in sentence for sentence in found.sentences([silent])), "the caller tells of it"
 
 
 async def test_a_rotten_newer_head_makes_its_backend_not_count(autojump_clock):
