@@ -14,17 +14,20 @@ from qsfs.store.environment import Environment
 from qsfs.store.schema import PackRow, PackState, Table, split_u64
 from qsfs.store.snapshot import CommittedState
 
+SMALL_SHARD = 64 << 10
+"""Bytes of a shard below which a pack may be worth merging with others."""
 _STEP_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class RowsRead:
-    """Pack rows that need attention, metadata packs by id, data packs without live bytes and with few."""
+    """Pack rows that need attention, metadata packs by id, data packs without live bytes, with few, and small ones."""
 
     unsettled: tuple[tuple[int, PackRow], ...]
     metadata: tuple[tuple[bytes, int], ...]
     emptied: tuple[int, ...]
     thin: tuple[int, ...]
+    small: tuple[int, ...]
     resume: bytes | None
 
 
@@ -34,6 +37,8 @@ def read_rows(environment: Environment, clock: Clock, start: bytes) -> RowsRead:
     metadata = []
     emptied: list[int] = []
     thin: list[int] = []
+    small: list[int] = []
+    resume: bytes | None = None
     settled = PackState.FULL | PackState.LOOKED
     until = clock.monotonic() + _STEP_SECONDS
     with CommittedState(environment, clock) as state:
@@ -43,11 +48,14 @@ def read_rows(environment: Environment, clock: Clock, start: bytes) -> RowsRead:
                 metadata.append((row.pack_id, split_u64(key)))
             elif 2 * row.live < row.body_length:
                 (thin if row.live else emptied).append(split_u64(key))
+            elif row.shard_size < SMALL_SHARD:
+                small.append(split_u64(key))
             if row.state & settled != settled and not row.unnamed_since_ns:
                 unsettled.append((split_u64(key), row))
             if clock.monotonic() >= until:
-                return RowsRead(tuple(unsettled), tuple(metadata), tuple(emptied), tuple(thin), key + b"\0")
-    return RowsRead(tuple(unsettled), tuple(metadata), tuple(emptied), tuple(thin), None)
+                resume = key + b"\0"
+                break
+    return RowsRead(tuple(unsettled), tuple(metadata), tuple(emptied), tuple(thin), tuple(small), resume)
 
 
 class Ledger:
@@ -55,7 +63,8 @@ class Ledger:
 
     `incomplete` maps those that are not full to (live bytes, when they were written, wall time);
     `looks` those that were not looked at again to when that is due (running time).  `emptied` are data
-    packs that had no live bytes when the rows were read, `thin` those that had fewer than half of their size.
+    packs that had no live bytes when the rows were read, `thin` those that had fewer than half of their size, `small`
+    those whose shards are small: who acts on these takes them out.
     """
 
     def __init__(self, clock: Clock, second_look_seconds: float) -> None:
@@ -64,6 +73,7 @@ class Ledger:
         self.metadata: dict[bytes, int] = {}
         self.emptied: set[int] = set()
         self.thin: set[int] = set()
+        self.small: set[int] = set()
         self._clock = clock
         self._delay = second_look_seconds
 
@@ -71,6 +81,8 @@ class Ledger:
         """Takes note of a row as it is now."""
         if row.kind == PackKind.METADATA:
             self.metadata[row.pack_id] = number
+        elif row.shard_size < SMALL_SHARD:
+            self.small.add(number)
         if row.state & PackState.FULL:
             self.incomplete.pop(number, None)
         else:
@@ -89,6 +101,7 @@ class Ledger:
             self.metadata.setdefault(pack_id, number)
         self.emptied.update(read.emptied)
         self.thin.update(read.thin)
+        self.small.update(read.small)
         for number, row in read.unsettled:
             if number not in self.incomplete and number not in self.looks:
                 self.note(number, row)

@@ -1,45 +1,56 @@
-"""Rewriting packs of which little lives: their last pages are marked dirty, and flushing packs them anew.
+"""Rewriting packs of which little lives, and small ones: what lives is marked dirty, and flushing packs it anew.
 
 Nothing else is special about it.  The pages keep their write numbers, so whatever happens to them meanwhile wins as
 ever, and a crash leaves them clean or dirty, both of which are true.  The old pack is dead once the new one is
-recorded, and is deleted as every dead one.  Fewer bytes are uploaded than become free.
+recorded, and is deleted as every dead one.  `rewrite_choice` says which packs are worth it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import trio
 
 from qsfs.errors import BackendError, Corrupt, DataLost, FormatMismatch
-from qsfs.format.extent import ExtentEntry, PackKind
+from qsfs.format.extent import ExtentEntry
 from qsfs.format.pack import open_extent
 from qsfs.remote.context import FlushContext
 from qsfs.remote.dead_packs import read_index
+from qsfs.remote.rewrite_choice import Candidates, Choice
 from qsfs.remote.shards import ShardReader
 from qsfs.remote.stored import StoredPack
 from qsfs.store.packs import pack_row
 from qsfs.store.reading import LocalDamage
 from qsfs.store.redirty import redirty
-from qsfs.store.schema import PAGE, ExtentRow, Inode, PackRow
+from qsfs.store.schema import PAGE, ExtentRow, Inode
 
 _log = logging.getLogger(__name__)
 
-SETTLED_SECONDS = 600.0
-"""Age from which on a pack is rewritten: a younger one that shrinks is likely to die by itself."""
-AGAIN_SECONDS = 3600.0
-"""When a pack is tried again that could not be rewritten."""
+MARKED_BYTES = 32 << 20
+"""Bytes of pages that are on their way at a time: they cannot be evicted, and the next cut has to take them."""
 _LONGEST_SECONDS = 600.0
 _READ_SECONDS = 60.0
-_LOOKED_AT = 256
+_A_STEP = 64
+"""Extents between two looks at whether the open group is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Marked:
+    """A pack whose pages were marked: how many bytes, and until when they are waited for."""
+
+    choice: Choice
+    size: int
+    until: float
 
 
 class Rewriter:
-    """Rewrites one pack at a time, while the cache has room and enough backends answer.
+    """Rewrites packs, a few at a time, while the cache has room and enough backends answer.
 
-    `share` is the part of a pack's size below which its live bytes make it worth that, at most a half; 0: never.
+    `share` is the part of a pack's size below which its live bytes make it worth that, at most a half; 0: nothing is
+    rewritten.  `most_bytes` bounds what is on its way.
     """
 
     def __init__(
@@ -49,6 +60,7 @@ class Rewriter:
         *,
         share: float,
         short_of_room: Callable[[], bool],
+        most_bytes: int = MARKED_BYTES,
     ) -> None:
         self.rewritten_packs = 0
         self.rewritten_bytes = 0
@@ -56,84 +68,97 @@ class Rewriter:
         self._reader = reader
         self._share = share
         self._short_of_room = short_of_room
-        self._thin: dict[int, float] = {}
-        self._current: tuple[int, float] | None = None
+        limits = context.store.limits
+        self._most_bytes = min(most_bytes, (limits.high_bytes - limits.low_bytes) // 2)
+        self._marked: dict[int, _Marked] = {}
+        self._candidates = Candidates(
+            lambda number: pack_row(context.store, number), pack_bytes=context.sealer.pack_bytes, share=share
+        )
 
     def take_over(self, thin: Iterable[int]) -> None:
         """Takes in the packs of which little lived when the mount began."""
-        for number in thin:
-            self._thin.setdefault(number, 0.0)
+        self._candidates.thinned(dict.fromkeys(thin, 1.0), self._context.clock.monotonic())
 
     def report(self) -> dict[str, int]:
-        """How many packs are thin, how many were rewritten, and the bytes of their pages."""
+        """How many packs are thin and small, how many were rewritten, and the bytes of their pages."""
         return {
-            "thin_packs": len(self._thin),
+            "thin_packs": self._candidates.thin,
+            "small_packs": self._candidates.small,
             "rewritten_packs": self.rewritten_packs,
             "rewritten_bytes": self.rewritten_bytes,
         }
 
     async def work(self) -> None:
-        """Begins with the next pack, unless the last one is still on its way."""
-        thinned = self._context.store.extents.thinned
-        self.take_over(thinned)
-        thinned.clear()
-        if self._busy() or not self._share or self._short_of_room():
-            return
-        if not self._context.uploader.enough_backends():
-            return
-        chosen = self._choose()
-        if chosen is not None:
-            await self._rewrite(*chosen)
-
-    def _busy(self) -> bool:
-        """Whether pages of the last pack have still to be uploaded."""
-        if self._current is None:
-            return False
-        number, until = self._current
-        row = pack_row(self._context.store, number)
-        if row is not None and row.live and self._context.clock.monotonic() < until:
-            return True
-        if row is None or not row.live:
-            self.rewritten_packs += 1
-            self._thin.pop(number, None)
-        self._current = None
-        return False
-
-    def _choose(self) -> tuple[int, PackRow] | None:
-        """The thinnest of the packs that were not looked at for longest."""
-        now, wall_ns = self._context.clock.monotonic(), self._context.clock.time_ns()
-        best: tuple[float, int, PackRow] | None = None
-        for number in [n for _, (n, later) in zip(range(_LOOKED_AT), self._thin.items(), strict=False) if later <= now]:
-            row = pack_row(self._context.store, number)
-            later = self._thin.pop(number)
-            if row is None or not row.live or row.kind != PackKind.DATA:
-                continue
-            self._thin[number] = later
-            part = row.live / row.body_length
-            if part >= self._share or wall_ns - row.written_at_ns < SETTLED_SECONDS * 1e9:
-                continue
-            if best is None or part < best[0]:
-                best = (part, number, row)
-        return None if best is None else best[1:]
-
-    async def _rewrite(self, number: int, row: PackRow) -> None:
-        """Brings what lives of a pack into the cache, and marks it dirty."""
+        """Begins with the next packs, unless enough is on its way."""
         context = self._context
+        self._take_in()
+        self._settle()
+        if not self._share or self._short_of_room() or not context.uploader.enough_backends():
+            return
+        room = self._most_bytes - sum(marked.size for marked in self._marked.values())
+        if room <= 0:
+            return
+        for choice in self._candidates.choose(room, context.clock.monotonic(), context.clock.time_ns()):
+            await self._rewrite(choice)
+
+    def _take_in(self) -> None:
+        extents, ledger = self._context.store.extents, self._context.ledger
+        self._candidates.thinned(extents.thinned, self._context.clock.monotonic())
+        extents.thinned.clear()
+        self._candidates.grew(sorted(ledger.small))
+        ledger.small.clear()
+        self._candidates.recorded(extents.recorded_bytes)
+
+    def _settle(self) -> None:
+        """Lets go of packs whose pages have all been uploaded, and of those that took too long."""
+        now = self._context.clock.monotonic()
+        for number, marked in list(self._marked.items()):
+            row = pack_row(self._context.store, number)
+            if row is None or not row.live:
+                self.rewritten_packs += 1
+                self._candidates.gone(number)
+            elif now < marked.until:
+                continue
+            elif marked.choice.small:
+                self._candidates.tried(marked.choice, now)
+            del self._marked[number]
+
+    async def _rewrite(self, choice: Choice) -> None:
+        """Brings what lives of a pack into the cache, and marks it dirty."""
+        context, number = self._context, choice.number
         marked = 0
         try:
             with trio.fail_after(_READ_SECONDS):
-                pack = StoredPack.of_row(row, context.sealer.code.params)
-                for entry in await read_index(self._reader, pack, context.sealer.keys):
-                    marked += await self._rewrite_extent(number, pack, entry)
-                    await trio.lowlevel.checkpoint()
+                pack = StoredPack.of_row(choice.row, context.sealer.code.params)
+                entries = await read_index(self._reader, pack, context.sealer.keys)
+                if choice.small or await self._is_thin(choice, entries):
+                    for index, entry in enumerate(entries):
+                        if not index % _A_STEP:
+                            await context.committer.room()
+                        marked += await self._rewrite_extent(number, pack, entry)
+                        await trio.lowlevel.checkpoint()
         except (trio.TooSlowError, BackendError, DataLost, Corrupt, FormatMismatch) as error:
             why = "it was not read in time" if isinstance(error, trio.TooSlowError) else error
-            _log.info("pack %s: is not rewritten, which is tried again: %s", row.pack_id.hex(), why)
+            _log.info("pack %s: is not rewritten, which is tried again: %s", choice.row.pack_id.hex(), why)
+        now = context.clock.monotonic()
         self.rewritten_bytes += marked * PAGE
-        del self._thin[number]
-        self._thin[number] = context.clock.monotonic() + AGAIN_SECONDS
+        self._candidates.marked(marked * PAGE)
+        if not choice.small or not marked:
+            self._candidates.tried(choice, now)
         if marked:
-            self._current = (number, context.clock.monotonic() + _LONGEST_SECONDS)
+            self._marked[number] = _Marked(choice, marked * PAGE, now + _LONGEST_SECONDS)
+
+    async def _is_thin(self, choice: Choice, entries: Sequence[ExtentEntry]) -> bool:
+        """Whether as little lives of a pack as was thought: its row counts plain bytes, its index knows sealed ones."""
+        sealed = 0.0
+        for index, entry in enumerate(entries):
+            if not index % _A_STEP:
+                await trio.lowlevel.checkpoint()
+            pages = sum(row.pages for row in self._rows(choice.number, entry))
+            sealed += entry.sealed_length * pages / max(1, entry.pages)
+        density = sealed / max(1, choice.row.live)
+        self._candidates.density(choice.number, density)
+        return self._candidates.is_thin(choice.row, density)
 
     async def _rewrite_extent(self, number: int, pack: StoredPack, entry: ExtentEntry) -> int:
         context, store = self._context, self._context.store

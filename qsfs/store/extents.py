@@ -20,15 +20,18 @@ class Extents:
     """The extents of all files.
 
     `emptied` are packs that turned out to have no live bytes when a group was sealed, `thinned` those that lost
-    some and have fewer than half of their size; who acts on that takes them out.
+    some and have fewer than half of their size, with the sealed bytes for each plain one of what they lost; who acts on
+    that takes them out.  `recorded_bytes` counts the pages of all extents that were added.
     """
 
     def __init__(self, layers: Rows) -> None:
         self._layers = layers
         self._live_change: defaultdict[int, int] = defaultdict(int)
         self._has: dict[int, bool] = {}
+        self._lost: defaultdict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self.emptied: set[int] = set()
-        self.thinned: set[int] = set()
+        self.thinned: dict[int, float] = {}
+        self.recorded_bytes = 0
 
     def any(self, inode: int) -> bool:
         """Whether the file has extents.  True may be stale, False never is."""
@@ -73,6 +76,7 @@ class Extents:
         self._has[inode] = True
         self._put(inode, row)
         self._live_change[row.pack] += row.pages * PAGE
+        self.recorded_bytes += row.pages * PAGE
 
     def take(self, inode: int, first: int, stop: int) -> None:
         """Removes the pages [first, stop) from all extents."""
@@ -85,7 +89,11 @@ class Extents:
                 self._layers.delete(Table.EXTENTS, u64_pair(inode, row.first))
             if right:
                 self._put(inode, row.part(stop, right))
-            self._live_change[row.pack] -= (row.pages - left - right) * PAGE
+            taken = (row.pages - left - right) * PAGE
+            self._live_change[row.pack] -= taken
+            lost = self._lost[row.pack]
+            lost[0] += taken
+            lost[1] += taken * row.sealed_length / max(1, row.plain_length)
 
     def added(self, pack: int) -> None:
         """Takes note of a new pack, so that one that nothing lives in is noticed too."""
@@ -107,9 +115,13 @@ class Extents:
                 self._layers.put(Table.PACKS, u64(number), pack.encode())
             if not pack.live:
                 self.emptied.add(number)
-            elif change < 0 and 2 * pack.live < pack.body_length:
-                self.thinned.add(number)
+            elif change < 0:
+                plain, sealed = self._lost[number]
+                density = min(1.0, sealed / max(1.0, plain))
+                if 2 * pack.live * density < pack.body_length:
+                    self.thinned[number] = density
         self._live_change.clear()
+        self._lost.clear()
 
     def _put(self, inode: int, row: ExtentRow) -> None:
         self._layers.put(Table.EXTENTS, u64_pair(inode, row.first), row.encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,24 +12,11 @@ from qsfs.remote.packing import Sealer
 from qsfs.store.schema import PAGE
 from tests.remote import flush_machine
 from tests.remote.flush_machine import DirectReader, FlushMachine, restore
-from tests.remote.harness import World, make_world
+from tests.remote.harness import make_world
+from tests.remote.steady import Load, steady_cost, stored
 
 PAGES = 2048
 CUTS = 12
-_PACK_KIND = 84
-
-
-def stored(world: World) -> Counter[str]:
-    """Bytes of all keys and values on all backends, by what they are."""
-    found: Counter[str] = Counter()
-    for store in {id(store): store for store in (*world.data, *world.control)}.values():
-        for key in list(store.keys()):
-            value = store.peek(key) or b""
-            kind = {b"h": "heads", b"s": "shards"}.get(key[5:6], "other")
-            if kind == "shards":
-                kind = "data" if value[_PACK_KIND] == 1 else "metadata"
-            found[kind] += len(key) + len(value)
-    return found
 
 
 async def test_scattered_pages_cost_little_more_than_their_code(
@@ -71,3 +57,22 @@ async def test_scattered_pages_cost_little_more_than_their_code(
         assert cost["data"] < 1.3 * changed * PAGE
         assert cost["metadata"] < 150 * changed
         assert restore(world).files["data.mdb"] == bytes(content)
+
+
+STEADY = Load(pages=1024, changed=200, cuts=36, warm_up=12, cut_seconds=300.0, pack_pages=128)
+"""A database of 4 MiB, in packs of 512 KiB, of which a fifth changes between two cuts."""
+
+
+async def test_a_database_that_is_rewritten_for_ever_costs_a_bounded_number_of_bytes(tmp_path: Path, clock):
+    """With collecting, rewriting and the renewal of metadata: at most 3 bytes sent for each byte that changed.
+
+    And what something lives in takes at most twice what lives, of which the code is 1.25.  Without rewriting it
+    is more than five times.
+    """
+    cost = await steady_cost(STEADY, tmp_path, clock)
+    print({name: round(value, 3) for name, value in cost.report().items()})
+    assert cost.rewrite["rewritten_packs"] > 20
+    assert cost.per_byte < 3
+    assert cost.held_per_byte < 2
+    assert cost.sent["metadata"] + cost.sent["heads"] < 0.25 * cost.changed_bytes
+    assert cost.metadata_per_page < 150

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from qsfs.errors import Unavailable
-from qsfs.remote import rewrite
+from qsfs.remote import rewrite_choice
 from qsfs.remote.flush import Flusher
 from qsfs.remote.stored import StoredPack
 from qsfs.store.schema import BLOCK_PAGES, PAGE, Table, u64_pair
@@ -80,7 +80,7 @@ async def test_young_packs_are_left_alone(world: World, machine: FlushMachine, c
     """What shrinks soon after it was written is likely to die by itself."""
     async with thinned(machine, evicted=False) as (flusher, _, _):
         before = thin(machine)
-        await trio.sleep(rewrite.SETTLED_SECONDS / 2)
+        await trio.sleep(rewrite_choice.SETTLED_SECONDS / 2)
         assert thin(machine) == before and flusher.status()["rewrite"]["rewritten_packs"] == 0
 
 
@@ -95,7 +95,8 @@ async def test_packs_that_are_not_thin_enough_do_not_keep_others_from_their_turn
     world: World, machine: FlushMachine, clock, monkeypatch
 ):
     """However many there are, and however few are looked at in a second."""
-    monkeypatch.setattr(rewrite, "_LOOKED_AT", 1)
+    monkeypatch.setattr(rewrite_choice, "_LOOKED_AT", 1)
+    monkeypatch.setattr(rewrite_choice, "PATIENCE_SECONDS", 0)
     async with thinned(machine, evicted=False, rewrite_below=0.2) as (flusher, number, _):
         assert len(thin(machine)) >= 2, "a quarter of each is alive"
         last = max(thin(machine))
@@ -163,7 +164,7 @@ async def test_a_pack_that_cannot_be_read_is_left_for_later(world: World, machin
         gate.fails = True
         await until(lambda: gate.waiting >= 5)
         tried = gate.waiting
-        await trio.sleep(rewrite.AGAIN_SECONDS / 2)
+        await trio.sleep(rewrite_choice.AGAIN_SECONDS / 2)
         assert gate.waiting <= tried + 10
         gate.fails = False
         gate.opened.set()
@@ -177,7 +178,7 @@ async def test_a_crash_at_any_time_loses_nothing(world: World, machine: FlushMac
         pass
     for seconds in (3.0, 9.0, 27.0, 61.0):
         async with flushing(machine, retention_seconds=RETENTION) as flusher:
-            await trio.sleep(rewrite.SETTLED_SECONDS)
+            await trio.sleep(rewrite_choice.SETTLED_SECONDS)
             await machine.committer.commit()
             await trio.sleep(seconds)
             assert machine.content(number) == content
@@ -223,7 +224,7 @@ async def test_pages_that_are_rewritten_for_ever_take_bounded_space(
     world: World, machine: FlushMachine, clock, monkeypatch, seed: int
 ):
     """As a database does it: each kept generation stays exact, and packs that live hold little that is dead."""
-    monkeypatch.setattr(rewrite, "SETTLED_SECONDS", 60.0)
+    monkeypatch.setattr(rewrite_choice, "SETTLED_SECONDS", 60.0)
     source = random.Random(seed)
     seen: dict[int, dict[str, bytes]] = {}
     content = bytearray(source.randbytes(PAGES * PAGE))
