@@ -33,6 +33,7 @@ def open_backend(
     upload: RateLimit | None = None,
     download: RateLimit | None = None,
     concurrency: trio.Semaphore | None = None,
+    waits: bool = True,
     retry: RetryPolicy | None = None,
     retry_budget: RetryBudget | None = None,
     connections: int = DEFAULT_CONNECTIONS,
@@ -43,8 +44,8 @@ def open_backend(
     """The backend that `config` names; connects at the first call.
 
     From the inside out: the 0-db connections, `metrics` (so that they time the backend and nothing
-    else), the limits, and retries if `retry` or `retry_budget` is given.  `namespace` replaces the
-    configured one.  Raises `ConfigError` if the password file cannot be read.
+    else), the limits (see `with_limits`, also for `waits`), and retries if `retry` or `retry_budget` is given.
+    `namespace` replaces the configured one.  Raises `ConfigError` if the password file cannot be read.
     """
     clock = clock or SystemClock()
     backend: Backend = ZdbBackend(
@@ -60,7 +61,7 @@ def open_backend(
     if metrics is not None:
         backend = with_metrics(backend, metrics)
     if upload is not None or download is not None or concurrency is not None:
-        backend = with_limits(backend, upload=upload, download=download, concurrency=concurrency)
+        backend = with_limits(backend, upload=upload, download=download, concurrency=concurrency, waits=waits)
     if retry is not None or retry_budget is not None:
         backend = with_retry(backend, clock, retry, retry_budget)
     return backend
@@ -72,17 +73,23 @@ def open_control(
     *,
     clock: Clock | None = None,
     metrics: Metrics | None = None,
+    upload: RateLimit | None = None,
+    download: RateLimit | None = None,
     call_timeout: float = DEFAULT_CALL_TIMEOUT_S,
     connect_timeout: float = DEFAULT_CONNECT_TIMEOUT_S,
 ) -> Backend:
     """The namespace that holds heads and owner records: `name`, or the main one if that is empty.
 
-    Neither limited nor retried: who publishes or owns counts answers itself.
+    Not retried, since who publishes or owns counts answers itself, and never held up by the rates: what it moves
+    is charged, and data wait for it.
     """
     return open_backend(
         config,
         clock=clock,
         metrics=metrics,
+        upload=upload,
+        download=download,
+        waits=False,
         connections=1,
         call_timeout=call_timeout,
         connect_timeout=connect_timeout,

@@ -40,7 +40,7 @@ cut_seconds = 30
 # Sooner where otherwise more than so much, or what is older, would be lost with this machine; 0 for no limit.
 exposure_bytes = 0
 exposure_seconds = 0
-# Bytes a second, 0 for no limit.
+# Bytes a second over all backends, 0 for no limit. What is sent again counts too; heads count and never wait.
 upload_rate = 0
 download_rate = 0
 # Room for what waits for its upload; part of the cache's size.

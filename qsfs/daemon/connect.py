@@ -77,7 +77,7 @@ def links(config: Config, clock: Clock) -> Links:
     controls: list[Backend] = []
 
     def connect_control(backend: BackendConfig, namespace: str) -> Backend:
-        controls.append(open_control(backend, namespace, clock=clock))
+        controls.append(open_control(backend, namespace, clock=clock, upload=upload, download=download))
         return controls[-1]
 
     for backend in config.backends:

@@ -213,7 +213,7 @@ class Reading:
         return image
 
     def _make(self, place: Path, source: Source, tag: int) -> Image:
-        reader = PackReader(source.members, source.keys, Code(source.superblock.code), pace=self._links.download.take)
+        reader = PackReader(source.members, source.keys, Code(source.superblock.code))
         return Image(
             place,
             source,

@@ -214,7 +214,7 @@ class Service:
             await self.key_upkeep.look()
         nursery.start_soon(supervised, self.key_upkeep.run)
         nursery.start_soon(supervised, self.key_upkeep.run_count)
-        reader = PackReader(members, self.opened.keys, self.opened.code, pace=self.links.download.take)
+        reader = PackReader(members, self.opened.keys, self.opened.code)
         self.fetcher = Fetcher(
             self.store,
             reader,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from qsfs.backend.limits import rates_of
 from qsfs.errors import BackendUnavailable, DataLost, QsfsBug, QsfsError
 from qsfs.remote.ask import Answer, Finding, ask_shard
 from qsfs.remote.members import Member, State
@@ -35,15 +36,19 @@ _NAMED_IN_MESSAGES = 8
 
 
 class _Get:
-    """One question under way.  `began` once it has its place among those of its backend."""
+    """One question under way.  `began` once it has its place among those of its backend, and its turn by the rate."""
 
     __slots__ = ("began", "hopeless_at", "late_at", "scope")
 
     def __init__(self, late_at: float) -> None:
         self.began = False
+        self.scope = trio.CancelScope()
+        self.expect(late_at)
+
+    def expect(self, late_at: float) -> None:
+        """Sets from when on the answer is late."""
         self.late_at = late_at
         self.hopeless_at = late_at + _HOPE_SECONDS
-        self.scope = trio.CancelScope()
 
 
 class Gathering:
@@ -250,11 +255,11 @@ class Gathering:
                 except trio.WouldBlock:
                     await limit.acquire()
                 try:
-                    get.began = True
-                    began = trio.current_time()
-                    answer = await self._question(member, number)
-                    if answer.finding is not Finding.UNKNOWN:
-                        self._reader.latencies.note(member.number, trio.current_time() - began)
+                    rate = rates_of(member.data).download
+                    if rate.waits:
+                        get.expect(math.inf)
+                    async with rate.turn(self.pack.ref.shard_size):
+                        answer = await self._timed(member, number, get)
                 finally:
                     limit.release()
         except Exception as error:
@@ -265,6 +270,17 @@ class Gathering:
         if answer is not None:
             await self._reader.received(self.pack, answer)
             self._take(answer)
+
+    async def _timed(self, member: Member, number: int, get: _Get) -> Answer:
+        began = trio.current_time()
+        get.began = True
+        if get.late_at == math.inf:
+            get.expect(began + self._reader.latencies.late_after(member.number))
+            self.poke()
+        answer = await self._question(member, number)
+        if answer.finding is not Finding.UNKNOWN:
+            self._reader.latencies.note(member.number, trio.current_time() - began)
+        return answer
 
     async def _question(self, member: Member, number: int) -> Answer:
         with trio.move_on_after(LONGEST_CALL):

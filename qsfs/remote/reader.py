@@ -65,13 +65,12 @@ class PackReader:
         keys: KeyRing,
         code: Code,
         *,
-        pace: Callable[[int], Awaitable[object]] | None = None,
         damaged: Callable[[StoredPack, Answer], None] | None = None,
         worth_a_thread: int = WORTH_A_THREAD,
     ) -> None:
-        """`pace(bytes)` is awaited after each value: a rate limit.  `damaged` hears of each shard that
-        is positively absent where it was placed, or corrupt anywhere.  Opening and decoding of more
-        than `worth_a_thread` bytes leave the thread of the event loop.
+        """`damaged` hears of each shard that is positively absent where it was placed, or corrupt anywhere.
+
+        Opening and decoding of more than `worth_a_thread` bytes leave the thread of the event loop.
         """
         self.members = members
         self.keys = keys
@@ -81,7 +80,6 @@ class PackReader:
         self.slots = Slots(DECODING_AT_ONCE)
         self.watch = Watch(members)
         self.counts = ReadCounts()
-        self._pace = pace
         self._damaged = damaged
         self._worth_a_thread = worth_a_thread
         self._limits: dict[int, trio.CapacityLimiter] = {}
@@ -191,8 +189,6 @@ class PackReader:
             self.counts.bytes += len(answer.payload)
             if answer.number < pack.ref.k:
                 self._keep(pack, answer.number, answer.payload)
-            if self._pace is not None:
-                await self._pace(len(answer.payload))
             return
         if answer.finding is Finding.CORRUPT:
             self.counts.corrupt += 1

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from qsfs import failpoints
+from qsfs.backend.limits import rates_of
 from qsfs.clock import Clock
 from qsfs.errors import BackendError, BackendUnavailable, QsfsBug
 from qsfs.format.erasure import CodeParams
@@ -281,20 +282,11 @@ class Uploader:
             except trio.WouldBlock:
                 await limit.acquire()
             try:
-                if not member.writable:
-                    return False
-                start = trio.current_time()
-                with trio.move_on_after(self._shard_seconds) as scope:
-                    upload.sets[number] = scope
-                    try:
-                        await member.data.set(key, upload.value(number))
-                    finally:
-                        del upload.sets[number]
-                if scope.cancelled_caught:
-                    seconds = trio.current_time() - start
-                    raise BackendUnavailable(
-                        f"backend {member.name}: a shard was not acknowledged within {seconds:.0f} s"
-                    )
+                value = upload.value(number)
+                async with rates_of(member.data).upload.turn(len(key) + len(value)):
+                    if not member.writable:
+                        return False
+                    await self._set_in_time(upload, number, member, key, value)
             finally:
                 limit.release()
         except BackendError as error:
@@ -303,6 +295,18 @@ class Uploader:
             return False
         member.succeeded(stored=True)
         return True
+
+    async def _set_in_time(self, upload: Upload, number: int, member: Member, key: bytes, value: bytes) -> None:
+        start = trio.current_time()
+        with trio.move_on_after(self._shard_seconds) as scope:
+            upload.sets[number] = scope
+            try:
+                await member.data.set(key, value)
+            finally:
+                del upload.sets[number]
+        if scope.cancelled_caught:
+            seconds = trio.current_time() - start
+            raise BackendUnavailable(f"backend {member.name}: a shard was not acknowledged within {seconds:.0f} s")
 
     async def _pause(self, upload: Upload, attempt: int) -> None:
         """Waits, with jitter, before the missing shards are tried again."""

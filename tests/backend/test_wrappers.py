@@ -8,7 +8,7 @@ import trio.testing
 
 from qsfs.backend.contract import Backend
 from qsfs.backend.faults import Faults, with_faults
-from qsfs.backend.limits import RateLimit, with_limits
+from qsfs.backend.limits import RateLimit, rates_of, with_limits
 from qsfs.backend.memory import MemoryBackend, MemoryStore
 from qsfs.backend.metrics import Metrics, with_metrics
 from qsfs.backend.retry import RetryBudget, RetryPolicy, with_retry
@@ -219,3 +219,37 @@ async def test_cancelled_calls_are_no_errors_and_not_in_flight(autojump_clock, s
     assert not metrics.errors
     assert metrics.in_flight == 0
     assert metrics.p50("get") is None
+
+
+async def test_what_may_not_wait_is_charged_and_others_wait_for_it(autojump_clock, store):
+    """Heads: held up they would expose data, not counted they would exceed the rate."""
+    up, down = RateLimit(1000), RateLimit(1000)
+    control = with_limits(MemoryBackend(store), upload=up, download=down, waits=False)
+    data = with_limits(MemoryBackend(store), upload=up, download=down)
+    for number in range(10):
+        await control.set(b"%d" % number, bytes(999))
+        await control.get(b"%d" % number)
+    assert trio.current_time() == 0
+    await data.set(b"k", b"")
+    assert 9.5 <= trio.current_time() <= 10
+    await trio.sleep(100)
+    for number in range(10):
+        await control.get(b"%d" % number)
+    begun = trio.current_time()
+    await data.get(b"k")
+    assert 9.5 <= trio.current_time() - begun <= 10
+
+
+async def test_a_turn_pays_in_advance_and_gives_back_what_was_not_needed(autojump_clock):
+    limit = RateLimit(1000)
+    backend = with_limits(MemoryBackend(), upload=limit)
+    await backend.set(b"k", bytes(999))
+    async with rates_of(backend).upload.turn(1000):
+        begun = trio.current_time()
+        assert 0.5 <= begun <= 1, "it waited before"
+        await backend.set(b"l", bytes(99))
+        await backend.set(b"m", bytes(99))
+        assert trio.current_time() == begun
+    await backend.set(b"n", b"")
+    assert 0.15 <= trio.current_time() - begun <= 0.25
+    assert not rates_of(MemoryBackend()).upload.waits
