@@ -1,0 +1,178 @@
+"""What the design promises of any history, asked of the backends alone once everything is over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from qsfs.daemon.committer import Committer
+from qsfs.daemon.connect import members_of, open_file_system
+from qsfs.daemon.owning import local_fleets
+from qsfs.daemon.restoring import restore_file_system
+from qsfs.errors import SplitHeads
+from qsfs.format.head import Head, HeadRef, head_key, open_head
+from qsfs.format.shard import open_shard, shard_key
+from qsfs.remote.fetch import Fetcher
+from qsfs.remote.reader import PackReader
+from qsfs.store.schema import PackRow, Table
+from tests.remote.flush_machine import restore
+from tests.remote.small_fs import SECRET
+from tests.simulation.machine import Life, Machine
+
+if TYPE_CHECKING:
+    from tests.simulation.history import History
+
+
+async def at_the_end(history: History) -> None:
+    """All of it."""
+    one_line(history)
+    found = await restored(history)
+    if found is None:
+        return
+    packs_hold(history, found)
+    kept_generations(history, found)
+    snapshots_are_there(history, found)
+
+
+def one_line(history: History) -> None:
+    """Of any two published heads one descends from the other: never two writers, and none is lost."""
+    ledger = history.ledger
+    newest: HeadRef | None = None
+    for _, ref in sorted(ledger.published, key=lambda event: (event[1].owner, event[1].generation)):
+        if newest is not None:
+            assert newest in ledger.ancestors(ref), f"published head {newest} is lost to {ref}"
+        newest = ref
+
+
+async def restored(history: History) -> Life | None:
+    """A restore by a machine that knows nothing gives the state at the cut of a head that no published one follows.
+
+    Without as many backends as may be lost.  Returns the machine, its store open; None if two copies of one machine
+    have left two lines of heads, which the restore says.
+    """
+    cluster, chance, ledger = history.cluster, history.chance, history.ledger
+    most = min(-(-cluster.m // 2), cluster.quorum.may_be_stale)
+    others = [number for number in cluster.numbers if number not in cluster.liars]
+    lost = frozenset([*cluster.liars, *chance.sample(others, most - len(cluster.liars))])
+    lost = frozenset(chance.sample(sorted(lost), chance.randint(0, len(lost))))
+    machine = Machine(cluster, "restorer", history.root, chance.getrandbits(40))
+    machine.opened = history._opened
+    life = Life(machine, cut_off=lost)
+    history.trace.note(f"restored without {sorted(lost)}")
+    split = done = False
+
+    async def work(life: Life) -> None:
+        nonlocal split, done
+        try:
+            report = await restore_file_system(life.config, machine.clock, lambda line: None, secret=SECRET)
+        except SplitHeads as error:
+            assert ledger.twins or cluster.liars, f"false alarm: {error}"
+            split = True
+            return
+        assert report.withstands >= 0 or cluster.liars
+        latest = max(ref for _, ref in ledger.published)
+        assert latest in ledger.ancestors(report.base), f"restored {report.base}, and {latest} was published"
+        store = life.open()
+        held = ledger.version_of[report.base]
+        assert life.version == held, f"restored version {life.version}, the head's cut was {held}"
+        await _read_all(history, life)
+        history.trace.note(f"restored version {held} of {report.base.generation}")
+        assert store is life.store
+        life.restored = report.head  # type: ignore[attr-defined]
+        done = True
+        await trio.sleep_forever()
+
+    life.start(history.nursery, work)
+    with trio.fail_after(3600):
+        while not done and not life.ended.is_set():
+            await trio.sleep(1)
+    if split:
+        ledger.counts["split"] += 1
+        return None
+    assert done, f"the restore failed: {life.error!r}"
+    return life
+
+
+async def _read_all(history: History, life: Life) -> None:
+    """Every byte of every file, from the backends."""
+    cluster, clock, store = life.cluster, life.machine.clock, life.store
+    assert store is not None
+    links = cluster.links(life)
+    life.committer = Committer(store, life.contents, 5.0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(life.committer.run)
+        opened = await open_file_system(store, links, SECRET, clock)
+        members, _ = await members_of(links, opened, clock, local_fleets(store, opened))
+        reader = PackReader(members, opened.keys, opened.code, worth_a_thread=64 << 20)
+        life.fetcher = Fetcher(
+            store, reader, life.committer, life.contents.transient, deadline_seconds=60.0, path_of=str
+        )
+        await nursery.start(life.fetcher.run)
+        for name, content in history.ledger.versions[life.version].files.items():
+            came = await history.applications.read(life, name, 0, len(content))
+            assert came, f"{name} cannot be read after the restore"
+        nursery.cancel_scope.cancel()
+
+
+def packs_hold(history: History, life: Life) -> None:
+    """A pack with k + x shards survives the loss of any x: what honest backends acknowledged is there, and right."""
+    cluster = history.cluster
+    world = cluster.world
+    assert life.store is not None
+    for _, value in life.store.scan(Table.PACKS, b"", None):
+        row = PackRow.decode(value)
+        if not row.live:
+            continue
+        intact = 0
+        for number, place in enumerate(row.placement):
+            if place < 0:
+                continue
+            key = shard_key(world.keys.fsid, row.owner_epoch, row.pack_id, number)
+            stored = world.data[place - 1].peek(key)
+            if place in cluster.liars:
+                continue
+            assert stored is not None, f"pack {row.pack_id.hex()}: shard {number} is not on {place}"
+            open_shard(stored, world.keys, key=key)
+            intact += 1
+        stored_shards = sum(place >= 0 for place in row.placement)
+        assert stored_shards >= cluster.k + -(-cluster.m // 2), f"pack {row.pack_id.hex()} was never written"
+        assert intact >= cluster.k, f"pack {row.pack_id.hex()}: {intact} shards are left"
+
+
+def kept_generations(history: History, life: Life) -> None:
+    """Each generation that the newest head keeps restores exactly."""
+    world = history.cluster.world
+    head: Head = life.restored  # type: ignore[attr-defined]
+    for entry in head.kept:
+        key = head_key(world.keys.fsid, entry.head)
+        old = _head(history, key)
+        assert old is not None, f"kept head {entry.head} is on no honest backend"
+        files = restore(_honest(history), old).files
+        version = history.ledger.version_of[entry.head]
+        assert files == history.ledger.versions[version].files, f"kept generation {entry.head.generation} differs"
+
+
+def _head(history: History, key: bytes) -> Head | None:
+    cluster = history.cluster
+    for number in cluster.numbers:
+        value = cluster.world.control_of(number).peek(key)
+        if number not in cluster.liars and value is not None:
+            return open_head(key, value, cluster.world.keys)
+    return None
+
+
+def _honest(history: History) -> object:
+    from dataclasses import replace
+
+    cluster = history.cluster
+    data = [store for n, store in enumerate(cluster.world.data, 1) if n not in cluster.liars]
+    return replace(cluster.world, data=data)
+
+
+def snapshots_are_there(history: History, life: Life) -> None:
+    """What was reported as a snapshot, and not deleted since, is kept under its name."""
+    head: Head = life.restored  # type: ignore[attr-defined]
+    kept = {name: entry.head for entry in head.kept for name in entry.pins}
+    for name, ref in history.ledger.snapshots.items():
+        assert kept.get(name) == ref, f"snapshot {name} is not kept: {kept}"
