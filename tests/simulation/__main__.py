@@ -16,10 +16,8 @@ from tests.simulation.cluster import prepare
 from tests.simulation.history import History
 from tests.support.scratch import begin_session, scratch_directory, session_directory, sweep, sweep_abandoned
 
-STEPS = 30
 
-
-def live(seed: int, steps: int = STEPS, *, keep: bool = False) -> tuple[str, Counter[str], engine.Trace, str]:
+def live(seed: int, steps: int = 0, *, keep: bool = False) -> tuple[str, Counter[str], engine.Trace, str]:
     """One history: the digest of its events, what happened how often, the events, and what is broken ("": nothing)."""
     prepare()
     trace = engine.Trace(keep)
@@ -48,7 +46,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, help="one history, told in full")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=0, help="default: as the seed says")
     parser.add_argument("--trace", action="store_true", help="every call as well")
     options = parser.parse_args(arguments)
     seeds = [options.seed] if options.seed is not None else range(options.first, options.first + options.count)
@@ -72,9 +70,9 @@ def main(arguments: list[str]) -> int:
     return min(failed, 1)
 
 
-def command(seed: int, steps: int = STEPS) -> str:
+def command(seed: int, steps: int = 0) -> str:
     """What repeats a history."""
-    return f"python -m tests.simulation --seed {seed}" + (f" --steps {steps}" if steps != STEPS else "")
+    return f"python -m tests.simulation --seed {seed}" + (f" --steps {steps}" if steps else "")
 
 
 if __name__ == "__main__":

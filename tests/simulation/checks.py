@@ -11,9 +11,11 @@ from qsfs.daemon.connect import members_of, open_file_system
 from qsfs.daemon.owning import local_fleets
 from qsfs.daemon.restoring import restore_file_system
 from qsfs.errors import SplitHeads
+from qsfs.format.extent import PackKind
 from qsfs.format.head import Head, HeadRef, head_key, open_head
 from qsfs.format.shard import open_shard, shard_key
 from qsfs.remote.fetch import Fetcher
+from qsfs.remote.image import packs_of
 from qsfs.remote.reader import PackReader
 from qsfs.store.schema import PackRow, Table
 from tests.remote.flush_machine import restore
@@ -21,10 +23,10 @@ from tests.remote.small_fs import SECRET
 from tests.simulation.machine import Life, Machine
 
 if TYPE_CHECKING:
-    from tests.simulation.history import History
+    from tests.simulation.stage import Stage
 
 
-async def at_the_end(history: History) -> None:
+async def at_the_end(history: Stage) -> None:
     """All of it."""
     one_line(history)
     found = await restored(history)
@@ -35,7 +37,7 @@ async def at_the_end(history: History) -> None:
     snapshots_are_there(history, found)
 
 
-def one_line(history: History) -> None:
+def one_line(history: Stage) -> None:
     """Of any two published heads one descends from the other: never two writers, and none is lost."""
     ledger = history.ledger
     newest: HeadRef | None = None
@@ -45,7 +47,7 @@ def one_line(history: History) -> None:
         newest = ref
 
 
-async def restored(history: History) -> Life | None:
+async def restored(history: Stage) -> Life | None:
     """A restore by a machine that knows nothing gives the state at the cut of a head that no published one follows.
 
     Without as many backends as may be lost.  Returns the machine, its store open; None if two copies of one machine
@@ -57,7 +59,7 @@ async def restored(history: History) -> Life | None:
     lost = frozenset([*cluster.liars, *chance.sample(others, most - len(cluster.liars))])
     lost = frozenset(chance.sample(sorted(lost), chance.randint(0, len(lost))))
     machine = Machine(cluster, "restorer", history.root, chance.getrandbits(40))
-    machine.opened = history._opened
+    machine.opened = history.opened
     life = Life(machine, cut_off=lost)
     history.trace.note(f"restored without {sorted(lost)}")
     split = done = False
@@ -94,7 +96,7 @@ async def restored(history: History) -> Life | None:
     return life
 
 
-async def _read_all(history: History, life: Life) -> None:
+async def _read_all(history: Stage, life: Life) -> None:
     """Every byte of every file, from the backends."""
     cluster, clock, store = life.cluster, life.machine.clock, life.store
     assert store is not None
@@ -115,14 +117,16 @@ async def _read_all(history: History, life: Life) -> None:
         nursery.cancel_scope.cancel()
 
 
-def packs_hold(history: History, life: Life) -> None:
+def packs_hold(history: Stage, life: Life) -> None:
     """A pack with k + x shards survives the loss of any x: what honest backends acknowledged is there, and right."""
     cluster = history.cluster
     world = cluster.world
     assert life.store is not None
+    head: Head = life.restored  # type: ignore[attr-defined]
+    listed = {pack.ref.pack_id for pack, _ in packs_of(head)}
     for _, value in life.store.scan(Table.PACKS, b"", None):
         row = PackRow.decode(value)
-        if not row.live:
+        if not (row.live if row.kind == PackKind.DATA else row.pack_id in listed):
             continue
         intact = 0
         for number, place in enumerate(row.placement):
@@ -140,7 +144,7 @@ def packs_hold(history: History, life: Life) -> None:
         assert intact >= cluster.k, f"pack {row.pack_id.hex()}: {intact} shards are left"
 
 
-def kept_generations(history: History, life: Life) -> None:
+def kept_generations(history: Stage, life: Life) -> None:
     """Each generation that the newest head keeps restores exactly."""
     world = history.cluster.world
     head: Head = life.restored  # type: ignore[attr-defined]
@@ -153,7 +157,7 @@ def kept_generations(history: History, life: Life) -> None:
         assert files == history.ledger.versions[version].files, f"kept generation {entry.head.generation} differs"
 
 
-def _head(history: History, key: bytes) -> Head | None:
+def _head(history: Stage, key: bytes) -> Head | None:
     cluster = history.cluster
     for number in cluster.numbers:
         value = cluster.world.control_of(number).peek(key)
@@ -162,7 +166,7 @@ def _head(history: History, key: bytes) -> Head | None:
     return None
 
 
-def _honest(history: History) -> object:
+def _honest(history: Stage) -> object:
     from dataclasses import replace
 
     cluster = history.cluster
@@ -170,7 +174,7 @@ def _honest(history: History) -> object:
     return replace(cluster.world, data=data)
 
 
-def snapshots_are_there(history: History, life: Life) -> None:
+def snapshots_are_there(history: Stage, life: Life) -> None:
     """What was reported as a snapshot, and not deleted since, is kept under its name."""
     head: Head = life.restored  # type: ignore[attr-defined]
     kept = {name: entry.head for entry in head.kept for name in entry.pins}

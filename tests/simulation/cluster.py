@@ -15,7 +15,7 @@ import trio
 from trio.testing import MockClock
 
 from qsfs.backend.contract import Backend
-from qsfs.backend.faults import Faults, with_faults
+from qsfs.backend.faults import Faults, _Injector, _Seen
 from qsfs.backend.limits import RateLimit
 from qsfs.backend.memory import MemoryBackend, MemoryStore
 from qsfs.backend.wrapper import Call, WrappedBackend
@@ -48,6 +48,7 @@ LIMITS = Limits(
     full_bytes=18 << 20,
 )
 MARKER = b"user.version"
+FAULTS = ("down", "full", "flap", "slow", "hang", "fail", "fail_after", "lose", "old", "flip", "truncate")
 CODES = ((2, 1, 4), (2, 1, 5), (2, 2, 6), (3, 2, 7))
 """(k, m, backends) of the file systems that histories are lived on."""
 
@@ -102,6 +103,7 @@ class Cluster:
         self.quorum = fence_quorum(count, self.m, 1)
         tolerated = min(-(-self.m // 2), self.quorum.may_be_stale)
         self.liars = frozenset(chance.sample(self.numbers, chance.randint(0, tolerated)))
+        self.faulty = set(self.liars)
         self.faults = {number: Faults(seed=seed * 100 + number) for number in self.numbers}
         self.saw_head: Callable[[Any, Head, HeadRef], None] = lambda host, head, ref: None
         self.pace = chance.choice((0.0, 0.01, 0.3))
@@ -140,9 +142,13 @@ class Cluster:
         return Links(candidates, [], {}, RateLimit(), RateLimit())
 
     def _connect(self, host: Any, number: int, store: MemoryStore) -> Backend:
-        inner = with_faults(MemoryBackend(store, self._latency), self.faults[number])
-        around = _Wire(self, host, number)
-        return WrappedBackend(inner, around, lambda: around)
+        backend = MemoryBackend(store, self._latency)
+        seen = _Seen()
+        return WrappedBackend(
+            backend,
+            _Wire(self, host, number, _Injector(self.faults[number], store.name, seen, breaks=False)),
+            lambda: _Wire(self, host, number, _Injector(self.faults[number], store.name, seen, breaks=True)),
+        )
 
     def _latency(self, call: str, size: int) -> float:
         turn = self.chance.random()
@@ -166,9 +172,16 @@ class Cluster:
                     faults.slow = chance.choice((0.3, 3.0, 40.0))
                 else:
                     setattr(faults, kind, chance.choice((0.1, 0.5)))
+            self._note(number)
         for number in self.liars:
             self.lie(number)
         return self.describe()
+
+    def _note(self, number: int) -> None:
+        """Calls to backends without any fault take the short way."""
+        faults = self.faults[number]
+        wrong = number in self.liars or any(getattr(faults, name) for name in FAULTS)
+        (self.faulty.add if wrong else self.faulty.discard)(number)
 
     def lie(self, number: int) -> None:
         """A backend forgets, distorts, or goes back to what it once was."""
@@ -205,13 +218,13 @@ class Cluster:
         for number, faults in self.faults.items():
             self._heal(number)
             faults.lose = faults.old = faults.flip = faults.truncate = 0.0
+            self._note(number)
 
     def describe(self) -> str:
         """The faults that there are now, for people."""
-        names = ("down", "full", "flap", "slow", "hang", "fail", "fail_after", "lose", "old", "flip", "truncate")
         found = []
         for number, faults in self.faults.items():
-            what = [f"{name}={getattr(faults, name)}" for name in names if getattr(faults, name)]
+            what = [f"{name}={getattr(faults, name)}" for name in FAULTS if getattr(faults, name)]
             if what:
                 found.append(f"{number}: {' '.join(what)}")
         return ", ".join(found) or "all backends are well"
@@ -220,10 +233,11 @@ class Cluster:
 class _Wire:
     """What lies between one machine and one backend."""
 
-    def __init__(self, cluster: Cluster, host: Any, number: int) -> None:
+    def __init__(self, cluster: Cluster, host: Any, number: int, injector: _Injector) -> None:
         self._cluster = cluster
         self._host = host
         self._number = number
+        self._injector = injector
 
     async def around(self, call: Call, run: Callable[[], Awaitable[T]]) -> T:
         host, cluster = self._host, self._cluster
@@ -236,4 +250,6 @@ class _Wire:
                 head = open_head(call.key, bytes(call.value or b""), cluster.world.keys)
                 cluster.saw_head(host, head, named.ref)
         cluster.trace.event(f"{host.name} {self._number} {call.kind} {call.key[-12:].hex()}")
+        if self._number in cluster.faulty:
+            return await self._injector.around(call, run)
         return await run()

@@ -2,114 +2,58 @@
 
 from __future__ import annotations
 
-import logging
-import random
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import trio
 
 from qsfs import failpoints
-from qsfs.daemon import restoring, rollback, takeover
-from qsfs.daemon.rollback import Order, roll_back
-from qsfs.daemon.takeover import take_over
-from qsfs.errors import QsfsError
-from qsfs.format.head import Head, HeadRef
-from qsfs.remote.packing import Sealer
-from qsfs.remote.publish import NotYet, Published, Publisher
-from qsfs.store.limits import Limits
 from qsfs.store.schema import PAGE
-from tests.remote.small_fs import SECRET
 from tests.simulation import checks
-from tests.simulation.cluster import LIMITS, Cluster
-from tests.simulation.engine import HOST, Trace, on, thaw
-from tests.simulation.files import Applications
-from tests.simulation.ledger import Ledger
-from tests.simulation.logs import judged
-from tests.simulation.machine import Life, Machine
+from tests.simulation.engine import HOST, Trace, thaw
+from tests.simulation.machine import Life
 from tests.simulation.points import POINTS
-from tests.simulation.sealing import recorded
+from tests.simulation.stage import Stage
 
-PACK_PAGES = 8
-"""Pages of a pack: so few that little data makes several."""
+LENGTHS = (6, 10, 14, 26)
+"""Steps of a history.  Most of what breaks does so early, given that there are many."""
 
 
-class History:
+class History(Stage):
     """One seed's.  `run` lives through it and checks it; an exception says what is broken."""
 
-    def __init__(self, seed: int, root: Path, trace: Trace, steps: int) -> None:
-        self.chance = random.Random(seed)
-        self.trace = trace
-        self.steps = steps
-        self.root = root
-        self.cluster = Cluster(seed, self.chance, trace)
-        self.cluster.saw_head = self._saw_head
-        self.ledger = Ledger()
-        self.applications = Applications(self.ledger, self.chance)
-        self.machines: list[Machine] = []
-        self.snapshots = 0
-        self.nursery: trio.Nursery
+    def __init__(self, seed: int, root: Path, trace: Trace, steps: int = 0) -> None:
+        super().__init__(seed, root, trace)
+        self.steps = steps or self.chance.choice(LENGTHS)
         self.stormy = self.chance.random() < 0.7
         self.crashes = self.chance.random() < 0.8
         self.retention = self.chance.choice((0.0, 3.0, 30.0))
+        self.snapshots = 0
 
     # running
 
     async def run(self) -> None:
         """From the formatted file system to the restore at the end."""
-        with ExitStack() as stack:
-            self.seals = stack.enter_context(recorded())
-            stack.enter_context(judged(self.trace))
-            for module in (takeover, rollback, restoring):
-                stack.enter_context(mock.patch.object(module, "links", _links))
-            stack.enter_context(mock.patch.object(rollback, "read_secret", lambda config: SECRET))
-            stack.enter_context(mock.patch.object(Limits, "of", lambda *_: LIMITS))
-            stack.enter_context(mock.patch.object(Sealer, "pack_bytes", PACK_PAGES * PAGE))
-            stack.enter_context(mock.patch.object(Publisher, "publish", self._watched(Publisher.publish)))
-            stack.callback(failpoints.disarm_all)
+        with self.wired():
             async with trio.open_nursery() as self.nursery:
-                self._begin()
-                await self._wait_for(self.machines[0], 60)
+                self.begin()
+                await self.wait_for(self.machines[0], 60)
                 for _ in range(self.steps):
                     await self._step()
                 await self._end()
                 self.nursery.cancel_scope.cancel()
 
-    def _begin(self) -> None:
-        head, ref = self.cluster.root
-        self.ledger.add(None, {})
-        self.ledger.saw_head(head, ref, 1)
-        self.ledger.published.append(("format", ref))
-        machine = self._machine()
-        machine.directory = self.cluster.formatted
-        machine.save()
-        self.mount(machine)
-
-    def _machine(self) -> Machine:
-        name = "abcdefghijklmnopqrstuvwxyz"[len(self.machines)]
-        machine = Machine(self.cluster, name, self.root, self.chance.getrandbits(40))
-        machine.flush = replace(machine.flush, retention_seconds=self.retention)
-        return self._known(machine)
-
-    def _known(self, machine: Machine) -> Machine:
-        machine.opened = self._opened
-        self.machines.append(machine)
-        return machine
-
     async def _step(self) -> None:
         kinds: dict[Callable[[], Awaitable[None]], float] = {
             self._write: 10,
-            self._sync: 4,
+            self._sync: 3,
             self._read: 2,
             self._evict: 1,
             self._rest: 3,
             self._fsync: 1,
             self._snapshot: 1.5,
             self._unpin: 0.5,
-            self._collect: 1,
+            self._collect: 0.8,
             self._weather: 2 if self.stormy else 0,
             self._crash: 1.2 if self.crashes else 0,
             self._ambush: 1.5 if self.crashes else 0,
@@ -125,84 +69,17 @@ class History:
 
     # machines
 
-    def mount(self, machine: Machine) -> None:
-        """Boots a machine's daemon; a takeover that was cut short is given again."""
-        works = (self._taking_over, Life.mount) if machine.takes_over else (Life.mount,)
-        Life(machine).start(self.nursery, *works)
-
-    async def _taking_over(self, life: Life) -> None:
-        machine = life.machine
-        await take_over(life.config, machine.clock, self._said(life), secret=SECRET)
-        machine.takes_over = False
-        self.ledger.counts["taken over"] += 1
-
-    async def _wait_for(self, machine: Machine, seconds: float) -> None:
-        """Until its mount is ready, or over, or the time is."""
-        with trio.move_on_after(seconds):
-            while (life := machine.life) is not None and not life.ready:
-                await life.news.wait()
-
     async def _revive(self) -> None:
         """Machines that are down come back, but for those that another has taken over from."""
         for machine in self.machines:
             if machine.life is None and machine.error is None and self.chance.random() < 0.7:
                 self.mount(machine)
                 if self.chance.random() < 0.8:
-                    await self._wait_for(machine, self.chance.choice((1, 30)))
+                    await self.wait_for(machine, self.chance.choice((1, 30)))
 
     def _writable(self) -> Life | None:
         lives = [life for machine in self.machines if (life := machine.writable) is not None]
         return self.chance.choice(lives) if lives else None
-
-    def _opened(self, life: Life) -> int:
-        """A store was opened: it holds what was durable, or what was about to be."""
-        version = life.marked()
-        machine = life.machine
-        assert version in self.ledger.versions, f"{life.name}: version {version} was never written"
-        life.version = version
-        assert self.ledger.descends(version, machine.durable), (
-            f"{life.name}: version {version} does not hold {machine.durable}, which was durable"
-        )
-        machine.durable = version
-        self.applications.check_local(life)
-        return version
-
-    def _saw_head(self, host: Life, head: Head, ref: HeadRef) -> None:
-        self.ledger.saw_head(head, ref, host.cuts.get(head.write_number))
-
-    def _watched(self, publish: Callable[..., Awaitable[Published | NotYet]]) -> object:
-        history = self
-
-        async def watched(self: Publisher, head: Head, *, deadline_seconds: float) -> Published | NotYet:
-            result = await publish(self, head, deadline_seconds=deadline_seconds)
-            if isinstance(result, Published):
-                host = HOST.get()
-                assert isinstance(host, Life)
-                history.ledger.published.append((host.name, result.ref))
-                history.trace.note(
-                    f"{host.name} published generation {result.ref.generation} of epoch {result.ref.owner.epoch}, "
-                    f"version {history.ledger.version_of[result.ref]}"
-                )
-            return result
-
-        return watched
-
-    async def _in_life(self, life: Life, work: Callable[[], Awaitable[None]], seconds: float | None = None) -> None:
-        """Starts `work` on a machine, and waits for its end at most so long."""
-        done = trio.Event()
-
-        async def until_done() -> None:
-            try:
-                await work()
-            except QsfsError as error:
-                self.trace.note(f"{life.name}: {type(error).__name__}: {error}")
-            finally:
-                done.set()
-
-        with on(life):
-            life.nursery.start_soon(until_done)
-        with trio.move_on_after(self.chance.choice((0.0, 3.0, 40.0)) if seconds is None else seconds):
-            await done.wait()
 
     # what applications and operators do
 
@@ -211,39 +88,17 @@ class History:
             life = self._writable()
             if life is None:
                 return
-            await self._in_life(life, lambda: self.applications.change(life), 35.0)  # noqa: B023 (awaited)
+            await self.in_life(life, lambda: self.applications.change(life), 35.0)  # noqa: B023 (awaited)
 
     async def _sync(self) -> None:
         life = self._writable()
-        if life is None:
-            return
-        version = life.version
-
-        async def sync() -> None:
-            flusher = await life.flushing.owned()
-            await flusher.sync()
-            assert flusher.generations is not None
-            ref = flusher.generations.base.sealed.ref
-            self.trace.note(f"{life.name} synced version {version}")
-            self.ledger.acknowledge(ref, version)
-
-        await self._in_life(life, sync)
+        if life is not None:
+            await self.sync(life)
 
     async def _fsync(self) -> None:
-        """Makes everything durable locally, by the journal or a commit."""
         life = self._writable()
-        if life is None:
-            return
-        version = life.version
-        names = self.ledger.versions[version].files
-        numbers = tuple(self.applications.inode(life, name).number for name in names)
-
-        async def fsync() -> None:
-            await life.committer._journal(numbers)
-            life.machine.durable = max(life.machine.durable, version)
-            self.trace.note(f"{life.name} fsynced version {version}")
-
-        await self._in_life(life, fsync)
+        if life is not None:
+            await self.fsync(life)
 
     async def _read(self) -> None:
         life = self._writable()
@@ -257,7 +112,7 @@ class History:
         async def read() -> None:
             await self.applications.read(life, name, offset, size)
 
-        await self._in_life(life, read)
+        await self.in_life(life, read)
 
     async def _evict(self) -> None:
         life = self._writable()
@@ -265,7 +120,7 @@ class History:
             self.applications.evict(life)
 
     async def _rest(self) -> None:
-        await trio.sleep(self.chance.choice((0.1, 1.0, 5.0, 25.0)))
+        await trio.sleep(self.chance.choice((0.1, 1.0, 3.0, 15.0)))
 
     async def _snapshot(self) -> None:
         life = self._writable()
@@ -285,7 +140,7 @@ class History:
             self.ledger.doubtful.discard(name)
             self.ledger.snapshots[name] = request.head
 
-        await self._in_life(life, snapshot)
+        await self.in_life(life, snapshot)
 
     async def _unpin(self) -> None:
         life = self._writable()
@@ -300,38 +155,37 @@ class History:
         async def unpin() -> None:
             await flusher.pinning.unpin([name])
 
-        await self._in_life(life, unpin)
+        await self.in_life(life, unpin)
 
     async def _collect(self) -> None:
-        for _ in range(self.chance.choice((0, 1, 3))):
-            await self._write()
-            await self._sync()
+        """Rewrites and publishes as often as it takes for packs to die and be let go of, then collects."""
         life = self._writable()
         if life is None:
             return
 
         async def collect() -> None:
+            flusher = await life.flushing.owned()
+            for _ in range(6):
+                await self.applications.change(life)
+                await flusher.sync()
+                await trio.sleep(self.retention / 4)
             report = await life.flushing.collect(dry_run=False)
-            self.ledger.counts["packs deleted"] += report["deleted_now_packs"]
+            if report["deleted_now_packs"]:
+                self.trace.note(f"{life.name} deleted {report['deleted_now_packs']} packs")
+            self.ledger.counts["packs deleted"] += report["deleted_packs"]
 
-        await self._in_life(life, collect)
+        await self.in_life(life, collect)
 
     async def _take_over(self) -> None:
         """Another machine becomes the owner; the old one may go on, and learns of it."""
         others = [machine for machine in self.machines if machine.life is None]
         if others and self.chance.random() < 0.4:
             machine = self.chance.choice(others)
-            machine.error = None
         elif len(self.machines) < 6:
-            machine = self._machine()
+            machine = self.new_machine()
         else:
             return
-        machine.forget()
-        machine.durable = 1
-        machine.takes_over = True
-        self.trace.note(f"{machine.name} takes over")
-        self.mount(machine)
-        await self._wait_for(machine, self.chance.choice((5, 60)))
+        await self.take_over(machine, self.chance.choice((5, 60)))
 
     async def _roll_back(self) -> None:
         """Back to some kept generation; the mount ends for that."""
@@ -342,30 +196,7 @@ class History:
         kept = flusher.generations.base.head.kept
         if not kept:
             return
-        target, machine = self.chance.choice(kept), life.machine
-        life.cut_power()
-        await life.ended.wait()
-        which = target.pins[0] if target.pins else str(target.head.generation)
-        version = self.ledger.version_of[target.head]
-
-        async def work(life: Life) -> None:
-            order = Order(which, True, lambda plan: self._may_change(machine, version))
-            report = await roll_back(life.config, machine.clock, order, self._said(life))
-            self.trace.note(f"{life.name} rolled back to version {version}")
-            self.ledger.acknowledge(report.base, version)
-            self.ledger.counts["rolled back"] += 1
-            machine.durable = version
-
-        self.trace.note(f"{machine.name} rolls back to generation {target.head.generation}")
-        Life(machine).start(self.nursery, work, Life.mount)
-        await self._wait_for(machine, self.chance.choice((5, 60)))
-
-    def _may_change(self, machine: Machine, version: int) -> None:
-        """Until a rollback has ended the disk may hold the old state or the new."""
-        machine.durable = 1
-
-    def _said(self, life: Life) -> Callable[[str], None]:
-        return lambda line: self.trace.event(f"{life.name}: {line}")
+        await self.roll_back(life, self.chance.choice(kept), self.chance.choice((5, 60)))
 
     async def _clone(self) -> None:
         """A machine is copied with its disk and the random bytes that it will draw, and the copy boots."""
@@ -375,9 +206,9 @@ class History:
         self.ledger.twins += 1
         name = "abcdefghijklmnopqrstuvwxyz"[len(self.machines)]
         self.trace.note(f"{name} is a clone of {machine.name}")
-        twin = self._known(machine.clone(name))
+        twin = self.known(machine.clone(name))
         self.mount(twin)
-        await self._wait_for(twin, 20)
+        await self.wait_for(twin, 20)
 
     # what goes wrong
 
@@ -449,17 +280,5 @@ class History:
             await trio.sleep(self.chance.choice((1, 30)))
             self.trace.note("all is well")
             await self._sync()
-        for machine in self.machines:
-            if (life := machine.life) is not None:
-                life.cut_power()
-                await life.ended.wait()
+        await self.stop_all()
         await checks.at_the_end(self)
-
-
-def _links(config: object, clock: object) -> object:
-    host = HOST.get()
-    assert isinstance(host, Life)
-    return host.cluster.links(host)
-
-
-logging.getLogger("qsfs").setLevel(logging.WARNING)

@@ -1,0 +1,238 @@
+"""The stage of a history: machines, backends, and what is remembered of what they promise.
+
+Commands and daemons are the real ones; what they do to backends, to the disk and to keys is watched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import trio
+
+from qsfs import failpoints
+from qsfs.daemon import restoring, rollback, takeover
+from qsfs.daemon.rollback import Order, roll_back
+from qsfs.daemon.takeover import take_over
+from qsfs.errors import QsfsError
+from qsfs.format.head import Head, HeadRef, KeptGeneration
+from qsfs.remote.packing import Sealer
+from qsfs.remote.publish import NotYet, Published, Publisher
+from qsfs.store.limits import Limits
+from qsfs.store.schema import PAGE
+from tests.remote.small_fs import SECRET
+from tests.simulation.cluster import LIMITS, Cluster
+from tests.simulation.engine import HOST, Trace, on, thaw
+from tests.simulation.files import Applications
+from tests.simulation.ledger import Ledger
+from tests.simulation.logs import judged
+from tests.simulation.machine import Life, Machine
+from tests.simulation.sealing import recorded
+
+PACK_PAGES = 8
+"""Pages of a pack: so few that little data makes several."""
+
+
+class Stage:
+    """Backends, machines, and the ledger.  `nursery` is where machines live."""
+
+    def __init__(self, seed: int, root: Path, trace: Trace) -> None:
+        self.chance = random.Random(seed)
+        self.trace = trace
+        self.root = root
+        self.cluster = Cluster(seed, self.chance, trace)
+        self.cluster.saw_head = self._saw_head
+        self.ledger = Ledger()
+        self.applications = Applications(self.ledger, self.chance)
+        self.machines: list[Machine] = []
+        self.retention = 3.0
+        self.nursery: trio.Nursery
+
+    @contextlib.contextmanager
+    def wired(self) -> Iterator[None]:
+        """Commands find the simulated backends, packs are small; what is sealed, published and logged is watched."""
+        with ExitStack() as stack:
+            self.seals = stack.enter_context(recorded())
+            stack.enter_context(judged(self.trace))
+            for module in (takeover, rollback, restoring):
+                stack.enter_context(mock.patch.object(module, "links", _links))
+            stack.enter_context(mock.patch.object(rollback, "read_secret", lambda config: SECRET))
+            stack.enter_context(mock.patch.object(Limits, "of", lambda *_: LIMITS))
+            stack.enter_context(mock.patch.object(Sealer, "pack_bytes", PACK_PAGES * PAGE))
+            stack.enter_context(mock.patch.object(Publisher, "publish", self._watched(Publisher.publish)))
+            stack.callback(failpoints.disarm_all)
+            yield
+
+    def begin(self) -> None:
+        head, ref = self.cluster.root
+        self.ledger.add(None, {})
+        self.ledger.saw_head(head, ref, 1)
+        self.ledger.published.append(("format", ref))
+        machine = self.new_machine()
+        machine.directory = self.cluster.formatted
+        machine.save()
+        self.mount(machine)
+
+    def new_machine(self) -> Machine:
+        name = "abcdefghijklmnopqrstuvwxyz"[len(self.machines)]
+        machine = Machine(self.cluster, name, self.root, self.chance.getrandbits(40))
+        machine.flush = replace(machine.flush, retention_seconds=self.retention)
+        return self.known(machine)
+
+    def known(self, machine: Machine) -> Machine:
+        machine.opened = self.opened
+        self.machines.append(machine)
+        return machine
+
+    def mount(self, machine: Machine) -> None:
+        """Boots a machine's daemon; a takeover that was cut short is given again."""
+        works = (self._taking_over, Life.mount) if machine.takes_over else (Life.mount,)
+        Life(machine).start(self.nursery, *works)
+
+    async def _taking_over(self, life: Life) -> None:
+        machine = life.machine
+        await take_over(life.config, machine.clock, self._said(life), secret=SECRET)
+        machine.takes_over = False
+        self.ledger.counts["taken over"] += 1
+
+    async def wait_for(self, machine: Machine, seconds: float) -> None:
+        """Until its mount is ready, or over, or the time is."""
+        with trio.move_on_after(seconds):
+            while (life := machine.life) is not None and not life.ready:
+                await life.news.wait()
+
+    def opened(self, life: Life) -> int:
+        """A store was opened: it holds what was durable, or what was about to be."""
+        version = life.marked()
+        machine = life.machine
+        assert version in self.ledger.versions, f"{life.name}: version {version} was never written"
+        life.version = version
+        assert self.ledger.descends(version, machine.durable), (
+            f"{life.name}: version {version} does not hold {machine.durable}, which was durable"
+        )
+        machine.durable = version
+        self.applications.check_local(life)
+        return version
+
+    def _saw_head(self, host: Life, head: Head, ref: HeadRef) -> None:
+        self.ledger.saw_head(head, ref, host.cuts.get(head.write_number))
+
+    def _watched(self, publish: Callable[..., Awaitable[Published | NotYet]]) -> object:
+        history = self
+
+        async def watched(self: Publisher, head: Head, *, deadline_seconds: float) -> Published | NotYet:
+            result = await publish(self, head, deadline_seconds=deadline_seconds)
+            if isinstance(result, Published):
+                host = HOST.get()
+                assert isinstance(host, Life)
+                history.ledger.published.append((host.name, result.ref))
+                history.trace.note(
+                    f"{host.name} published generation {result.ref.generation} of epoch {result.ref.owner.epoch}, "
+                    f"version {history.ledger.version_of[result.ref]}"
+                )
+            return result
+
+        return watched
+
+    async def in_life(self, life: Life, work: Callable[[], Awaitable[None]], seconds: float | None = None) -> None:
+        """Starts `work` on a machine, and waits for its end at most so long."""
+        done = trio.Event()
+
+        async def until_done() -> None:
+            try:
+                await work()
+            except QsfsError as error:
+                self.trace.note(f"{life.name}: {type(error).__name__}: {error}")
+            finally:
+                done.set()
+
+        with on(life):
+            life.nursery.start_soon(until_done)
+        with trio.move_on_after(self.chance.choice((0.0, 3.0, 15.0)) if seconds is None else seconds):
+            await done.wait()
+
+    async def stop_all(self) -> None:
+        """Every machine loses power; those that stand still, too."""
+        for machine in self.machines:
+            if (life := machine.life) is not None:
+                if life.frozen:
+                    thaw(life)
+                life.cut_power()
+                await life.ended.wait()
+
+    # commands
+
+    async def sync(self, life: Life, seconds: float | None = None) -> None:
+        """Publishes everything, and remembers what that promised."""
+        version = life.version
+
+        async def sync() -> None:
+            flusher = await life.flushing.owned()
+            await flusher.sync()
+            assert flusher.generations is not None
+            ref = flusher.generations.base.sealed.ref
+            self.trace.note(f"{life.name} synced version {version}")
+            self.ledger.acknowledge(ref, version)
+
+        await self.in_life(life, sync, seconds)
+
+    async def fsync(self, life: Life) -> None:
+        """Makes everything durable locally, by the journal or a commit."""
+        version = life.version
+        names = self.ledger.versions[version].files
+        numbers = tuple(self.applications.inode(life, name).number for name in names)
+
+        async def fsync() -> None:
+            await life.committer._journal(numbers)
+            life.machine.durable = max(life.machine.durable, version)
+            self.trace.note(f"{life.name} fsynced version {version}")
+
+        await self.in_life(life, fsync)
+
+    async def take_over(self, machine: Machine, seconds: float) -> None:
+        """Restores on a machine whose disk is empty, owns and mounts; waits for that at most so long."""
+        machine.error = None
+        machine.forget()
+        machine.durable = 1
+        machine.takes_over = True
+        self.trace.note(f"{machine.name} takes over")
+        self.mount(machine)
+        await self.wait_for(machine, seconds)
+
+    async def roll_back(self, life: Life, target: KeptGeneration, seconds: float) -> None:
+        """Ends a mount, rolls back, mounts again; waits for that at most so long."""
+        machine = life.machine
+        life.cut_power()
+        await life.ended.wait()
+        which = target.pins[0] if target.pins else str(target.head.generation)
+        version = self.ledger.version_of[target.head]
+
+        async def work(life: Life) -> None:
+            order = Order(which, True, lambda plan: self._may_change(machine, version))
+            report = await roll_back(life.config, machine.clock, order, self._said(life))
+            self.trace.note(f"{life.name} rolled back to version {version}")
+            self.ledger.acknowledge(report.base, version)
+            self.ledger.counts["rolled back"] += 1
+            machine.durable = version
+
+        self.trace.note(f"{machine.name} rolls back to generation {target.head.generation}")
+        Life(machine).start(self.nursery, work, Life.mount)
+        await self.wait_for(machine, seconds)
+
+    def _may_change(self, machine: Machine, version: int) -> None:
+        """Until a rollback has ended the disk may hold the old state or the new."""
+        machine.durable = 1
+
+    def _said(self, life: Life) -> Callable[[str], None]:
+        return lambda line: self.trace.event(f"{life.name}: {line}")
+
+
+def _links(config: object, clock: object) -> object:
+    host = HOST.get()
+    assert isinstance(host, Life)
+    return host.cluster.links(host)
