@@ -23,8 +23,10 @@ from qsfs.format.pack import TRAILER_SIZE, index_offset, open_index
 from qsfs.remote.chain import listed_ids
 from qsfs.remote.collect import delete_on
 from qsfs.remote.context import FlushContext
+from qsfs.remote.deaths import DEATH_PREFIX, Death, death_key, read_deaths
 from qsfs.remote.graveyard import CutView, DeadPack, Graveyard, KeptFacts
 from qsfs.remote.members import Member, Members, State
+from qsfs.remote.running import RunningTime
 from qsfs.remote.shards import ShardReader
 from qsfs.remote.stored import StoredPack
 from qsfs.store.packs import pack_row
@@ -87,7 +89,8 @@ class KeptHeads:
 class DeadPackCollector:
     """Sees packs die, asks the graveyard what may go, and deletes that.
 
-    `named` gives the ids of the metadata packs that the base or a head that may have been sent lists.
+    `named` gives the ids of the metadata packs that the base or a head that may have been sent lists; `running`
+    is what the retention time is counted by (default: by this mount alone).
     """
 
     def __init__(
@@ -98,8 +101,11 @@ class DeadPackCollector:
         retention_seconds: float,
         named: Callable[[], frozenset[bytes]],
         owner_epoch: Callable[[], int],
+        running: RunningTime | None = None,
     ) -> None:
         self.graveyard = Graveyard(retention_seconds)
+        self._running = running or RunningTime(context.store, context.clock)
+        self._deaths: dict[int, Death] = {}
         self._unanswered: dict[int, frozenset[str]] = {}
         self._context = context
         self._reader = reader
@@ -114,10 +120,32 @@ class DeadPackCollector:
 
     # what dies
 
+    async def recall(self, *, goes_on: bool) -> None:
+        """Reads what earlier mounts have recorded of dead packs; unless their time `goes_on`, forgets it.
+
+        To be called before `take_over`, and before anything dies.
+        """
+        context = self._context
+        position: bytes | None = DEATH_PREFIX
+        while position is not None:
+            start = position
+            read = await context.in_thread(
+                lambda: read_deaths(context.store.environment, context.clock, start)  # noqa: B023 (awaited at once)
+            )
+            for number, death in read.found:
+                if goes_on and death is not None:
+                    self._deaths[number] = death
+                else:
+                    self.graveyard.news.add(number)
+            position = read.resume
+
     def take_over(self, emptied: Iterable[int], left_behind: Iterable[int]) -> None:
         """Takes in what is dead when a mount begins: data packs without live bytes, metadata packs no head lists."""
         for number in (*emptied, *left_behind):
             self._died(number)
+        # Packs that are gone, or that were not dead after all.
+        self.graveyard.news.update(self._deaths)
+        self._deaths.clear()
 
     def look(self) -> None:
         """Takes in the data packs that lost their last live bytes with the groups sealed since the last look."""
@@ -133,14 +161,19 @@ class DeadPackCollector:
         n, k = self._context.sealer.code.params.n, self._context.sealer.code.params.k
         stored = row.body_length * n // k
         self._context.ledger.forget(number)
-        self.graveyard.died(DeadPack(number, row.pack_id, row.kind == PackKind.DATA, stored))
+        dead = DeadPack(number, row.pack_id, row.kind == PackKind.DATA, stored)
+        death = self._deaths.pop(number, None)
+        if death is not None and death.pack_id == row.pack_id:
+            self.graveyard.remember(dead, death)
+        else:
+            self.graveyard.died(dead)
 
     # cuts and heads
 
     def before_cut(self) -> CutView:
         """To be called before the commit of a cut begins."""
         self.look()
-        return self.graveyard.before_cut(self._context.clock.monotonic())
+        return self.graveyard.before_cut(self._running.seconds)
 
     def published(self, view: CutView, ref: HeadRef, head: Head, before: Head) -> None:
         """A head was published and recorded; `view` is of before its cut, `before` was the base until then."""
@@ -163,15 +196,30 @@ class DeadPackCollector:
             newest = max(self.graveyard.without_of(number) or 0 for number in waiting)
             kept = await self._heads.facts(self._kept, newest)
             for start in range(0, len(waiting), _A_STEP):
-                self.graveyard.release(waiting[start : start + _A_STEP], kept, self._context.clock.monotonic())
+                self.graveyard.release(waiting[start : start + _A_STEP], kept, self._running.seconds)
                 await trio.lowlevel.checkpoint()
+        await self._record()
+
+    async def _record(self) -> None:
+        """Records with the open group what has become known of dead packs, in steps."""
+        store, news = self._context.store, self.graveyard.news
+        while news:
+            await self._context.committer.room()
+            for number in [number for _, number in zip(range(_A_STEP), news, strict=False)]:
+                news.discard(number)
+                death, key = self.graveyard.death(number), death_key(number)
+                if death is not None:
+                    store.layers.put(Table.LOCAL, key, death.encode())
+                elif store.get(Table.LOCAL, key) is not None:
+                    store.layers.delete(Table.LOCAL, key)
+            await trio.lowlevel.checkpoint()
 
     # deleting
 
     def report(self) -> dict[str, Any]:
         """How many dead packs there are, and what they wait for; bytes are those that their shards take."""
         waits_for = sorted(frozenset().union(*self._unanswered.values()))
-        return {**self.graveyard.report(self._context.clock.monotonic()), "unanswered": waits_for}
+        return {**self.graveyard.report(self._running.seconds), "unanswered": waits_for}
 
     async def work(self) -> None:
         """One step: settles what was published, deletes some of what may go."""

@@ -157,6 +157,7 @@ class Flusher:
         base = local_head(context.store, BASE_KEY, context.sealer.keys)
         if base is None:
             raise CacheError("the local store has no base generation; run 'qsfs restore'")
+        self._upkeep.begin(self._publisher.owner, self._first, base)
         await self.exposure.begin()
         self.generations = Generations(context, self._publisher, base, self._first)
         self._last_pack_before = context.store.counter(NEXT_PACK)
@@ -183,18 +184,7 @@ class Flusher:
         self._generations.take_chain()
         if len(context.ledger.metadata) > known:
             await context.committer.commit()
-        named = self._named()
-        self._upkeep.dead.take_over(
-            context.ledger.emptied,
-            [
-                number
-                for pack_id, number in context.ledger.metadata.items()
-                if number <= self._last_pack_before and pack_id not in named
-            ],
-        )
-        context.ledger.emptied.clear()
-        self._upkeep.rewriter.take_over(context.ledger.thin)
-        context.ledger.thin.clear()
+        await self._upkeep.take_over(self._last_pack_before)
         if self.phase == "reading pack rows":
             self.phase = "running"
         self._knows_packs.set()
@@ -267,7 +257,7 @@ class Flusher:
                 await self._ahead.rows(generations)
             uploaded = self.exposure.uploaded
             given_up = self._upkeep.given_up()
-            view, before = self._upkeep.dead.before_cut(), generations.base.head
+            view, before = self._upkeep.before_cut(), generations.base.head
             most_bytes = min(self._pace.most_bytes, context.spool.room() * 3 // 4)
             order = generations.next_order(most_bytes, forced=self._head_due)
             asked = self.pinning.waiting
@@ -414,6 +404,7 @@ class Flusher:
     async def stop(self, deadline: float) -> bool:
         """Makes a last generation within `deadline` seconds, then ends `run`; whether it was published."""
         done = False
+        self._upkeep.note_time()
         try:
             with trio.move_on_after(deadline):
                 await self.publish_all()

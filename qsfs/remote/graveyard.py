@@ -6,16 +6,20 @@ chain of the metadata left it behind.  Three things stand between its death and 
 1. *A generation without it.*  Its death is seen before a cut; the generation of that cut, and every later one,
    does not name it.
 2. *No kept generation names it.*  One that is older than that may, unless the pack is younger than it.
-3. *The retention time*, by the running clock of this mount, during which a reader elsewhere may finish; and
+3. *The retention time*, by the running time of this store, during which a reader elsewhere may finish; and
    then a head that was published after all this, which shows that this mount still is the owner.
 
-Nothing of it is remembered over a restart: a mount that begins anew counts the retention time anew.
+Over a restart nothing but time is remembered (`deaths`): the new mount has to publish heads of its own, and asks
+again which kept generations may name a pack.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from qsfs.remote.deaths import Death
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,35 +59,63 @@ class CutView:
 
 
 class Graveyard:
-    """The dead packs of one mount, by number, from death to deletion.  Times in seconds of running time."""
+    """The dead packs of one mount, by number, from death to deletion.  Times in seconds of running time.
+
+    `news` are the numbers of packs of which more is known than before, or which are gone: for who records that.
+    """
 
     def __init__(self, retention_seconds: float) -> None:
         self.deleted_packs = 0
         self.deleted_bytes = 0
         self._retention = retention_seconds
+        self.news: set[int] = set()
         self._fresh: dict[int, DeadPack] = {}
         self._waiting: dict[int, tuple[DeadPack, int]] = {}
-        self._free: dict[int, tuple[DeadPack, float]] = {}
+        self._free: dict[int, tuple[DeadPack, int, float]] = {}
+        self._order: list[tuple[float, int]] = []
+        self._ripe: dict[int, None] = {}
         self._permitted: dict[int, DeadPack] = {}
+        self._since: dict[int, float] = {}
 
     def died(self, dead: DeadPack) -> None:
         """Takes a pack in; one that is here already begins anew."""
         self.forget(dead.number)
         self._fresh[dead.number] = dead
 
+    def remember(self, dead: DeadPack, death: Death) -> None:
+        """Takes a pack in of which an earlier mount has recorded its death: its time goes on.
+
+        It waits, as every pack, until a head of this mount is published and no kept generation may name it.
+        """
+        self.forget(dead.number)
+        self.news.discard(dead.number)
+        self._waiting[dead.number] = (dead, death.without)
+        if death.since is not None:
+            self._since[dead.number] = death.since
+
     def forget(self, number: int) -> None:
         """Lets go of a pack that is not dead after all, or that is gone."""
-        for packs in (self._fresh, self._waiting, self._free, self._permitted):
+        for packs in (self._fresh, self._waiting, self._free, self._permitted, self._ripe, self._since):
             packs.pop(number, None)
+        self.news.add(number)
+
+    def death(self, number: int) -> Death | None:
+        """What is to be remembered of a pack: of one that is waiting, or that no kept generation may name."""
+        if number in self._free:
+            dead, without, since = self._free[number]
+            return Death(dead.pack_id, without, since)
+        if number in self._waiting:
+            dead, without = self._waiting[number]
+            return Death(dead.pack_id, without, self._since.get(number))
+        return None
 
     def before_cut(self, now: float) -> CutView:
         """What the cut that begins now will show as dead, and what the head that follows may release."""
-        ripe = []
-        for number, (_, since) in self._free.items():
-            if now - since < self._retention:
-                break
-            ripe.append(number)
-        return CutView(tuple(self._fresh), tuple(ripe))
+        while self._order and now - self._order[0][0] >= self._retention:
+            since, number = heapq.heappop(self._order)
+            if number in self._free and self._free[number][2] == since:
+                self._ripe[number] = None
+        return CutView(tuple(self._fresh), tuple(self._ripe))
 
     def published(self, view: CutView, generation: int) -> None:
         """A head of `generation` was published, whose cut began at `view`."""
@@ -91,10 +123,17 @@ class Graveyard:
             dead = self._fresh.pop(number, None)
             if dead is not None:
                 self._waiting[number] = (dead, generation)
+                self.news.add(number)
         for number in view.ripe:
+            self._ripe.pop(number, None)
             free = self._free.pop(number, None)
             if free is not None:
                 self._permitted[number] = free[0]
+
+    @property
+    def counts_time(self) -> bool:
+        """Whether the retention time of any pack has begun and is not over."""
+        return bool(self._free)
 
     @property
     def waiting(self) -> list[int]:
@@ -107,7 +146,10 @@ class Graveyard:
         return None if entry is None else entry[1]
 
     def release(self, numbers: Iterable[int], kept: Sequence[KeptFacts], now: float) -> None:
-        """Starts the retention time of those waiting packs that no kept generation may name."""
+        """Starts the retention time of those waiting packs that no kept generation may name.
+
+        One that an earlier mount has started goes on.
+        """
         for number in numbers:
             entry = self._waiting.get(number)
             if entry is None:
@@ -115,7 +157,10 @@ class Graveyard:
             dead, without = entry
             if not any(facts.generation < without and facts.may_name(dead) for facts in kept):
                 del self._waiting[number]
-                self._free[number] = (dead, now)
+                since = min(now, self._since.pop(number, now))
+                self._free[number] = (dead, without, since)
+                heapq.heappush(self._order, (since, number))
+                self.news.add(number)
 
     def permitted(self, most: int) -> list[DeadPack]:
         """Up to `most` packs that may be deleted now."""
@@ -132,10 +177,10 @@ class Graveyard:
         groups: tuple[list[DeadPack], ...] = (
             list(self._fresh.values()),
             [dead for dead, _ in self._waiting.values()],
-            [dead for dead, _ in self._free.values()],
+            [dead for dead, _, _ in self._free.values()],
             list(self._permitted.values()),
         )
-        oldest = next(iter(self._free.values()), None)
+        oldest = min((since for _, _, since in self._free.values()), default=None)
         return {
             "packs": sum(map(len, groups)),
             "bytes": sum(dead.stored_bytes for group in groups for dead in group),
@@ -144,7 +189,7 @@ class Graveyard:
             "in_retention": len(groups[2]),
             "being_deleted": len(groups[3]),
             "next_retention_end_seconds": (
-                None if oldest is None else max(0.0, oldest[1] + self._retention - now)
+                None if oldest is None else max(0.0, oldest + self._retention - now)
             ),
             "deleted_packs": self.deleted_packs,
             "deleted_bytes": self.deleted_bytes,

@@ -13,11 +13,15 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from qsfs.errors import QsfsError
+from qsfs.format.head import Head, Owner
+from qsfs.remote.base import LocalHead
 from qsfs.remote.collect import AbandonedCollector
 from qsfs.remote.complete import Completer
 from qsfs.remote.context import FlushContext
 from qsfs.remote.dead_packs import DeadPackCollector
+from qsfs.remote.graveyard import CutView
 from qsfs.remote.rewrite import Rewriter
+from qsfs.remote.running import RunningTime
 from qsfs.remote.second_look import SecondLook
 from qsfs.remote.shards import ShardReader
 
@@ -64,11 +68,51 @@ class Upkeep:
         self._completer = Completer(context, reader)
         self._second_look = SecondLook(context)
         self._collector = AbandonedCollector(context)
+        self._running = RunningTime(context.store, context.clock)
+        self._time_goes_on = False
         self.dead = DeadPackCollector(
-            context, reader, retention_seconds=retention_seconds, named=named, owner_epoch=owner_epoch
+            context,
+            reader,
+            retention_seconds=retention_seconds,
+            named=named,
+            owner_epoch=owner_epoch,
+            running=self._running,
         )
         self.rewriter = Rewriter(context, reader, share=rewrite_below, short_of_room=short_of_room)
         self._abandoned = self.given_up()
+
+    # beginning
+
+    def begin(self, owner: Owner, first: Head, base: LocalHead) -> None:
+        """To be called once this mount owns as `owner`, before it forgets heads that it may have sent.
+
+        `first` is its first head; what it records goes into the open group.
+        """
+        newest = first.predecessor if base.ours else None
+        self._time_goes_on = self._running.resume(owner, newest, {base.sealed.ref, *self._context.spool.heads})
+        self._running.note()
+
+    async def take_over(self, last_pack: int) -> None:
+        """Takes in what the ledger has found: packs up to number `last_pack` are from before this mount."""
+        ledger, named = self._context.ledger, self._named()
+        await self.dead.recall(goes_on=self._time_goes_on)
+        left = [n for pack_id, n in ledger.metadata.items() if n <= last_pack and pack_id not in named]
+        self.dead.take_over(ledger.emptied, left)
+        ledger.emptied.clear()
+        self.rewriter.take_over(ledger.thin)
+        ledger.thin.clear()
+
+    # cuts
+
+    def before_cut(self) -> CutView:
+        """To be called before the commit of a cut begins, which also records the running time."""
+        self._running.note()
+        return self.dead.before_cut()
+
+    def note_time(self) -> None:
+        """Records the running time with the next commit if anything waits for it."""
+        if self.dead.graveyard.counts_time:
+            self._running.note()
 
     @property
     def found_missing(self) -> int:
@@ -86,13 +130,24 @@ class Upkeep:
     async def run(self) -> None:
         """Works until cancelled."""
         async with trio.open_nursery() as nursery:
-            for work in (self._look, self._complete, self._collect, self.dead.work, self.rewriter.work):
+            for work in (
+                self._look,
+                self._complete,
+                self._collect,
+                self.dead.work,
+                self.rewriter.work,
+                self._note_time,
+            ):
                 nursery.start_soon(every_second, work, self._failed)
 
     def _failed(self, error: QsfsError) -> None:
         if str(error) != self.problem:
             _log.error("upkeep of written packs: %s", error)
         self.problem = str(error)
+
+    async def _note_time(self) -> None:
+        if self._running.due:
+            self.note_time()
 
     async def _look(self) -> None:
         await self._second_look.look(_LOOKS_A_ROUND, written_too=self._short_of_room())

@@ -239,22 +239,6 @@ async def test_nothing_goes_before_its_time(world: World, machine: FlushMachine,
         assert not old <= stored_packs(world)
 
 
-async def test_the_retention_time_begins_anew_with_each_mount(world: World, machine: FlushMachine, clock):
-    """What this mount has not known for that long may be in use by who read the heads of the one before."""
-    async with flushing(machine, retention_seconds=RETENTION) as flusher:
-        number = machine.create("a")
-        for byte in range(1, 6):
-            await rewrite(machine, flusher, number, byte)
-        await trio.sleep(RETENTION - 5)
-    stored = stored_packs(world)
-    async with flushing(machine, retention_seconds=RETENTION) as flusher:
-        await trio.sleep(RETENTION - 20)
-        machine.create("b")
-        await flusher.sync()
-        await trio.sleep(10)
-        assert stored <= stored_packs(world)
-
-
 async def test_without_another_head_nothing_goes_however_long_it_takes(
     world: World, machine: FlushMachine, clock
 ):
