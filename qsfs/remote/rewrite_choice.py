@@ -29,7 +29,7 @@ AGAIN_SECONDS = 3600.0
 _LOOKED_AT = 256
 _MOST_SMALL = 100_000
 _SMALL = 8
-"""A pack is small if it is less than a full one divided by this."""
+"""A pack is small if it is less than a full one divided by this, in plain bytes too: by those packs are closed."""
 _ALLOWED = 1.1
 _SAVED_PACKS = 16
 """Packs' worth of allowance that is saved up at most: what a long load leaves does not pay for years of merging."""
@@ -169,7 +169,7 @@ class Candidates:
             return chosen
         for number in [number for number, _ in zip(self._small, range(_LOOKED_AT), strict=False)]:
             row = self._row(number)
-            if row is None or not row.live or _SMALL * row.body_length >= self._pack_bytes or number in self._thin:
+            if row is None or not self._is_small(row) or number in self._thin:
                 del self._small[number]
                 continue
             most -= row.live
@@ -177,6 +177,9 @@ class Candidates:
                 break
             chosen.append(Choice(number, row, True))
         return chosen
+
+    def _is_small(self, row: PackRow) -> bool:
+        return row.live > 0 and _SMALL * max(row.live, row.body_length) < self._pack_bytes
 
     def _take_small(self, chosen: list[Choice]) -> None:
         for choice in chosen:

@@ -114,6 +114,18 @@ def test_packs_that_are_large_enough_are_not_merged():
     assert packs.choose() == [] and packs.candidates.small == 0
 
 
+def test_a_pack_that_is_small_only_because_it_was_compressed_is_left_alone():
+    """Packs are closed by plain bytes, so rewriting it leaves the same again; and it keeps none from its turn."""
+    packs = Packs()
+    packs.candidates.recorded(100 * FULL)
+    packs.candidates.grew([packs.add(live, FULL // 16) for live in (3.0, 9.0, 16.0, 40.0)])
+    assert packs.choose() == [] and packs.candidates.small == 0
+    full = packs.add(16.0, FULL // 16)
+    small = [packs.add(1.9, FULL // 32) for _ in range(16)]
+    packs.candidates.grew([full, *small])
+    assert packs.choose() == small
+
+
 def test_small_packs_that_are_young_are_not_merged():
     """What is rewritten all the time dies by itself."""
     packs = Packs()
