@@ -251,7 +251,7 @@ def _mount(config: Config, args: argparse.Namespace) -> int:
 
     from qsfs.cli.mount import start
     from qsfs.cli.unlock import unlocking
-    from qsfs.daemon.beside import beside, make, remove
+    from qsfs.daemon.beside import beside, make, remove, started
 
     place = Path(args.mountpoint).absolute()
     secret = unlocking(args)
@@ -259,10 +259,12 @@ def _mount(config: Config, args: argparse.Namespace) -> int:
     make(shown)
     words = ["--beside", args.name, str(place), str(args.cache_size), *(["--debug"] if args.debug else [])]
     try:
-        return start(shown, words, secret, as_json=args.json)
+        code = start(shown, words, secret, as_json=args.json)
     except QsfsError:
         remove(shown.cache.directory)
         raise
+    started(shown)
+    return code
 
 
 def _umount(config: Config, args: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """Read-only mounts of snapshots beside the mount of a configuration: each with a mount point and a cache of its own.
 
 The cache of a snapshot lies in a directory of its name beside the configured cache; it can be had again, and
-goes when the mount ends.  `mnt` in it is a link to the mount point.
+goes when the mount ends.  `mnt` in it is a link to the mount point, and says that it is such a cache.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from qsfs.config import Config
-from qsfs.daemon.lock import holder
+from qsfs.daemon.lock import CacheLock, holder
 from qsfs.errors import CacheError, MountError, QsfsError
 from qsfs.remote.snapshots import check_form
 
 _SUFFIX = "-snapshots"
 _LINK = "mnt"
+_NEW_LINK = ".mnt"
+_GOING = ".going-"
+_LOCK = "mount.lock"
 
 
 def cache_of(config: Config, name: str) -> Path:
@@ -39,25 +42,64 @@ def beside(config: Config, name: str, mountpoint: Path, cache_bytes: int) -> Con
 def make(config: Config) -> None:
     """Makes the cache directory of a configuration that `beside` made.
 
-    Raises `MountError` if that snapshot is mounted, `CacheError` if the directory cannot be made.
+    Raises `MountError` if that snapshot is mounted or being mounted, `CacheError` if the directory cannot be made or
+    is something else.
     """
-    place, mountpoint = config.cache.directory, config.filesystem.mountpoint
+    place = config.cache.directory
     if holder(place) is not None:
         raise MountError(f"snapshot {place.name} is mounted already, on {mountpoint_of(place)}")
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (place / _LINK).unlink(missing_ok=True)
-        (place / _LINK).symlink_to(mountpoint)
+        if not _is_ours(place) and {path.name for path in place.iterdir()} - {_LOCK, _NEW_LINK}:
+            raise CacheError(
+                f"{place}: is not the cache of a mount of a snapshot, and would be removed with it: move it elsewhere"
+            )
+        lock = CacheLock(place)
+        try:
+            _link(config)
+        finally:
+            lock.release()
     except OSError as error:
         raise CacheError(f"{place}: cannot be made: {error.strerror}") from error
 
 
+def started(config: Config) -> None:
+    """Notes where a mount is that has started: of two commands at a time, the other may have noted its own place."""
+    try:
+        _link(config)
+    except OSError as error:
+        raise CacheError(f"{config.cache.directory}: {error.strerror}") from error
+
+
+def _link(config: Config) -> None:
+    place = config.cache.directory
+    (place / _NEW_LINK).unlink(missing_ok=True)
+    (place / _NEW_LINK).symlink_to(config.filesystem.mountpoint)
+    (place / _NEW_LINK).rename(place / _LINK)
+
+
+def _is_ours(place: Path) -> bool:
+    return (place / _LINK).is_symlink()
+
+
 def remove(place: Path) -> None:
-    """Removes the cache directory of a mount that has ended; one that has not keeps it."""
-    if holder(place) is None:
-        shutil.rmtree(place, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            place.parent.rmdir()
+    """Removes the cache directory of a mount that has ended; one that has not keeps it, and so does anything else."""
+    going = place.with_name(_GOING + place.name)
+    if _is_ours(place):
+        try:
+            lock = CacheLock(place)
+        except (MountError, CacheError):
+            return
+        try:
+            shutil.rmtree(going, ignore_errors=True)
+            # Whoever mounts it meanwhile, or after a crash, must not find half of it.
+            with contextlib.suppress(OSError):
+                place.rename(going)
+            shutil.rmtree(going, ignore_errors=True)
+        finally:
+            lock.release()
+    with contextlib.suppress(OSError):
+        place.parent.rmdir()
 
 
 def mountpoint_of(place: Path) -> Path:
