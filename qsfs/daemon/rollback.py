@@ -23,7 +23,7 @@ from qsfs.format.head import Head, HeadRef, KeptGeneration
 from qsfs.format.keys import KeyRing
 from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, local_head
 from qsfs.remote.generation import GENERATION
-from qsfs.remote.rollback import HeadGate, Rollback, RollbackReport, Unpublished, unpublished
+from qsfs.remote.rollback import LEFT, HeadGate, Rollback, RollbackReport, Unpublished, unpublished
 from qsfs.remote.snapshots import find_kept, snapshots_of
 from qsfs.remote.spool import Spool
 from qsfs.remote.survey import Timing
@@ -31,9 +31,6 @@ from qsfs.store.limits import Limits
 from qsfs.store.schema import Table, read_plain_u64
 from qsfs.store.store import Store
 from qsfs.values import counted, format_size
-
-LEFT = "before-rollback-"
-"""How the names of the snapshots begin that a rollback makes of what it leaves."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,11 @@ from qsfs.errors import Corrupt
 from qsfs.format import schema
 from qsfs.format.units import ID_SIZE
 
+ACTIVE = "active"
+"""`FleetEntry.state` of a backend that takes new shards."""
+DRAINING = "draining"
+"""`FleetEntry.state` of a backend that is being emptied: it is read, and takes nothing new."""
+
 
 @dataclass(frozen=True, slots=True)
 class FleetEntry:
@@ -39,6 +44,11 @@ class Fleet:
     def entry(self, number: int) -> FleetEntry | None:
         """The entry with this number, or None."""
         return next((entry for entry in self.entries if entry.number == number), None)
+
+    @property
+    def draining(self) -> frozenset[int]:
+        """The numbers of the backends that are being emptied."""
+        return frozenset(entry.number for entry in self.entries if entry.state == DRAINING)
 
 
 def pack_fleet(fleet: Fleet) -> list[object]:

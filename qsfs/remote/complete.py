@@ -1,8 +1,9 @@
-"""Completing packs that are written and not full, once backends take shards again."""
+"""Completing packs that are written and not full, and moving shards off backends that are being emptied."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Set
 
 import trio
 
@@ -21,13 +22,19 @@ _RETRY_SECONDS = 60.0
 
 
 class Completer:
-    """Rebuilds and stores missing shards, one pack at a time."""
+    """Rebuilds and stores missing shards, one pack at a time.
 
-    def __init__(self, context: FlushContext, reader: ShardReader) -> None:
+    A shard on a backend that is `leaving` counts as missing, until another one has it.
+    """
+
+    def __init__(
+        self, context: FlushContext, reader: ShardReader, leaving: Callable[[], Set[int]] = frozenset
+    ) -> None:
         self.completed = 0
         self.problem = ""
         self._context = context
         self._reader = reader
+        self._leaving = leaving
         self._not_before: dict[int, float] = {}
 
     async def complete_packs(self, most: int) -> int:
@@ -47,43 +54,61 @@ class Completer:
                 context.ledger.forget(number)
                 self._not_before.pop(number, None)
                 continue
-            if not self._room_for(row.placement):
+            if not self.room_for(row.placement):
                 continue
             tried += 1
             self._not_before[number] = now + _RETRY_SECONDS
-            try:
-                pack = StoredPack.of_row(row, context.sealer.code.params)
-                with trio.move_on_after(PACK_SECONDS):
-                    if await self._complete(number, pack):
-                        done += 1
-            except CacheError:
-                raise
-            except QsfsError as error:
-                self.problem = str(error)
-                _log.warning("pack %s is not full and could not be completed: %s", row.pack_id.hex(), error)
+            done += await self.complete(number)
         return done
 
-    def _room_for(self, placement: tuple[int, ...]) -> bool:
+    async def complete(self, number: int) -> bool:
+        """Stores what a pack lacks, whatever was tried before; whether it has got any more.
+
+        Raises nothing of the backends'.
+        """
+        row = pack_row(self._context.store, number)
+        if row is None or row.unnamed_since_ns:
+            return False
+        try:
+            pack = StoredPack.of_row(row, self._context.sealer.code.params)
+            with trio.move_on_after(PACK_SECONDS):
+                return await self._complete(number, pack)
+        except CacheError:
+            raise
+        except QsfsError as error:
+            self.problem = str(error)
+            _log.warning("pack %s lacks shards and could not be completed: %s", row.pack_id.hex(), error)
+        return False
+
+    def room_for(self, placement: tuple[int, ...]) -> bool:
+        """Whether some backend could take a shard of a pack that lies there."""
         return any(m.writable and m.number not in placement for m in self._context.uploader.members)
 
     async def _complete(self, number: int, pack: StoredPack) -> bool:
         context = self._context
         params = context.sealer.code.params
-        missing = [n for n, member in enumerate(pack.placement) if member < 0]
+        leaving = self._leaving()
+        there = tuple(-1 if place in leaving else place for place in pack.placement)
+        missing = [n for n, place in enumerate(there) if place < 0]
         # The one pack that is read here is held besides: who waits for backends must not hold up uploads.
-        payloads = await self._reader.shards(pack, range(params.k))
+        # Data shards are themselves; parity follows from all of them.
+        needed = missing if max(missing, default=0) < params.k else range(params.k)
+        payloads = await self._reader.shards(pack, needed)
         async with context.packs:
             shards = await context.in_thread(lambda: rebuild(context.sealer, pack, payloads, missing))
-            upload = await context.uploader.upload(pack.ref, shards, pack.placement)
+            upload = await context.uploader.upload(pack.ref, shards, there)
         await upload.finished.wait()
         failpoints.hit("flush.complete.stored")
-        if tuple(upload.placement) == pack.placement:
+        placement = tuple(
+            old if new < 0 else new for old, new in zip(pack.placement, upload.placement, strict=True)
+        )
+        if placement == pack.placement:
             return False
         await context.committer.room()
         row = pack_row(context.store, number)
         if row is None or row.placement != pack.placement:
             return False
-        changed = set_placement(context.store, number, tuple(upload.placement), context.clock.time_ns())
+        changed = set_placement(context.store, number, placement, context.clock.time_ns())
         if changed is not None:
             context.ledger.note(number, changed)
             self._not_before.pop(number, None)

@@ -100,7 +100,9 @@ class Flusher:
             owner_epoch=lambda: publisher.owner.epoch,
             retention_seconds=config.retention_seconds,
             rewrite_below=config.rewrite_below,
+            fleets=lambda: self._generations.fleets,
         )
+        self.drainer = self._upkeep.drainer
         self._pace = Pace(config.cut_bytes)
         self._started = 0
         self._finished = 0
@@ -451,6 +453,7 @@ class Flusher:
             "spool_bytes": context.spool.used_bytes,
             "dead": self.dead_packs(),
             "rewrite": self._upkeep.rewriter.report(),
+            "drain": self.drainer.report(),
             "last_error": self.last_error or self._precopier.problem or self._upkeep.problem,
         }
 

@@ -72,7 +72,8 @@ class Generations:
     """Makes generations, one at a time.
 
     `base` is the last one that the local store has recorded and `chain` what it lists; `pins` maps
-    generations to the names that the next head shall pin them by; `fleets` are those that it names.
+    generations to the names that the next head shall pin them by.  `fleets` are those that the last published
+    head names, `next_fleets` those that the next one will: of a change that is under way only the new one.
     `pre_delta` holds rows of the next delta that were packed ahead of its cut, with the commit up to
     which they are complete; `renewal` the ranges that are being read anew, or deltas that are being merged.
     """
@@ -86,6 +87,7 @@ class Generations:
         self.publisher = publisher
         self.base = base
         self.fleets: tuple[Fleet, ...] = first.fleets
+        self.next_fleets: tuple[Fleet, ...] = first.fleets[-1:]
         self.pins: dict[HeadRef, tuple[str, ...]] = {k.head: k.pins for k in first.kept if k.pins}
         self.waiting = ""
         self.cut: SealedCut | None = None
@@ -118,12 +120,22 @@ class Generations:
     def head_due(self) -> bool:
         """Whether a head is due also if no row has changed.
 
-        Because other pins shall hold than the last published head carries, or because the base has never been
-        seen on the backends: a rollback ended after it had replaced the local state.
+        Because other pins shall hold than the last published head carries, because it names other fleets, or
+        because the base has never been seen on the backends: a rollback ended after it had replaced the local state.
         """
         known = {generation.head for generation in (*self._kept, *self._published)}
         wanted = {ref: names for ref, names in self.pins.items() if ref in known}
-        return self._behind or wanted != pins_of(self._kept)
+        return self._behind or self.next_fleets != self.fleets or wanted != pins_of(self._kept)
+
+    def change_fleet(self, fleet: Fleet) -> None:
+        """Has the next head name the present fleet and `fleet`, and the one after it only `fleet`.
+
+        Nothing happens before the next cut; a mount that dies after the first head was sent, or whoever finds
+        it as the newest, goes on with the second.  `QsfsBug` while another change is under way.
+        """
+        if len(self.fleets) > 1 or self.next_fleets != self.fleets:
+            raise QsfsBug("the fleet cannot be changed while another change of it is under way")
+        self.next_fleets = (*self.fleets, fleet)
 
     # sealing
 
@@ -271,7 +283,7 @@ class Generations:
             time_ns=cut.time_ns,
             write_number=cut.write_number,
             predecessor=self.publisher.last_sent,
-            fleets=self.fleets,
+            fleets=self.next_fleets,
             kept=kept_with(self._kept, self._published, self.pins),
             snapshot=tuple(pack for part in written.chain.ranges for pack in listed(part.packs)),
             deltas=tuple(listed(delta.packs) for delta in written.chain.deltas),
@@ -345,6 +357,11 @@ class Generations:
         self.base = LocalHead(sealed, head, True)
         self._kept = head.kept
         self._behind = False
+        if head.fleets != self.fleets:
+            self._context.uploader.members.adopt(head.fleets)
+            self.fleets = head.fleets
+        if len(head.fleets) > 1:
+            self.next_fleets = head.fleets[-1:]
         self._published = [*self._published[-2:], KeptGeneration(sealed.ref, head.time_ns, ())]
 
     def _clear_spool(self, generation: int, ref: HeadRef) -> None:

@@ -104,12 +104,12 @@ async def identify(member: Member, keys: KeyRing) -> bool:
 async def write_identity(
     entry: FleetEntry, data: Session, control: Session, keys: KeyRing, clock: Clock
 ) -> None:
-    """Makes a backend entry `entry` of the fleet, in both its namespaces."""
+    """Makes a backend entry `entry` of the fleet, in both its namespaces; that of the data, which is asked, last."""
     record = BackendIdentity(keys.fsid, entry.identity, entry.number, entry.control_namespace)
     key, value = seal_identity(record, keys, clock)
-    await data.set(key, value)
     if control is not data:
         await control.set(key, value)
+    await data.set(key, value)
 
 
 async def find_members(
@@ -153,16 +153,41 @@ async def find_members(
     return members, strangers
 
 
-async def _who(candidate: Candidate, keys: KeyRing, attempt_seconds: float) -> BackendIdentity | BackendError:
+async def ask_identity(candidate: Candidate, keys: KeyRing, attempt_seconds: float) -> BackendIdentity:
+    """Asks a configured backend who it is; its connections then lead to that one only.
+
+    Raises `BackendError` if it does not answer in time, and as `read_identity`.
+    """
     try:
         with trio.fail_after(attempt_seconds):
             identity, sealed = await _sealed_identity(candidate.data, keys)
             candidate.data.expect(identity_key(keys.fsid), sealed)
             return identity
+    except trio.TooSlowError:
+        raise BackendUnavailable(f"backend {candidate.name}: no answer in {attempt_seconds:g} s") from None
+
+
+async def ask_anew(
+    candidate: Candidate, members: Members, keys: KeyRing, attempt_seconds: float
+) -> BackendIdentity:
+    """As `ask_identity`, of a backend that may be a member, which it may have ceased to be.
+
+    Connections of a member lead to nothing but the identity that it has shown; what is not that any more is taken
+    note of first.
+    """
+    with trio.move_on_after(attempt_seconds):
+        for member in members:
+            if member.data is candidate.data and not await identify(member, keys):
+                # Only the second time is it asked whatever it is now.
+                await identify(member, keys)
+    return await ask_identity(candidate, keys, attempt_seconds)
+
+
+async def _who(candidate: Candidate, keys: KeyRing, attempt_seconds: float) -> BackendIdentity | BackendError:
+    try:
+        return await ask_identity(candidate, keys, attempt_seconds)
     except BackendError as error:
         return error
-    except trio.TooSlowError:
-        return BackendUnavailable(f"backend {candidate.name}: no answer in {attempt_seconds:g} s")
     except (NotFound, Corrupt, FormatMismatch) as error:
         return WrongBackend(f"{error}; it was re-created, swapped, or is not of this file system")
 
@@ -197,6 +222,12 @@ def _add(
     error: BackendError | None = None,
 ) -> None:
     taken = members.by_number(entry.number)
+    if taken is not None and taken.entry.identity != entry.identity:
+        # One of the two is left from a change of the fleet that was not finished; the newest head tells which.
+        members.add_rival(
+            Member(entry, candidate.data, candidate.control(entry.control_namespace), clock, identified=identified)
+        )
+        return
     if taken is not None:
         strangers.append(
             Stranger(

@@ -9,21 +9,24 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from qsfs.backend.contract import Backend
 from qsfs.clock import Clock
 from qsfs.errors import BackendError, BackendFull, QsfsBug, WrongBackend
-from qsfs.format.head import Fleet, FleetEntry
+from qsfs.format.fleet import ACTIVE as ACTIVE  # noqa: PLC0414 - the states of members are here
+from qsfs.format.fleet import DRAINING as DRAINING  # noqa: PLC0414
+from qsfs.format.fleet import Fleet, FleetEntry
 from qsfs.remote.control import ControlIndex
 
 _log = logging.getLogger(__name__)
 
-ACTIVE = "active"
-"""`FleetEntry.state` of a backend that takes new shards."""
-DRAINING = "draining"
-"""`FleetEntry.state` of a backend that is being emptied: it is read, and takes nothing new."""
+JOINING = "joining"
+"""State of a member, in no head, that the next head will name: until one does it takes no shards."""
+OUTSIDE = "outside"
+"""State of a member, in no head, that the newest head does not name: retired, or left from a change that was not
+finished.  It may hold shards, and takes none."""
 
 DOWN_AFTER = 3
 """Failures in a row after which a suspect backend counts as down."""
@@ -219,6 +222,7 @@ class Members:
 
     def __init__(self, members: Iterable[Member] = ()) -> None:
         self._members: dict[int, Member] = {}
+        self._rivals: list[Member] = []
         for member in members:
             self.add(member)
 
@@ -237,6 +241,10 @@ class Members:
             )
         self._members[member.number] = member
 
+    def add_rival(self, member: Member) -> None:
+        """Keeps a member whose number another one has, with another identity: a head tells which one is meant."""
+        self._rivals.append(member)
+
     def remove(self, number: int) -> Member | None:
         """Takes the member out; None if there is none."""
         return self._members.pop(number, None)
@@ -253,17 +261,35 @@ class Members:
         """Takes the entries from the fleets that the newest head names; later fleets win.
 
         Returns the entries that no member is: their backends are not configured, or carry another
-        identity.  Members that no fleet names stay as they are.
+        identity.  Members that no fleet names take no shards any more, and may still hold some.
         """
         entries = {entry.number: entry for fleet in fleets for entry in fleet.entries}
+        for member in self._members.values():
+            if member.number not in entries and member.entry.state != JOINING:
+                member.entry = replace(member.entry, state=OUTSIDE)
         missing = []
-        for number, entry in sorted(entries.items()):
-            member = self._members.get(number)
-            if member is None or member.entry.identity != entry.identity:
+        for _, entry in sorted(entries.items()):
+            meant = self._meant_by(entry)
+            if meant is None:
                 missing.append(entry)
+            elif meant.entry.identity != entry.identity:
+                missing.append(entry)
+                meant.entry = replace(meant.entry, state=OUTSIDE)
             else:
-                member.entry = entry
+                meant.entry = entry
         return missing
+
+    def _meant_by(self, entry: FleetEntry) -> Member | None:
+        member = self._members.get(entry.number)
+        if member is None or member.entry.identity == entry.identity:
+            return member
+        for index, rival in enumerate(self._rivals):
+            if (rival.number, rival.entry.identity) == (entry.number, entry.identity):
+                self._rivals[index] = member
+                member.entry = replace(member.entry, state=OUTSIDE)
+                self._members[entry.number] = rival
+                return rival
+        return member
 
     def due(self) -> list[Member]:
         """Members that should be probed now."""

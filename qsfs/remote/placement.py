@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from qsfs.clock import Clock
 from qsfs.errors import BackendError
-from qsfs.remote.members import Member, Members
+from qsfs.remote.members import ACTIVE, Member, Members
 
 REFRESH_SECONDS = 60.0
 """How old what is known of a backend's free space may get while packs are uploaded."""
@@ -166,8 +166,8 @@ def group_of(member: Member) -> str:
 
 
 def group_count(members: Collection[Member]) -> int:
-    """The number of groups."""
-    return len({group_of(member) for member in members})
+    """The number of groups of backends that are there to take shards."""
+    return len({group_of(member) for member in members if member.entry.state == ACTIVE})
 
 
 def _bound(wanted: int, available: Mapping[str, int], held: Mapping[str, int], least: int) -> int:

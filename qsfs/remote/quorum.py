@@ -10,12 +10,13 @@ Two quorums share 2Q - N backends, so 2Q - N - 1 of them may be stale or lie; N 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 
 from qsfs.errors import QsfsBug
 from qsfs.format.erasure import CodeParams
-from qsfs.format.head import Fleet
+from qsfs.format.fleet import ACTIVE, Fleet
+from qsfs.remote.reasons import listed
 from qsfs.values import counted
 
 
@@ -55,11 +56,12 @@ def group_sizes(groups: Iterable[str]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class FleetQuorum:
-    """The fence quorum of one fleet, with the numbers of its entries."""
+    """The fence quorum of one fleet, with the numbers of its entries, and their names for messages."""
 
     fleet: int
     numbers: frozenset[int]
     quorum: FenceQuorum
+    names: Mapping[int, str] = field(default_factory=dict, compare=False)
 
     def short(self, answered: Set[int]) -> int:
         """How many more of the fleet's backends must answer; 0 when the quorum is reached."""
@@ -80,6 +82,7 @@ def fleet_quorums(fleets: Collection[Fleet], code: CodeParams) -> tuple[FleetQuo
             fleet.number,
             frozenset(entry.number for entry in fleet.entries),
             fence_quorum(len(fleet.entries), code.m, max(_groups(fleet), default=0)),
+            {entry.number: f"{entry.address}/{entry.namespace}" for entry in fleet.entries},
         )
         for fleet in fleets
     )
@@ -96,13 +99,18 @@ def withstands(quorums: Collection[FleetQuorum], answered: Set[int]) -> int:
 
 
 def describe_shortage(quorums: Collection[FleetQuorum], answered: Set[int]) -> str:
-    """What is missing, for messages: "fleet 1: 3 of the 4 backends needed (of 6) answered"."""
+    """What is missing, for messages: "fleet 1: 3 of the 4 backends needed (of 6) answered, without ..."."""
     return "; ".join(
         f"fleet {quorum.fleet}: {len(quorum.numbers & answered)} of the {quorum.quorum.needed} backends "
-        f"needed (of {quorum.quorum.backends}) answered"
+        f"needed (of {quorum.quorum.backends}) answered{_without(quorum, answered)}"
         for quorum in quorums
         if quorum.short(answered)
     )
+
+
+def _without(quorum: FleetQuorum, answered: Set[int]) -> str:
+    silent = [f"{number} {quorum.names[number]}" for number in quorum.numbers - answered if number in quorum.names]
+    return f", without {listed(silent)}" if silent else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +121,7 @@ class FleetAssessment:
     quorum: FenceQuorum
     largest_group: int
     groups: int
+    draining: int = 0
 
     @property
     def shards_in_a_group(self) -> int:
@@ -122,12 +131,12 @@ class FleetAssessment:
     @property
     def down_while_flushing(self) -> int:
         """Backends that may be down while packs are still written; negative if none can be."""
-        return self.quorum.backends - self.code.write_quorum
+        return self.quorum.backends - self.draining - self.code.write_quorum
 
     @property
     def down_while_full(self) -> int:
         """Backends that may be down while packs still become full; negative if none can be."""
-        return self.quorum.backends - self.code.n
+        return self.quorum.backends - self.draining - self.code.n
 
     @property
     def down_while_publishing(self) -> int:
@@ -183,9 +192,10 @@ class FleetAssessment:
         """Where the fleet falls short of m; each says how many backends would do."""
         code, quorum = self.code, self.quorum
         found: list[str] = []
-        if quorum.backends < code.n:
+        taking = quorum.backends - self.draining
+        if taking < code.n:
             found.append(
-                f"{quorum.backends} backends cannot hold {code.n} shards of a pack on as many backends: "
+                f"{taking} backends cannot hold {code.n} shards of a pack on as many backends: "
                 "packs never "
                 f"become full, and nothing is evicted without an alarm; have at least {code.n} backends"
             )
@@ -221,7 +231,8 @@ class FleetAssessment:
 
 def assess(fleet: Fleet, code: CodeParams) -> FleetAssessment:
     """What `fleet` withstands with `code`."""
-    return assess_groups([entry.group for entry in fleet.entries], code)
+    found = assess_groups([entry.group for entry in fleet.entries], code)
+    return replace(found, draining=sum(entry.state != ACTIVE for entry in fleet.entries))
 
 
 def assess_groups(groups: Sequence[str], code: CodeParams) -> FleetAssessment:

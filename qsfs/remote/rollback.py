@@ -46,6 +46,11 @@ from qsfs.store.limits import Limits
 from qsfs.store.schema import PAGE, Inode, InodeFlag, Table, split_u64, u64
 from qsfs.store.snapshot import CommittedState, Want
 
+LEFT = "before-rollback-"
+"""How the names of the snapshots begin that a rollback makes of what it leaves."""
+LEFT_BEHIND = b"left-behind"
+"""The counter of the newest generation that a rollback left: kept ones up to it may list packs that are not known."""
+
 _PUBLISH_SECONDS = 30.0
 _AGAIN_SECONDS = 1.0
 _STEP_SECONDS = 0.1
@@ -235,6 +240,7 @@ class Rollback:
         for known in (leaving.counters, self.counters):
             for name, value in known.items():
                 counters[name] = max(counters.get(name, 0), value)
+        counters[LEFT_BEHIND.decode()] = leaving.generation
         return replace(
             old,
             owner=leaving.owner,

@@ -1,5 +1,5 @@
 """Upkeep of written packs: second looks, missing shards, shards of packs that were given up or are dead,
-packs of which little lives.
+packs of which little lives, backends that are being emptied.
 
 Each is a task of its own: what one of them waits for from backends must not hold up the others, by which
 pages become evictable.
@@ -13,12 +13,14 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from qsfs.errors import QsfsError
+from qsfs.format.fleet import Fleet
 from qsfs.format.head import Head, Owner
 from qsfs.remote.base import LocalHead
 from qsfs.remote.collect import AbandonedCollector
 from qsfs.remote.complete import Completer
 from qsfs.remote.context import FlushContext
 from qsfs.remote.dead_packs import DeadPackCollector
+from qsfs.remote.draining import Drainer
 from qsfs.remote.graveyard import CutView
 from qsfs.remote.rewrite import Rewriter
 from qsfs.remote.running import RunningTime
@@ -58,6 +60,7 @@ class Upkeep:
         owner_epoch: Callable[[], int],
         retention_seconds: float,
         rewrite_below: float,
+        fleets: Callable[[], tuple[Fleet, ...]] = tuple,
     ) -> None:
         """What the spool has given up by now was given up before this mount published its first head."""
         self.problem = ""
@@ -65,7 +68,8 @@ class Upkeep:
         self._short_of_room = short_of_room
         self._named = named
         self._owner_epoch = owner_epoch
-        self._completer = Completer(context, reader)
+        self._completer = Completer(context, reader, lambda: self.drainer.leaving)
+        self.drainer = Drainer(context, self._completer, fleets)
         self._second_look = SecondLook(context)
         self._collector = AbandonedCollector(context)
         self._running = RunningTime(context.store, context.clock)
@@ -137,6 +141,7 @@ class Upkeep:
                 self.dead.work,
                 self.rewriter.work,
                 self._note_time,
+                self.drainer.work,
             ):
                 nursery.start_soon(every_second, work, self._failed)
 

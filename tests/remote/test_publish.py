@@ -68,7 +68,9 @@ async def test_a_head_below_its_quorum_is_not_published_and_says_why(autojump_cl
     machine.cut_off(1, 2)
     result = await machine.publish(deadline=5.0)
     assert isinstance(result, NotYet) and result.counted == {3, 4}
-    assert result.reasons[0] == "fleet 1: 2 of the 3 backends needed (of 4) answered"
+    assert result.reasons[0] == (
+        "fleet 1: 2 of the 3 backends needed (of 4) answered, without 1 host1:9900/qsfs, 2 host2:9900/qsfs"
+    )
     assert "host1" in result.reasons[1] and "connection refused" in result.reasons[1]
     assert machine.ownership.publisher.published == machine.ownership.first_ref
 
