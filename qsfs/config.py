@@ -195,6 +195,7 @@ class BackendConfig:
     group: str = _key("", text)
     node: str = _key("", text)
     weight: int = _key(1, number(1, 1_000_000))
+    drain: bool = _key(False, flag)
     admin_password: str = _key("", text)
 
     def __post_init__(self) -> None:

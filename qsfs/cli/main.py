@@ -41,6 +41,7 @@ COMMANDS = (
     "key",
     "fsck",
     "placement",
+    "fleet",
     "codec",
 )
 

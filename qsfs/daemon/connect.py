@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import trio
 
@@ -46,6 +45,51 @@ class Links:
     metrics: dict[str, Metrics]
     upload: RateLimit
     download: RateLimit
+    _opened: dict[int, BackendConfig] = field(default_factory=dict)
+
+    def add(self, backend: BackendConfig, clock: Clock) -> Candidate:
+        """Makes one more backend; nothing is connected before the first call."""
+
+        def connect_control(namespace: str) -> Backend:
+            control = open_control(backend, namespace, clock=clock, upload=self.upload, download=self.download)
+            self.controls.append(control)
+            return self.controls[-1]
+
+        meter = self.metrics.setdefault(backend.name, Metrics())
+        candidate = Candidate(
+            address=backend.address,
+            namespace=backend.namespace,
+            data=open_backend(
+                backend,
+                clock=clock,
+                metrics=meter,
+                upload=self.upload,
+                download=self.download,
+                connections=CONNECTIONS,
+            ),
+            connect=connect_control,
+            group=backend.group,
+            node=backend.node,
+            weight=backend.weight,
+        )
+        self.candidates.append(candidate)
+        self._opened[id(candidate)] = backend
+        return candidate
+
+    def find(self, backend: BackendConfig) -> Candidate | None:
+        """The candidate that connects just as `backend` says, or None."""
+        same = ("address", "namespace", "password", "password_file", "admin_password")
+        for candidate in self.candidates:
+            known = self._opened[id(candidate)]
+            if all(getattr(known, key) == getattr(backend, key) for key in same):
+                return candidate
+        return None
+
+    async def drop(self, candidate: Candidate) -> None:
+        """Closes the connections of a candidate that is not used any more."""
+        self.candidates.remove(candidate)
+        del self._opened[id(candidate)]
+        await candidate.data.aclose()
 
     async def aclose(self) -> None:
         """Closes the connections to both namespaces of every candidate."""
@@ -71,40 +115,14 @@ def links(config: Config, clock: Clock) -> Links:
     """
     if not config.backends:
         raise ConfigError(f"{config.path}: no [[backend]] is listed; add the backends' addresses")
-    upload, download = RateLimit(config.flush.upload_rate), RateLimit(config.flush.download_rate)
-    metrics: dict[str, Metrics] = {}
-    candidates = []
-    controls: list[Backend] = []
-
-    def connect_control(backend: BackendConfig, namespace: str) -> Backend:
-        controls.append(open_control(backend, namespace, clock=clock, upload=upload, download=download))
-        return controls[-1]
-
+    found = Links([], [], {}, RateLimit(config.flush.upload_rate), RateLimit(config.flush.download_rate))
     for backend in config.backends:
-        meter = metrics[backend.name] = Metrics()
-        candidates.append(
-            Candidate(
-                address=backend.address,
-                namespace=backend.namespace,
-                data=open_backend(
-                    backend,
-                    clock=clock,
-                    metrics=meter,
-                    upload=upload,
-                    download=download,
-                    connections=CONNECTIONS,
-                ),
-                connect=partial(connect_control, backend),
-                group=backend.group,
-                node=backend.node,
-                weight=backend.weight,
-            )
-        )
-    return Links(candidates, controls, metrics, upload, download)
+        found.add(backend, clock)
+    return found
 
 
-async def prepare_namespaces(config: Config, clock: Clock) -> dict[str, str]:
-    """For `format`: makes the namespaces where we may; returns each backend's control namespace.
+async def prepare_namespaces(backends: Sequence[BackendConfig], clock: Clock) -> dict[str, str]:
+    """Makes the namespaces of new backends where we may; returns each one's control namespace, by name.
 
     Raises `BackendError` naming the backend that cannot be used.
     """
@@ -119,7 +137,7 @@ async def prepare_namespaces(config: Config, clock: Clock) -> dict[str, str]:
             failures.append(error)
 
     async with trio.open_nursery() as nursery:
-        for backend in config.backends:
+        for backend in backends:
             nursery.start_soon(prepare, backend)
     if failures:
         raise type(failures[0])(summary(failures))

@@ -88,7 +88,7 @@ async def format_file_system(
         _check_free(directory, force, Limits.of(config.cache, config.flush.spool_bytes).map_bytes)
         found = links(config, clock)
         try:
-            control = await prepare_namespaces(config, clock)
+            control = await prepare_namespaces(config.backends, clock)
             candidates = [replace(c, control_namespace=control[c.name]) for c in found.candidates]
             forming = _Forming(config, clock)
             try:

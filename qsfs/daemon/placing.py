@@ -5,8 +5,9 @@ The pack rows are read in short steps on a worker thread, so that no transaction
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,6 +174,19 @@ async def check_unmounted(config: Config, clock: Clock, lose: Sequence[str]) -> 
 
     Raises `CacheError`, `KeyFileError`, and `MountError` while another process works there.
     """
+    with _unmounted(config) as (environment, superblock, keys):
+        known = read_known(environment, keys)
+        return await check_placement(environment, clock, known, superblock.code, promises_of(config), lose=lose)
+
+
+def known_unmounted(config: Config) -> Known:
+    """What the newest head in the local store says while it is not mounted; raises as `check_unmounted`."""
+    with _unmounted(config) as (environment, _, keys):
+        return read_known(environment, keys)
+
+
+@contextlib.contextmanager
+def _unmounted(config: Config) -> Iterator[tuple[Environment, Superblock, KeyRing]]:
     directory = config.cache.directory
     if not local_store_exists(directory):
         raise CacheError(f"{directory}: no file system here; 'qsfs restore' brings the one that the backends hold")
@@ -182,9 +196,7 @@ async def check_unmounted(config: Config, clock: Clock, lose: Sequence[str]) -> 
         limits = Limits.of(config.cache, config.flush.spool_bytes)
         environment = Environment(directory, limits.map_bytes, readonly=True)
         try:
-            opened = _open_superblock(environment, secret)
-            known = read_known(environment, opened[1])
-            return await check_placement(environment, clock, known, opened[0].code, promises_of(config), lose=lose)
+            yield environment, *_open_superblock(environment, secret)
         finally:
             environment.close()
     finally:

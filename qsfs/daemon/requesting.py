@@ -1,10 +1,11 @@
-"""Requests on the control socket about what lies on the backends: sync, collect, snapshots, keys, placement."""
+"""Requests on the control socket about what lies on the backends: sync, collect, snapshots, keys, placement, fleet."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from qsfs.daemon.fleet import FleetRequests
 from qsfs.daemon.snapshots import Snapshots, described
 from qsfs.daemon.syncing import CLASSES, sync_to
 from qsfs.errors import MountError, QsfsError
@@ -21,6 +22,7 @@ class Requesting:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._made_snapshots: Snapshots | None = None
+        self._fleet = FleetRequests(service)
 
     def handlers(self) -> dict[str, Handler]:
         """The handlers by command."""
@@ -28,6 +30,8 @@ class Requesting:
             "sync": self._sync,
             "collect": self._collect,
             "placement": self._placement,
+            "fleet": self._fleet_list,
+            "fleet-apply": self._fleet_apply,
             "keys": self._keys,
             "snapshot-create": self._snapshot_create,
             "snapshot-cut": self._snapshot_cut,
@@ -63,6 +67,14 @@ class Requesting:
     async def _placement(self, request: Mapping[str, Any]) -> Any:
         self._require(hasattr(self._service, "placing"))
         return await self._service.placing.check([str(word) for word in request.get("lose", ())])
+
+    async def _fleet_list(self, request: Mapping[str, Any]) -> Any:
+        self._require(hasattr(self._service, "flushing"))
+        return await self._fleet.show(request)
+
+    async def _fleet_apply(self, request: Mapping[str, Any]) -> Any:
+        self._require_mounted()
+        return await self._fleet.apply(request)
 
     async def _keys(self, _: Mapping[str, Any]) -> Any:
         """Takes up key slots that a command has changed; answers with what holds now."""

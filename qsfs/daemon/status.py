@@ -107,6 +107,7 @@ def backends_of(members: Members, now_ns: int) -> list[dict[str, Any]]:
             "number": member.number,
             "name": member.name,
             "group": member.entry.group,
+            "role": member.entry.state,
             "state": member.state.value,
             "seconds": round((now_ns - member.since_ns) / 1e9, 1),
             "identified": member.identified,

@@ -1,0 +1,97 @@
+"""A fleet changes under load: backends are added, one is emptied, retired or lost, and everything stays readable."""
+
+from __future__ import annotations
+
+import threading
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.backends import HOST, Servers
+from tests.support.daemon import FileSystem
+from tests.system.fleet import QUICK, check, cold, dead, eventually, status, store, up
+
+pytestmark = pytest.mark.mount
+
+KIB = 1 << 10
+
+
+def configured(fs: FileSystem) -> list[dict[str, Any]]:
+    tables: list[dict[str, Any]] = tomllib.loads(fs.config.read_text())["backend"]
+    return tables
+
+
+def backend(fs: FileSystem, index: int, **settings: Any) -> dict[str, Any]:
+    return {"address": f"{HOST}:{fs.servers.ports[index]}", "namespace": fs.namespace, **settings}
+
+
+def listed(fs: FileSystem) -> dict[int, dict[str, Any]]:
+    return {entry["number"]: entry for entry in fs.run("--json", "fleet", "list").json()["backends"]}
+
+
+class Load:
+    """Files that are written one after the other while the fleet changes."""
+
+    def __init__(self, fs: FileSystem) -> None:
+        self.names: list[str] = []
+        self._fs = fs
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.1):
+            self.names.append(store(self._fs, f"load-{len(self.names)}", 192 * KIB))
+
+
+def test_two_are_added_and_one_drained_under_load_then_it_and_m_others_are_lost(scratch: Path, fleet: Servers) -> None:
+    settings = QUICK | {"flush.cut_seconds": 1}
+    with FileSystem(scratch, shards=(4, 2), servers=fleet, count=8, namespace="regrown", settings=settings) as fs:
+        fs.format()
+        fs.mount()
+        names = [store(fs, f"before-{number}", 700 * KIB) for number in range(6)]
+        fs.sync()
+        assert set(listed(fs)) == set(range(1, 9))
+
+        backends = configured(fs)
+        backends[0]["drain"] = True
+        fs.set({"backend": [*backends, backend(fs, 8, group="new"), backend(fs, 9, group="new")]})
+        plan = fs.run("--json", "fleet", "apply", "--dry-run").json()
+        assert len(plan["changes"]) == 3 and not plan["changed"] and not plan["refusals"], plan
+        assert set(listed(fs)) == set(range(1, 9)), "a dry run changes nothing"
+        with Load(fs) as load:
+            done = fs.run("--json", "fleet", "apply").json()
+            assert done["changed"] and done["quorum_before"] == [6, 8], done
+            assert listed(fs)[1]["state"] == "draining"
+            assert {number for number, entry in listed(fs).items() if entry["state"] == "active"} == set(range(2, 11))
+            eventually(lambda: listed(fs)[1]["packs_left"] == 0, "the draining backend is empty")
+        names += load.names
+        assert fs.run("fleet", "apply").stdout.startswith("the fleet is as configured")
+        fs.sync()
+
+        # The drained one dies before it is retired; it is given up, and so may be any m others.
+        fs.set({"backend": configured(fs)[1:]})
+        with dead(fs.servers, [0]):
+            eventually(lambda: listed(fs)[1]["reachable"] != "yes", "the loss of the backend is noticed")
+            said = fs.run("fleet", "apply", "--lost", f"{HOST}:{fs.servers.ports[0]}").stdout
+            assert "give up 1" in said and "fleet 3" in said
+            assert set(listed(fs)) == set(range(2, 11))
+            eventually(lambda: not status(fs)["flush"]["packs_not_full"], "every pack is full")
+            names.append(store(fs, "after", 700 * KIB))
+            fs.sync()
+            with dead(fs.servers, [3, 8]):
+                cold(fs)
+                for name in names:
+                    check(fs, name)
+        eventually(lambda: up(fs, 9), "all backends of the fleet are up again")
+        fs.umount()
+        assert set(listed(fs)) == set(range(2, 11)), "also without a mount"
