@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,19 +11,21 @@ import trio
 from trio.testing import MockClock
 
 from qsfs import failpoints
-from qsfs.errors import AlreadyFormatted, BackendError, ConfigError
+from qsfs.backend.memory import MemoryBackend, MemoryStore
+from qsfs.errors import AlreadyFormatted, BackendError, ConfigError, StaleCache
 from qsfs.format.fleet import DRAINING
 from qsfs.format.head import parse_head_key
 from qsfs.format.identity import identity_key, open_identity, open_tombstone, tombstone_key
 from qsfs.format.owner import parse_owner_key
 from qsfs.format.superblock import SUPERBLOCK_KEY
 from qsfs.remote.fleet_change import held_back
-from qsfs.remote.members import State
+from qsfs.remote.identity import find_members, write_identity
+from qsfs.remote.members import Candidate, State
 from qsfs.remote.rollback import LEFT_BEHIND
-from tests.remote.fleet_machine import FleetMachine, Site, make_site
-from tests.remote.flush_machine import newest_head, restore
+from tests.remote.fleet_machine import FleetMachine, Site, dying, make_site
+from tests.remote.flush_machine import crash, newest_head, restore
 from tests.remote.flushing import pack_rows, page, until
-from tests.remote.harness import keys_of, make_world
+from tests.remote.harness import FaultyBackend, keys_of, make_world
 from tests.remote.small_fs import add_superblock
 
 
@@ -74,9 +78,7 @@ async def test_a_new_backend_carries_what_every_one_does(site: Site, machine: Fl
         assert generations is not None
         wanted = {kept.head for kept in generations.kept} | {generations.base.sealed.ref}
         seen: list[set[bytes]] = []
-        failpoints.arm(
-            "join.prepared", lambda: seen.append(both(site, "host6"))
-        )
+        failpoints.arm("join.prepared", lambda: seen.append(both(site, "host6")))
         await machine.apply()
         key = identity_key(machine.world.keys.fsid)
         assert {key, SUPERBLOCK_KEY} <= seen[0]
@@ -92,9 +94,7 @@ async def test_no_shard_goes_to_a_backend_that_no_head_names_yet(site: Site, mac
     async with machine.flushing() as flusher:
         machine.write(machine.create("a"), 0, page("a") * 40)
         machine.configured = site.names
-        failpoints.arm(
-            "flush.head.sent", lambda: placed.append(len(shards(site, "host6")))
-        )
+        failpoints.arm("flush.head.sent", lambda: placed.append(len(shards(site, "host6"))))
         await machine.apply()
         assert len(placed) >= 2 and placed[0] == 0
         await flusher.sync()
@@ -128,9 +128,7 @@ async def test_a_draining_backend_takes_nothing_is_emptied_and_retired(site: Sit
     assert restore(site.everything).files == {"a": page("a") * 200, "b": page("b") * 200}
 
 
-async def test_one_that_is_not_configured_drains_before_it_is_retired(
-    site: Site, machine: FleetMachine, clock
-):
+async def test_one_that_is_not_configured_drains_before_it_is_retired(site: Site, machine: FleetMachine, clock):
     async with machine.flushing() as flusher:
         machine.write(machine.create("a"), 0, page("a") * 200)
         await flusher.sync()
@@ -144,9 +142,7 @@ async def test_one_that_is_not_configured_drains_before_it_is_retired(
         assert (await machine.apply()).retired
 
 
-async def test_a_draining_one_that_does_not_answer_is_emptied_from_the_others(
-    site: Site, machine: FleetMachine, clock
-):
+async def test_a_draining_one_that_does_not_answer_is_emptied_from_the_others(site: Site, machine: FleetMachine, clock):
     async with machine.flushing() as flusher:
         machine.write(machine.create("a"), 0, page("a") * 200)
         await flusher.sync()
@@ -287,7 +283,7 @@ async def test_nothing_is_retired_while_a_rollback_left_snapshots(site: Site, ma
         assert generations is not None
         assert held_back(machine.store, generations.kept) == ""
         machine.store.set_counter(LEFT_BEHIND, generations.base.head.generation)
-        flusher.pin(generations.base.sealed.ref, ("friday",))
+        generations.pins = {generations.base.sealed.ref: ("friday",)}
         machine.create("b")
         await flusher.sync()
         assert "friday" in held_back(machine.store, generations.kept)
@@ -326,3 +322,102 @@ async def test_a_leftover_of_an_unfinished_change_takes_nothing(site: Site, mach
 
 def _refuse() -> None:
     raise BackendError("stop here")
+
+
+# the schedules that broke near misses of the design
+
+
+async def test_a_fleet_change_is_two_heads_so_that_a_takeover_from_the_old_list_finds_it(
+    site: Site, machine: FleetMachine, clock, tmp_path: Path
+):
+    """A changes the fleet and dies between the two heads; B knows only the old list of backends.
+
+    With one head, on the new fleet and a part of the old, B's quorum of the old could miss it. So it must find the
+    first head, count in both fleets (which it cannot before it reaches the new one), and end the change itself.
+    """
+    old_list = site.names[:4]
+    async with machine.flushing() as flusher:
+        machine.write(machine.create("a"), 0, page("a") * 40)
+        await flusher.sync()
+    b = FleetMachine(site, tmp_path / "b", clock, seed=4)
+    await b.restore_here()
+    with dying():
+        async with machine.flushing():
+            await machine.settled()
+            machine.configured = site.names
+            failpoints.arm("publish.published", crash)
+            await machine.apply()
+    failpoints.disarm_all()
+    first = newest_head(site.everything)
+    assert first is not None and [fleet.number for fleet in first[1].fleets] == [1, 2]
+
+    b.configured = old_list
+    with trio.move_on_after(60), contextlib.suppress(StaleCache):
+        async with b.mounted():
+            pytest.fail("it owns without a quorum of the new fleet")
+    assert any("fleet 2" in wait for wait in b.waits)
+    b.configured = site.names
+    # What it restored is not the newest any more; that it is told, and restores again.
+    with pytest.raises(StaleCache):
+        async with b.mounted():
+            pass
+    c = FleetMachine(site, tmp_path / "c", clock, seed=5)
+    c.configured = site.names
+    await c.restore_here()
+    async with c.flushing() as flusher:
+        assert c.first.fleets == first[1].fleets, "it owns in both"
+        await c.settled()
+        assert numbers(c) == [1, 2, 3, 4, 5, 6, 7]
+        await flusher.sync()
+    assert restore(site.everything).files == {"a": page("a") * 40}
+
+
+async def test_the_newest_fleet_is_that_of_the_newest_head_though_an_aborted_one_has_a_higher_number(
+    site: Site, machine: FleetMachine, clock
+):
+    """The first head of a change reached one backend that then was away; the machine died and went on without it."""
+    async with machine.flushing() as flusher:
+        machine.write(machine.create("a"), 0, page("a") * 40)
+        await flusher.sync()
+        machine.configured = site.names[:6]
+        await machine.plan()
+
+        def cut_off() -> None:
+            for name, pair in machine.links.items():
+                for backend in pair:
+                    backend.down = name not in ("host6",)
+
+        failpoints.arm("publish.send", cut_off)
+        with trio.move_on_after(50):
+            await machine.apply()
+    failpoints.disarm_all()
+    aborted = newest_head(site.everything)
+    assert aborted is not None and [fleet.number for fleet in aborted[1].fleets] == [1, 2]
+    machine.down("host6")
+    async with machine.flushing() as flusher:
+        assert [fleet.number for fleet in machine.fleets] == [1]
+        machine.write(machine.create("b"), 0, page("b") * 40)
+        await flusher.sync()
+        machine.down()
+    machine.configured = site.names[:5]
+    async with machine.flushing() as flusher:
+        assert [fleet.number for fleet in machine.fleets] == [1], "not the highest number"
+        machine.configured = [*site.names[:5], "host7"]
+        await machine.apply()
+        assert machine.fleets[0].number == 3 and numbers(machine) == [1, 2, 3, 4, 5, 7], "no number twice"
+        await flusher.sync()
+    assert restore(site.everything).files == {"a": page("a") * 40, "b": page("b") * 40}
+
+
+async def test_of_two_backends_with_one_number_the_newest_head_says_which_is_meant(site: Site, machine: FleetMachine):
+    """A takeover gave a number again that a machine that died had given to a backend it never named."""
+    number, other = site.world.fleet.entries[2], MemoryStore("host9:9900/qsfs", page_entries=4)
+    rival = dataclasses.replace(number, identity=b"another identity", address="host9:9900")
+    control = MemoryBackend(MemoryStore("heads"))
+    await write_identity(rival, MemoryBackend(other), control, site.world.keys, site.world.clock)
+    candidates = machine.candidates()
+    stray = Candidate("a-host9:9900", "qsfs", FaultyBackend(other), lambda _: control)
+    members, strangers = await find_members([stray, *candidates], site.world.keys, site.world.clock)
+    assert not strangers and members.by_number(3).entry.identity == rival.identity  # type: ignore[union-attr]
+    assert not members.adopt([site.world.fleet])
+    assert members.by_number(3).entry == number  # type: ignore[union-attr]

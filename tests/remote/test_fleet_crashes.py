@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from qsfs import failpoints
 from qsfs.format.fleet import DRAINING
 from qsfs.format.identity import identity_key, open_identity
 from qsfs.remote.members import State
-from tests.remote.fleet_machine import FleetMachine, Site, make_site
-from tests.remote.flush_machine import Crash, crash, newest_head, restore
+from tests.remote.fleet_machine import FleetMachine, Site, dying, make_site
+from tests.remote.flush_machine import crash, newest_head, restore
 from tests.remote.flushing import pack_rows, page, until
 
 STEPS = (
@@ -72,18 +71,6 @@ class Watch:
     def _call(self, server: str, call: str, key: bytes) -> None:
         if call in ("set", "delete"):
             self.note(f"{call} at {server} of {key[:7].decode()}")
-
-
-@contextlib.contextmanager
-def dying() -> Iterator[None]:
-    """What ends with the machine ends unheard."""
-    try:
-        yield
-    except Crash:
-        pass
-    except BaseExceptionGroup as group:
-        if group.subgroup(Crash) is None:
-            raise
 
 
 def files_of(site: Site) -> dict[str, bytes]:
@@ -232,4 +219,3 @@ async def test_another_machine_restores_and_takes_over_after_a_crash_at_any_step
         await go_on(site, other)
 
     await everywhere(tmp_path, clock, take_over, every=2)
-
