@@ -26,15 +26,17 @@ if TYPE_CHECKING:
     from tests.simulation.stage import Stage
 
 
-async def at_the_end(history: Stage) -> None:
-    """All of it."""
+async def at_the_end(history: Stage, name: str = "restorer") -> None:
+    """All of it; `name` is that of the machine that restores."""
     one_line(history)
-    found = await restored(history)
+    found = await restored(history, name)
     if found is None:
         return
     packs_hold(history, found)
     kept_generations(history, found)
     snapshots_are_there(history, found)
+    found.cut_power()
+    await found.ended.wait()
 
 
 def one_line(history: Stage) -> None:
@@ -47,7 +49,7 @@ def one_line(history: Stage) -> None:
         newest = ref
 
 
-async def restored(history: Stage) -> Life | None:
+async def restored(history: Stage, name: str) -> Life | None:
     """A restore by a machine that knows nothing gives the state at the cut of a head that no published one follows.
 
     Without as many backends as may be lost.  Returns the machine, its store open; None if two copies of one machine
@@ -58,7 +60,7 @@ async def restored(history: Stage) -> Life | None:
     others = [number for number in cluster.numbers if number not in cluster.liars]
     lost = frozenset([*cluster.liars, *chance.sample(others, most - len(cluster.liars))])
     lost = frozenset(chance.sample(sorted(lost), chance.randint(0, len(lost))))
-    machine = Machine(cluster, "restorer", history.root, chance.getrandbits(40))
+    machine = Machine(cluster, name, history.root, chance.getrandbits(40))
     machine.opened = history.opened
     life = Life(machine, cut_off=lost)
     history.trace.note(f"restored without {sorted(lost)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-import shutil
 import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ from qsfs.store.store import FSID_KEY, NEXT_INODE
 from tests.remote.harness import World, make_world
 from tests.remote.small_fs import SmallFs, add_superblock
 from tests.simulation.engine import Trace
-from tests.support.scratch import session_directory
+from tests.support.scratch import scratch_directory
 
 T = TypeVar("T")
 
@@ -54,12 +53,10 @@ CODES = ((2, 1, 4), (2, 1, 5), (2, 2, 6), (3, 2, 7))
 
 
 @functools.cache
-def _template(k: int, m: int, count: int, shared: bool) -> tuple[World, Path]:
-    """A formatted, empty file system: what lies on its backends, and the local store of the machine that formatted."""
-    directory = session_directory() / f"template-{k}-{m}-{count}-{int(shared)}"
-    shutil.rmtree(directory, ignore_errors=True)
+def _template(k: int, m: int, count: int, shared: bool) -> tuple[World, dict[str, bytes]]:
+    """A formatted, empty file system: its backends, and the files of the local store of who formatted it."""
 
-    async def make() -> World:
+    async def make(directory: Path) -> World:
         world = await make_world(count, k=k, m=m, seed=1, shared=shared)
         add_superblock(world)
         fs = SmallFs(world, directory, LIMITS)
@@ -75,7 +72,9 @@ def _template(k: int, m: int, count: int, shared: bool) -> tuple[World, Path]:
         fs.close()
         return world
 
-    return trio.run(make, clock=MockClock()), directory
+    with scratch_directory("format") as directory:
+        world = trio.run(make, directory, clock=MockClock())
+        return world, {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def prepare() -> None:
@@ -92,12 +91,15 @@ class Cluster:
     may be slow, cut off or full for a while.
     """
 
-    def __init__(self, seed: int, chance: random.Random, trace: Trace) -> None:
+    def __init__(
+        self, seed: int, chance: random.Random, trace: Trace, code: tuple[int, int, int] | None = None
+    ) -> None:
+        """`code`: k, m and backends; default as the seed says."""
         self.chance = chance
         self.trace = trace
-        self.k, self.m, count = chance.choice(CODES)
+        self.k, self.m, count = code or chance.choice(CODES)
         shared = chance.random() < 0.3
-        template, self.formatted = _template(self.k, self.m, count, shared)
+        template, self._files = _template(self.k, self.m, count, shared)
         self.world = self._copy(template)
         self.numbers = [entry.number for entry in self.world.fleet.entries]
         self.quorum = fence_quorum(count, self.m, 1)
@@ -114,6 +116,12 @@ class Cluster:
         data = [store.copy() for store in template.data]
         control = data if template.shared else [store.copy() for store in template.control]
         return dataclasses.replace(template, data=data, control=control)
+
+    def write_formatted(self, directory: Path) -> None:
+        """Makes the cache directory of the machine that formatted the file system."""
+        directory.mkdir()
+        for name, content in self._files.items():
+            (directory / name).write_bytes(content)
 
     @property
     def root(self) -> tuple[Head, HeadRef]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import trio
 
 from qsfs import failpoints
+from qsfs.errors import SplitHeads
 from qsfs.store.schema import PAGE
 from tests.simulation import checks
 from tests.simulation.engine import HOST, Trace, thaw
@@ -163,6 +164,9 @@ class History(Stage):
         if life is None:
             return
 
+        if self.chance.random() < 0.4:
+            await self._snapshot()
+
         async def collect() -> None:
             flusher = await life.flushing.owned()
             for _ in range(6):
@@ -214,6 +218,11 @@ class History(Stage):
 
     async def _weather(self) -> None:
         self.trace.note(self.cluster.misbehave())
+        for machine in self.machines:
+            if (life := machine.life) is not None and self.chance.random() < 0.4:
+                some = self.chance.randint(0, len(self.cluster.numbers))
+                life.cut_off = frozenset(self.chance.sample(self.cluster.numbers, some))
+                self.trace.note(f"{life.name} does not reach {sorted(life.cut_off)}")
 
     async def _crash(self) -> None:
         lives = [machine.life for machine in self.machines if machine.life is not None]
@@ -274,11 +283,29 @@ class History(Stage):
         failpoints.disarm_all()
         self.cluster.heal()
         for machine in self.machines:
-            if machine.life is not None and machine.life.frozen:
-                thaw(machine.life)
-        if self.chance.random() < 0.5:
+            if (life := machine.life) is not None:
+                life.cut_off = frozenset()
+                if life.frozen:
+                    thaw(life)
+        turn = self.chance.random()
+        if turn < 0.4:
             await trio.sleep(self.chance.choice((1, 30)))
-            self.trace.note("all is well")
             await self._sync()
+        elif turn < 0.6:
+            await self._go_on_elsewhere()
         await self.stop_all()
         await checks.at_the_end(self)
+
+    async def _go_on_elsewhere(self) -> None:
+        """Whatever happened: with the backends back, and the others stopped, a new machine takes over and publishes."""
+        await self.stop_all()
+        machine = self.new_machine()
+        await self.take_over(machine, 600)
+        if isinstance(machine.error, SplitHeads):
+            return
+        life = machine.writable
+        assert life is not None, f"{machine.name} cannot take over: {machine.error}"
+        published = len(self.ledger.acknowledged)
+        await self.applications.change(life)
+        await self.sync(life, 600)
+        assert len(self.ledger.acknowledged) > published or life.fenced, f"{machine.name} cannot publish"

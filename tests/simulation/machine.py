@@ -131,6 +131,7 @@ class Life:
             return
         if isinstance(error, QsfsError):
             self.error = self.machine.error = error
+            self.machine.refused(self, error)
             self.machine.note(f"{self.name} ends: {type(error).__name__}: {error}")
             return
         raise error
@@ -237,6 +238,7 @@ class Machine:
         self.error: QsfsError | None = None
         self.flush = FlushConfig(cut_seconds=20.0, quiet_seconds=2.0, retention_seconds=10.0, full_grace_seconds=1.0)
         self.opened: Callable[[Life], int] = Life.marked
+        self.refused: Callable[[Life, QsfsError], None] = lambda life, error: None
         self.directory = root / f"{name}-0"
 
     def note(self, line: str) -> None:

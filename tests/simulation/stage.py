@@ -41,11 +41,11 @@ PACK_PAGES = 8
 class Stage:
     """Backends, machines, and the ledger.  `nursery` is where machines live."""
 
-    def __init__(self, seed: int, root: Path, trace: Trace) -> None:
+    def __init__(self, seed: int, root: Path, trace: Trace, code: tuple[int, int, int] | None = None) -> None:
         self.chance = random.Random(seed)
         self.trace = trace
         self.root = root
-        self.cluster = Cluster(seed, self.chance, trace)
+        self.cluster = Cluster(seed, self.chance, trace, code)
         self.cluster.saw_head = self._saw_head
         self.ledger = Ledger()
         self.applications = Applications(self.ledger, self.chance)
@@ -74,8 +74,7 @@ class Stage:
         self.ledger.saw_head(head, ref, 1)
         self.ledger.published.append(("format", ref))
         machine = self.new_machine()
-        machine.directory = self.cluster.formatted
-        machine.save()
+        self.cluster.write_formatted(machine.directory)
         self.mount(machine)
 
     def new_machine(self) -> Machine:
@@ -85,7 +84,7 @@ class Stage:
         return self.known(machine)
 
     def known(self, machine: Machine) -> Machine:
-        machine.opened = self.opened
+        machine.opened, machine.refused = self.opened, self._refused
         self.machines.append(machine)
         return machine
 
@@ -118,6 +117,10 @@ class Stage:
         machine.durable = version
         self.applications.check_local(life)
         return version
+
+    def _refused(self, life: Life, error: QsfsError) -> None:
+        """A machine that is the only one there ever was is never told that another one was here."""
+        assert len(self.machines) > 1, f"{life.name}, alone, is refused: {error}"
 
     def _saw_head(self, host: Life, head: Head, ref: HeadRef) -> None:
         self.ledger.saw_head(head, ref, host.cuts.get(head.write_number))
