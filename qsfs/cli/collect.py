@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 
@@ -13,8 +14,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="delete from the backends what nothing needs any more",
         description="Publish a generation, then delete the packs that are dead (all their pages were rewritten "
         "or removed), that no kept generation or snapshot names, and whose retention time ([flush] "
-        "retention_hours) is over. The mount does the same by itself, after each generation. A 0-db counts what "
-        "was deleted as free, but keeps its bytes on its disk until its namespace is deleted.",
+        "retention_hours) is over; and strays, shards of packs that nothing names, which scans of the backends "
+        "have found. The mount does the same by itself, after each generation; this also begins a new scan. A 0-db "
+        "counts what was deleted as free, but keeps its bytes on its disk until its namespace is deleted.",
     )
     parser.add_argument("--dry-run", action="store_true", help="delete nothing, only tell")
 
@@ -32,12 +34,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.dry_run:
         print(f"{_packs(found['deleted_now_packs'], found['deleted_now_bytes'])} deleted")
-    print("\n".join(lines(found)))
+    print("\n".join(lines(found, time.time())))
     return 0
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """What waits, and what for; for people."""
+def lines(found: dict[str, Any], now: float) -> list[str]:
+    """What waits, and what for; for people.  `now` is the wall time in seconds."""
     from qsfs.cli.status import age
 
     out = [f"{_packs(found['packs'], found['bytes'])} dead on the backends"]
@@ -50,6 +52,34 @@ def lines(found: dict[str, Any]) -> list[str]:
         if found[name]:
             out.append(f"  {found[name]} wait {why}" if name != "being_deleted" else f"  {found[name]} are {why}")
     out += [f"  no answer from {name}: what it holds of them is deleted later" for name in found["unanswered"]]
+    return out + _strays(found["strays"], now)
+
+
+def _strays(found: dict[str, Any], now: float) -> list[str]:
+    """What nothing names, and when that was looked for last."""
+    from qsfs.cli.status import age
+
+    out = [f"{_packs(found['packs'], found['bytes'])} on the backends named by nothing (strays)"]
+    if found["packs"]:
+        out[0] += f", the first known for {age(found['oldest_seconds'])} of running time"
+    for name, why in (
+        ("in_retention", "wait for the retention time"),
+        ("until_next_generation", "wait until the next generation is published"),
+        ("being_deleted", "are to be deleted now"),
+    ):
+        if found[name]:
+            out.append(f"  {found[name]} {why}")
+    if found["left_out"]:
+        out.append("  there are more than are kept in mind at a time; later scans take them")
+    if found["problem"]:
+        out.append(f"  nothing of them is deleted now: {found['problem']}")
+    out += [f"  no answer from {name}: what it holds of them is deleted later" for name in found["unanswered"]]
+    never = [scan["backend"] for scan in found["scans"] if not scan["ended_ns"]]
+    ended = {scan["backend"]: scan["ended_ns"] for scan in found["scans"] if scan["ended_ns"]}
+    if ended:
+        first = min(ended, key=lambda name: ended[name])
+        out.append(f"  scans: {len(ended)} backends, the longest ago {first}: {age(now - ended[first] / 1e9)}")
+    out += [f"  scans: {name} was not scanned to its end yet" for name in never]
     return out
 
 

@@ -156,6 +156,10 @@ def _exposure(found: dict[str, Any]) -> list[str]:
         if flush["dead"]["packs"]:
             size = format_size(flush["dead"]["bytes"])
             out.append(f"dead on the backends: {size}; 'qsfs collect --dry-run' tells more")
+        strays = flush["dead"]["strays"]
+        if strays["packs"]:
+            size = format_size(strays["bytes"])
+            out.append(f"on the backends and named by nothing: {size}; 'qsfs collect --dry-run' tells more")
     elif not found.get("owner", True):
         out.append("not the owner: nothing is uploaded")
     oldest = found["cache"]["oldest_uncovered_seconds"]

@@ -67,6 +67,7 @@ class FlushContext:
     def add_pack(self, number: int, row: PackRow, upload: Upload | None) -> None:
         """Records a written pack in the open group; shards that come in late are recorded when they do."""
         add_pack(self.store, number, row)
+        self.uploader.unrecorded.discard(row.pack_id)
         self.ledger.note(number, row)
         if upload is not None:
             upload.when_finished(lambda: self._came_late(number, upload))

@@ -214,6 +214,11 @@ class DeadPackCollector:
                     store.layers.delete(Table.LOCAL, key)
             await trio.lowlevel.checkpoint()
 
+    @property
+    def waits_for_a_head(self) -> bool:
+        """Whether heads alone would bring any dead pack further; see `Graveyard.waits_for_a_head`."""
+        return self.graveyard.waits_for_a_head(self._running.seconds)
+
     # deleting
 
     def report(self) -> dict[str, Any]:

@@ -97,6 +97,8 @@ class Flusher:
             reader,
             short_of_room=lambda: self.short_of_room,
             named=self._named,
+            base=lambda: self._generations.base,
+            published=lambda: publisher.published,
             owner_epoch=lambda: publisher.owner.epoch,
             retention_seconds=config.retention_seconds,
             rewrite_below=config.rewrite_below,
@@ -258,7 +260,6 @@ class Flusher:
                 self.phase = "uploading rows ahead"
                 await self._ahead.rows(generations)
             uploaded = self.exposure.uploaded
-            given_up = self._upkeep.given_up()
             view, before = self._upkeep.before_cut(), generations.base.head
             most_bytes = min(self._pace.most_bytes, context.spool.room() * 3 // 4)
             order = generations.next_order(most_bytes, forced=self._head_due)
@@ -283,8 +284,7 @@ class Flusher:
                     raise
                 self.pinning.cut_published(base.sealed.ref)
                 self.exposure.published(uploaded)
-                self._upkeep.published(given_up)
-                self._upkeep.dead.published(view, base.sealed.ref, base.head, before)
+                self._upkeep.published(view, base.sealed.ref, base.head, before)
                 break
             if cut is NoCut.UNCHANGED:
                 break
@@ -305,7 +305,9 @@ class Flusher:
 
     @property
     def _head_due(self) -> bool:
-        return bool(self.pinning.waiting) or (self.generations is not None and self.generations.head_due)
+        if self.pinning.waiting or (self.generations is not None and self.generations.head_due):
+            return True
+        return self.knows_packs and self._upkeep.head_due
 
     async def _something_new(self) -> bool:
         """Whether a cut may find anything; False without a commit, so that an idle disk sleeps."""
@@ -359,23 +361,17 @@ class Flusher:
 
     def dead_packs(self) -> dict[str, Any]:
         """How many dead packs there are, their bytes on the backends, and what they wait for."""
-        return self._upkeep.dead.report()
+        return self._upkeep.report()
 
     async def collect(self) -> dict[str, Any]:
-        """Publishes everything, then deletes the dead packs that may go; what was deleted, and what waits for what.
+        """Publishes everything, then deletes the dead packs and strays that may go.
+
+        What was deleted, and what waits for what.  Backends are scanned for strays anew, in the background.
 
         Raises as `sync`.
         """
-        dead = self._upkeep.dead
-        packs, size = dead.graveyard.deleted_packs, dead.graveyard.deleted_bytes
         await self.sync()
-        await dead.finish()
-        report = dead.report()
-        return {
-            **report,
-            "deleted_now_packs": report["deleted_packs"] - packs,
-            "deleted_now_bytes": report["deleted_bytes"] - size,
-        }
+        return await self._upkeep.collect()
 
     async def publish_all(self) -> None:
         """As `sync`, without a result.  One cut serves all who came before it; the next follows at once."""

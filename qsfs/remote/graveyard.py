@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qsfs.remote.deaths import Death
+from qsfs.remote.kept import RECENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class Graveyard:
         self._ripe: dict[int, None] = {}
         self._permitted: dict[int, DeadPack] = {}
         self._since: dict[int, float] = {}
+        self._heads_needed = 0
 
     def died(self, dead: DeadPack) -> None:
         """Takes a pack in; one that is here already begins anew."""
@@ -90,6 +92,8 @@ class Graveyard:
         self.forget(dead.number)
         self.news.discard(dead.number)
         self._waiting[dead.number] = (dead, death.without)
+        if dead.data:
+            self._heads_needed = RECENT
         if death.since is not None:
             self._since[dead.number] = death.since
 
@@ -111,19 +115,33 @@ class Graveyard:
 
     def before_cut(self, now: float) -> CutView:
         """What the cut that begins now will show as dead, and what the head that follows may release."""
+        self._ripen(now)
+        return CutView(tuple(self._fresh), tuple(self._ripe))
+
+    def _ripen(self, now: float) -> None:
         while self._order and now - self._order[0][0] >= self._retention:
             since, number = heapq.heappop(self._order)
             if number in self._free and self._free[number][2] == since:
                 self._ripe[number] = None
-        return CutView(tuple(self._fresh), tuple(self._ripe))
+
+    def waits_for_a_head(self, now: float) -> bool:
+        """Whether heads alone would bring any data pack further: one is fresh, or its time is over, or the last two
+        kept generations may name it.  Metadata packs do not count: each head leaves some behind.
+        """
+        self._ripen(now)
+        ripe = (self._free[number][0] for number in self._ripe)
+        return any(dead.data for dead in (*self._fresh.values(), *ripe)) or bool(self._waiting and self._heads_needed)
 
     def published(self, view: CutView, generation: int) -> None:
         """A head of `generation` was published, whose cut began at `view`."""
+        self._heads_needed = max(0, self._heads_needed - 1)
         for number in view.died:
             dead = self._fresh.pop(number, None)
             if dead is not None:
                 self._waiting[number] = (dead, generation)
                 self.news.add(number)
+                if dead.data:
+                    self._heads_needed = RECENT
         for number in view.ripe:
             self._ripe.pop(number, None)
             free = self._free.pop(number, None)

@@ -120,6 +120,12 @@ class Spool:
         """The body of a pack.  Raises `Corrupt` or `CacheError`."""
         return self._read(_pack_name(generation, ordinal), _PACK)[1]
 
+    @property
+    def named(self) -> set[bytes]:
+        """The ids of the packs in it, and of those that were abandoned.  Never waits."""
+        refs, abandoned = list(self._packs.values()), list(self.abandoned)
+        return {ref.pack_id for ref in refs} | {pack.pack_id for pack in abandoned}
+
     def sync(self) -> None:
         """Makes the names of all files durable."""
         try:

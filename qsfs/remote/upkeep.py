@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
 
 import trio
 
 from qsfs.errors import QsfsError
 from qsfs.format.fleet import Fleet
-from qsfs.format.head import Head, Owner
+from qsfs.format.head import Head, HeadRef, Owner
 from qsfs.remote.base import LocalHead
 from qsfs.remote.collect import AbandonedCollector
 from qsfs.remote.complete import Completer
@@ -22,16 +24,30 @@ from qsfs.remote.context import FlushContext
 from qsfs.remote.dead_packs import DeadPackCollector
 from qsfs.remote.draining import Drainer
 from qsfs.remote.graveyard import CutView
+from qsfs.remote.naming import Naming
 from qsfs.remote.rewrite import Rewriter
 from qsfs.remote.running import RunningTime
 from qsfs.remote.second_look import SecondLook
 from qsfs.remote.shards import ShardReader
+from qsfs.remote.stray_collect import StrayCollector
+from qsfs.remote.strays import StrayView
 
 _log = logging.getLogger(__name__)
 
 UPKEEP_SECONDS = 1.0
+HEAD_SECONDS = 600.0
+"""How often at most a head is published only so that something may be deleted."""
 _LOOKS_A_ROUND = 32
 _COMPLETIONS_A_ROUND = 2
+
+
+@dataclass(frozen=True, slots=True)
+class UpkeepView:
+    """What was known when a cut began: what the head that follows may release for deletion."""
+
+    given_up: frozenset[bytes]
+    dead: CutView
+    strays: StrayView
 
 
 async def every_second(work: Callable[[], Awaitable[None]], failed: Callable[[QsfsError], None]) -> None:
@@ -57,6 +73,8 @@ class Upkeep:
         *,
         short_of_room: Callable[[], bool],
         named: Callable[[], frozenset[bytes]],
+        base: Callable[[], LocalHead],
+        published: Callable[[], HeadRef | None],
         owner_epoch: Callable[[], int],
         retention_seconds: float,
         rewrite_below: float,
@@ -82,8 +100,17 @@ class Upkeep:
             owner_epoch=owner_epoch,
             running=self._running,
         )
+        self.strays = StrayCollector(
+            context,
+            Naming(context, reader, base=base, named=named),
+            self._running,
+            retention_seconds=retention_seconds,
+            owner_epoch=owner_epoch,
+            ready=lambda: published() == base().sealed.ref,
+        )
         self.rewriter = Rewriter(context, reader, share=rewrite_below, short_of_room=short_of_room)
         self._abandoned = self.given_up()
+        self._head_at = context.clock.monotonic()
 
     # beginning
 
@@ -100,6 +127,7 @@ class Upkeep:
         """Takes in what the ledger has found: packs up to number `last_pack` are from before this mount."""
         ledger, named = self._context.ledger, self._named()
         await self.dead.recall(goes_on=self._time_goes_on)
+        await self.strays.recall(goes_on=self._time_goes_on)
         left = [n for pack_id, n in ledger.metadata.items() if n <= last_pack and pack_id not in named]
         self.dead.take_over(ledger.emptied, left)
         ledger.emptied.clear()
@@ -108,14 +136,48 @@ class Upkeep:
 
     # cuts
 
-    def before_cut(self) -> CutView:
+    def before_cut(self) -> UpkeepView:
         """To be called before the commit of a cut begins, which also records the running time."""
         self._running.note()
-        return self.dead.before_cut()
+        return UpkeepView(self.given_up(), self.dead.before_cut(), self.strays.before_cut())
+
+    def published(self, view: UpkeepView, ref: HeadRef, head: Head, before: Head) -> None:
+        """A head was published and recorded; `view` is of before its cut, `before` was the base until then."""
+        self._abandoned = view.given_up
+        self.dead.published(view.dead, ref, head, before)
+        self.strays.published(view.strays)
+        self._head_at = self._context.clock.monotonic()
+
+    @property
+    def head_due(self) -> bool:
+        """Whether something on the backends waits for nothing but a head, and none was published for long.
+
+        Else a file system at rest would keep it for ever.
+        """
+        if self._context.clock.monotonic() - self._head_at < HEAD_SECONDS:
+            return False
+        return self.dead.waits_for_a_head or self.strays.waits_for_a_head
+
+    async def collect(self) -> dict[str, Any]:
+        """Deletes what may go, and has backends scanned anew; what was deleted, and what waits for what."""
+        before = self.report()
+        await self.dead.finish()
+        await self.strays.finish()
+        self.strays.scan_now()
+        report = self.report()
+        return {
+            **report,
+            "deleted_now_packs": _deleted(report, "packs") - _deleted(before, "packs"),
+            "deleted_now_bytes": _deleted(report, "bytes") - _deleted(before, "bytes"),
+        }
+
+    def report(self) -> dict[str, Any]:
+        """What is dead on the backends, with `strays` for what nothing ever named or names any more."""
+        return {**self.dead.report(), "strays": self.strays.report()}
 
     def note_time(self) -> None:
         """Records the running time with the next commit if anything waits for it."""
-        if self.dead.graveyard.counts_time:
+        if self.dead.graveyard.counts_time or self.strays.strays.counts_time:
             self._running.note()
 
     @property
@@ -127,10 +189,6 @@ class Upkeep:
         """The ids of packs that were given up so far."""
         return frozenset(pack.pack_id for pack in self._context.spool.abandoned)
 
-    def published(self, given_up: frozenset[bytes]) -> None:
-        """Takes note that a head was published after these packs were given up: they may be deleted."""
-        self._abandoned = given_up
-
     async def run(self) -> None:
         """Works until cancelled."""
         async with trio.open_nursery() as nursery:
@@ -139,6 +197,7 @@ class Upkeep:
                 self._complete,
                 self._collect,
                 self.dead.work,
+                self.strays.work,
                 self.rewriter.work,
                 self._note_time,
                 self.drainer.work,
@@ -166,3 +225,7 @@ class Upkeep:
         done = not known or await self._collector.collect(known, self._named(), self._owner_epoch())
         if done and self._abandoned is known:
             self._abandoned = frozenset()
+
+
+def _deleted(report: dict[str, Any], what: str) -> int:
+    return int(report[f"deleted_{what}"] + report["strays"][f"deleted_{what}"])

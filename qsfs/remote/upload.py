@@ -110,7 +110,8 @@ class Upload:
 class Uploader:
     """Uploads packs to the members of the fleet.  `run` must be running.
 
-    `hurried` tells whether somebody waits for a head, who needs written packs and no full ones.
+    `hurried` tells whether somebody waits for a head, who needs written packs and no full ones.  `unrecorded`
+    are the ids of packs that this mount began to upload and that got no row since: on their way, or given up.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Uploader:
         self.members = members
         self.code = code
         self.waiting: dict[bytes, str] = {}
+        self.unrecorded: set[bytes] = set()
         self.hurried: Callable[[], bool] = lambda: False
         self._free = free
         self._fsid = fsid
@@ -162,6 +164,8 @@ class Uploader:
         `placement` names what is stored already.  Goes on trying for as long as it takes: the caller
         cancels.  What comes in later shows in the upload's `placement` until it is `finished`.
         """
+        if placement is None:
+            self.unrecorded.add(ref.pack_id)
         upload = Upload(ref, shards, placement or [-1] * self.code.n)
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._nursery is None:

@@ -6,11 +6,15 @@ from typing import Any
 
 from qsfs.cli.collect import lines
 from qsfs.remote.graveyard import DeadPack, Graveyard, KeptFacts
+from qsfs.remote.strays import Place, Strays
+
+NOW = 1_700_000_000.0
+NOTHING: dict[str, Any] = {**Strays(3600).report(0.0), "unanswered": [], "problem": "", "scans": []}
 
 
 def told(graveyard: Graveyard, now: float, unanswered: tuple[str, ...] = ()) -> list[str]:
-    found: dict[str, Any] = {**graveyard.report(now), "unanswered": list(unanswered)}
-    return lines(found)
+    found: dict[str, Any] = {**graveyard.report(now), "unanswered": list(unanswered), "strays": NOTHING}
+    return lines(found, NOW)[:-1]
 
 
 def test_where_nothing_is_dead_one_line_says_so():
@@ -36,4 +40,31 @@ def test_each_dead_pack_is_told_with_what_it_waits_for():
         "  1 wait for the retention time, the first 59 min more",
         "  1 are to be deleted now",
         "  no answer from 10.0.0.1:9900/qsfs: what it holds of them is deleted later",
+    ]
+
+
+def test_strays_are_told_with_their_age_and_the_scans_that_found_them():
+    strays = Strays(3600)
+    for name in range(1, 5):
+        strays.met(bytes([name]) * 16, 1, [Place(1, 0, 1 << 20)], 900.0 * name, backends=1)
+    strays.published(strays.before_cut(900.0 + 3600))
+    strays.before_cut(1800.0 + 3600)
+    scans = [
+        {"backend": "10.0.0.1:9900/qsfs", "ended_ns": int((NOW - 7200) * 1e9), "under_way": True},
+        {"backend": "10.0.0.2:9900/qsfs", "ended_ns": int((NOW - 600) * 1e9), "under_way": False},
+        {"backend": "10.0.0.3:9900/qsfs", "ended_ns": 0, "under_way": False},
+    ]
+    found = {**strays.report(5400.0), "unanswered": ["10.0.0.3:9900/qsfs"], "problem": "why", "scans": scans}
+    found["left_out"] = 1
+    everything = {**Graveyard(3600).report(0.0), "unanswered": [], "strays": found}
+    assert lines(everything, NOW)[1:] == [
+        "4 packs, 4.0 MiB, on the backends named by nothing (strays), the first known for 75 min of running time",
+        "  2 wait for the retention time",
+        "  1 wait until the next generation is published",
+        "  1 are to be deleted now",
+        "  there are more than are kept in mind at a time; later scans take them",
+        "  nothing of them is deleted now: why",
+        "  no answer from 10.0.0.3:9900/qsfs: what it holds of them is deleted later",
+        "  scans: 2 backends, the longest ago 10.0.0.1:9900/qsfs: 2.0 h",
+        "  scans: 10.0.0.3:9900/qsfs was not scanned to its end yet",
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from qsfs.errors import BackendUnavailable
 from qsfs.format.head import Head, HeadRef, KeptGeneration, Owner, SealedHead, head_key, open_head, seal_head
 from qsfs.format.rows import decode_rows
 from qsfs.format.shard import parse_shard_key
@@ -22,12 +23,16 @@ from qsfs.remote.dead_packs import DeadPackCollector
 from qsfs.remote.generation import GENERATION
 from qsfs.remote.image import packs_of
 from qsfs.remote.named import NamedPacks
+from qsfs.remote.naming import Naming
 from qsfs.remote.rebuild import Rebuild
-from qsfs.store.schema import Table, read_plain_u64
+from qsfs.remote.running import RunningTime
+from qsfs.remote.stray_collect import AGAIN_SECONDS, StrayCollector
+from qsfs.store.schema import PackRow, Table, read_plain_u64
 from qsfs.store.store import NEXT_PACK, Store
 from tests.remote.flush_history import FlushHistory, Model
 from tests.remote.flush_machine import LIMITS, DirectReader, FlushMachine, newest_head, read_metadata, restore
-from tests.remote.harness import World, make_world, plant
+from tests.remote.flushing import stored_packs
+from tests.remote.harness import TIMING, World, make_world, plant
 
 SEEDS = [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 150))]
 
@@ -39,6 +44,7 @@ class CollectingHistory(FlushHistory):
         super().__init__(world, directory, seed)
         self.machines = 1
         self.dead: DeadPackCollector
+        self.strays: StrayCollector
         self.late: set[bytes] = set()
         self.permitted: set[bytes] = set()
 
@@ -56,6 +62,17 @@ class CollectingHistory(FlushHistory):
         ledger, listed = machine.context.ledger, named()
         left = [n for pack, n in ledger.metadata.items() if n <= last and pack not in listed]
         self.dead.take_over(ledger.emptied, left)
+        naming = Naming(
+            machine.context, DirectReader(self.world), base=lambda: generations.base, named=named, timing=TIMING
+        )
+        self.strays = StrayCollector(
+            machine.context,
+            naming,
+            RunningTime(machine.store, machine.clock),
+            retention_seconds=0.0,
+            owner_epoch=lambda: machine.publisher.owner.epoch,
+            ready=lambda: machine.publisher.published == generations.base.sealed.ref,
+        )
         self.permitted = set()
         assert generations.renewal is None
         super().after_mount()
@@ -64,11 +81,13 @@ class CollectingHistory(FlushHistory):
         chance = self.random.random()
         if chance < 0.12:
             await self.collect()
-        elif chance < 0.16:
+        elif chance < 0.2:
+            await self.scan()
+        elif chance < 0.24:
             self.pin()
-        elif chance < 0.26:
+        elif chance < 0.34:
             await self.cut()
-        elif chance < 0.3:
+        elif chance < 0.38:
             await (self.refresh() if self.random.random() < 0.5 else self.merge())
         else:
             await super().step()
@@ -76,9 +95,11 @@ class CollectingHistory(FlushHistory):
     async def cut(self) -> None:
         generations = self.machine.generations
         view, before = self.dead.before_cut(), generations.base.head
+        strays = self.strays.before_cut()
         await super().cut()
         if generations.base.head is not before:
             self.dead.published(view, generations.base.sealed.ref, generations.base.head, before)
+            self.strays.published(strays)
             if self.random.random() < 0.7:
                 await self.dead._settle()
                 self.permitted = {dead.pack_id for dead in self.dead.graveyard.permitted(1 << 20)}
@@ -88,8 +109,45 @@ class CollectingHistory(FlushHistory):
     async def collect(self) -> None:
         self.trace.append("collect")
         await self.dead.finish()
+        await self.strays.finish()
         self.check_newest()
         self.check_local()
+
+    async def scan(self) -> None:
+        """Some pages of what backends list, some of which fail; perhaps from the begin."""
+        self.trace.append("scan")
+        self.machine.clock.advance(AGAIN_SECONDS)
+        for backend in self.machine.backends:
+            backend.gate = self.fail_at_times
+        if self.random.random() < 0.5:
+            self.strays.scan_now()
+        for _ in range(self.random.randrange(60)):
+            await self.strays.work()
+        for backend in self.machine.backends:
+            backend.gate = lambda call, key: None
+        self.check_newest()
+        self.check_local()
+
+    async def settle(self) -> None:
+        """A last mount, without crashes or pins: what no row names goes, and no generation lacks anything."""
+        async with self.machine.mounted():
+            self.after_mount()
+            self.machine.generations.pins.clear()
+            for _ in range(8):
+                self.create()
+                await self.cut()
+                self.machine.clock.advance(AGAIN_SECONDS)
+                self.strays.scan_now()
+                while self.strays._ready() and self.strays._scanner.due(self.strays._running.seconds):
+                    await self.strays.work()
+                await self.collect()
+            rows = self.machine.store.scan(Table.PACKS, b"", None)
+            left = stored_packs(self.world) - {PackRow.decode(row).pack_id for _, row in rows}
+            assert left <= self.machine.spool.named, "strays are left"
+
+    def fail_at_times(self, call: str, key: bytes) -> None:
+        if call in ("scan", "get", "delete") and self.random.random() < 0.01:
+            raise BackendUnavailable("no answer")
 
     def pin(self) -> None:
         pins = self.machine.generations.pins
@@ -204,6 +262,8 @@ class CollectingHistory(FlushHistory):
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_what_is_deleted_is_needed_by_nothing(tmp_path: Path, autojump_clock, seed: int):
     world = await make_world(5, k=2, m=2)
+    for store in world.data:
+        store.page_entries = 40
     history = CollectingHistory(world, tmp_path / "machine 1", seed)
     try:
         for _ in range(3):
@@ -217,6 +277,7 @@ async def test_what_is_deleted_is_needed_by_nothing(tmp_path: Path, autojump_clo
                 if history.random.random() < 0.3:
                     history.forget_late()
                 history.check_newest()
+        await history.settle()
     except BaseException:
         print(f"seed {seed}:", " | ".join(history.trace))
         raise

@@ -129,7 +129,7 @@ async def test_a_pin_from_after_its_death_holds_no_pack_also_after_a_restart(
 ):
     async with flushing(machine, retention_seconds=RETENTION) as flusher:
         old = await let_die(machine, flusher)
-        flusher.pin(machine.publisher.published, ("after",))
+        flusher.generations.pins[machine.publisher.published] = ("after",)
         await publish(machine, flusher)
         await flusher.stop(60)
     async with flushing(machine, retention_seconds=RETENTION) as flusher:
