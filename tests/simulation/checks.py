@@ -130,6 +130,7 @@ def packs_hold(history: Stage, life: Life) -> None:
         row = PackRow.decode(value)
         if not (row.live if row.kind == PackKind.DATA else row.pack_id in listed):
             continue
+        assert row.pack_id not in cluster.deleted, f"shards of pack {row.pack_id.hex()}, which is named, were deleted"
         intact = 0
         for number, place in enumerate(row.placement):
             if place < 0:
@@ -154,9 +155,16 @@ def kept_generations(history: Stage, life: Life) -> None:
         key = head_key(world.keys.fsid, entry.head)
         old = _head(history, key)
         assert old is not None, f"kept head {entry.head} is on no honest backend"
-        files = restore(_honest(history), old).files
+        image = restore(_honest(history), old)
         version = history.ledger.version_of[entry.head]
-        assert files == history.ledger.versions[version].files, f"kept generation {entry.head.generation} differs"
+        named = {pack.ref.pack_id for pack, _ in packs_of(old)}
+        named |= {row.pack_id for row in map(PackRow.decode, image.rows[Table.PACKS].values()) if _needed(row)}
+        assert named.isdisjoint(history.cluster.deleted), f"packs of kept generation {entry.head} were deleted"
+        assert image.files == history.ledger.versions[version].files, f"kept generation {entry.head.generation} differs"
+
+
+def _needed(row: PackRow) -> bool:
+    return row.kind == PackKind.DATA and row.live > 0
 
 
 def _head(history: Stage, key: bytes) -> Head | None:

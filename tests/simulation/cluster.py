@@ -21,6 +21,7 @@ from qsfs.backend.wrapper import Call, WrappedBackend
 from qsfs.daemon.connect import SUPERBLOCK_ROW, Links
 from qsfs.errors import BackendUnavailable
 from qsfs.format.head import Head, HeadRef, open_head, parse_head_key
+from qsfs.format.shard import parse_shard_key
 from qsfs.format.superblock import SUPERBLOCK_KEY
 from qsfs.remote.members import Candidate
 from qsfs.remote.quorum import fence_quorum
@@ -77,6 +78,10 @@ def _template(k: int, m: int, count: int, shared: bool) -> tuple[World, dict[str
         return world, {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+async def _at_once(call: Call) -> None:
+    """What tests put in the way of calls; here nothing."""
+
+
 def prepare() -> None:
     """Formats what histories start from; once in a process, and not within a run."""
     for code in CODES:
@@ -88,7 +93,7 @@ class Cluster:
     """The backends of one history.
 
     `liars` may lose, forget and distort what they acknowledged, as many as nothing may be lost for; any backend
-    may be slow, cut off or full for a while.
+    may be slow, cut off or full for a while.  `deleted` are the packs of which somebody deleted shards.
     """
 
     def __init__(
@@ -108,6 +113,9 @@ class Cluster:
         self.faulty = set(self.liars)
         self.faults = {number: Faults(seed=seed * 100 + number) for number in self.numbers}
         self.saw_head: Callable[[Any, Head, HeadRef], None] = lambda host, head, ref: None
+        self.before: Callable[[Call], Awaitable[None]] = _at_once
+        self.deleted: set[bytes] = set()
+        self.deleted_by: dict[str, set[bytes]] = {}
         self.pace = chance.choice((0.0, 0.01, 0.3))
         self._images: dict[int, tuple[MemoryStore, MemoryStore]] = {}
 
@@ -258,6 +266,10 @@ class _Wire:
                 head = open_head(call.key, bytes(call.value or b""), cluster.world.keys)
                 cluster.saw_head(host, head, named.ref)
         cluster.trace.event(f"{host.name} {self._number} {call.kind} {call.key[-12:].hex()}")
+        await cluster.before(call)
+        if call.kind == "delete" and (shard := parse_shard_key(call.key)) is not None:
+            cluster.deleted.add(shard.pack_id)
+            cluster.deleted_by.setdefault(host.name, set()).add(shard.pack_id)
         if self._number in cluster.faulty:
             return await self._injector.around(call, run)
         return await run()

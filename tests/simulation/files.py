@@ -34,7 +34,7 @@ class Applications:
         chance = self._chance
         if not files or (len(files) < MOST_FILES and chance.random() < 0.2):
             self._names += 1
-            await self._do(life, lambda: self._create(life, f"f{self._names}"))
+            await self.create(life, f"f{self._names}")
             return
         name = chance.choice(sorted(files))
         size = len(files[name])
@@ -45,11 +45,11 @@ class Applications:
         elif kind == "append":
             await self._write(life, name, size if size < MOST_PAGES * PAGE else 0)
         elif kind == "truncate":
-            await self._truncate(life, name, chance.choice((0, chance.randrange(size + 1), size // PAGE * PAGE)))
+            await self.truncate(life, name, chance.choice((0, chance.randrange(size + 1), size // PAGE * PAGE)))
         elif kind == "extend":
-            await self._truncate(life, name, size + chance.randrange(3 * PAGE))
+            await self.truncate(life, name, size + chance.randrange(3 * PAGE))
         elif kind == "unlink":
-            await self._do(life, lambda: self._unlink(life, name))
+            await self.unlink(life, name)
         else:
             other = chance.choice([*sorted(files), f"g{chance.randrange(9)}"])
             await self._do(life, lambda: self._rename(life, name, other))
@@ -83,6 +83,10 @@ class Applications:
         assert inode is not None, f"{life.name}: {name} is gone"
         return inode
 
+    async def create(self, life: Life, name: str) -> None:
+        """Makes an empty file."""
+        await self._do(life, lambda: self._create(life, name))
+
     def _create(self, life: Life, name: str) -> Files:
         life.namespace.create(ROOT_INODE, name.encode(), 0o644, ROOT)
         return self._files(life) | {name: b""}
@@ -91,7 +95,11 @@ class Applications:
         chance = self._chance
         length = chance.choice((1, 100, PAGE, PAGE, 3 * PAGE, 12 * PAGE))
         data = chance.randbytes(64) * (length // 64 + 1)
-        await self._do(life, lambda: self._wrote(life, name, offset, data[:length]))
+        await self.write(life, name, offset, data[:length])
+
+    async def write(self, life: Life, name: str, offset: int, data: bytes) -> None:
+        """Writes to a file."""
+        await self._do(life, lambda: self._wrote(life, name, offset, data))
 
     def _wrote(self, life: Life, name: str, offset: int, data: bytes) -> Files:
         life.contents.write(self.inode(life, name), offset, data)
@@ -100,13 +108,18 @@ class Applications:
         content[offset : offset + len(data)] = data
         return files | {name: bytes(content)}
 
-    async def _truncate(self, life: Life, name: str, size: int) -> None:
+    async def truncate(self, life: Life, name: str, size: int) -> None:
+        """Sets the size of a file."""
         await self._do(life, lambda: self._truncated(life, name, size))
 
     def _truncated(self, life: Life, name: str, size: int) -> Files:
         life.contents.truncate(self.inode(life, name), size)
         files = self._files(life)
         return files | {name: files[name][:size].ljust(size, b"\0")}
+
+    async def unlink(self, life: Life, name: str) -> None:
+        """Removes a file."""
+        await self._do(life, lambda: self._unlink(life, name))
 
     def _unlink(self, life: Life, name: str) -> Files:
         life.namespace.unlink(ROOT_INODE, name.encode())

@@ -206,11 +206,7 @@ class History(Stage):
         """A machine is copied with its disk and the random bytes that it will draw, and the copy boots."""
         if len(self.machines) >= 6:
             return
-        machine = self.chance.choice(self.machines)
-        self.ledger.twins += 1
-        name = "abcdefghijklmnopqrstuvwxyz"[len(self.machines)]
-        self.trace.note(f"{name} is a clone of {machine.name}")
-        twin = self.known(machine.clone(name))
+        twin = self.clone(self.chance.choice(self.machines))
         self.mount(twin)
         await self.wait_for(twin, 20)
 

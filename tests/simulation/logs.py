@@ -13,22 +13,28 @@ _BUGS = re.compile(r"internal error|unexpectedly|its row says that nothing lives
 
 
 class _Judge(logging.Handler):
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, allowed: str) -> None:
         super().__init__(logging.WARNING)
         self._trace = trace
+        self._allowed = allowed
         self.bugs: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         self._trace.event(message)
+        if self._allowed and re.search(self._allowed, message):
+            return
         if record.exc_info or _BUGS.search(message):
             self.bugs.append(self.format(record))
 
 
 @contextlib.contextmanager
-def judged(trace: Trace) -> Iterator[None]:
-    """Raises at the end of the block if something was logged that no fault of a backend explains."""
-    logger, judge = logging.getLogger("qsfs"), _Judge(trace)
+def judged(trace: Trace, allowed: str = "") -> Iterator[None]:
+    """Raises at the end of the block if something was logged that no fault of a backend explains.
+
+    What matches the pattern `allowed` is no bug.
+    """
+    logger, judge = logging.getLogger("qsfs"), _Judge(trace, allowed)
     logger.addHandler(judge)
     before, logger.propagate = logger.propagate, False
     try:

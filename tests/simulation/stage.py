@@ -51,6 +51,7 @@ class Stage:
         self.applications = Applications(self.ledger, self.chance)
         self.machines: list[Machine] = []
         self.retention = 3.0
+        self.allowed_log = ""
         self.nursery: trio.Nursery
 
     @contextlib.contextmanager
@@ -58,7 +59,7 @@ class Stage:
         """Commands find the simulated backends, packs are small; what is sealed, published and logged is watched."""
         with ExitStack() as stack:
             self.seals = stack.enter_context(recorded())
-            stack.enter_context(judged(self.trace))
+            stack.enter_context(judged(self.trace, self.allowed_log))
             for module in (takeover, rollback, restoring):
                 stack.enter_context(mock.patch.object(module, "links", _links))
             stack.enter_context(mock.patch.object(rollback, "read_secret", lambda config: SECRET))
@@ -158,6 +159,13 @@ class Stage:
             life.nursery.start_soon(until_done)
         with trio.move_on_after(self.chance.choice((0.0, 3.0, 15.0)) if seconds is None else seconds):
             await done.wait()
+
+    def clone(self, machine: Machine) -> Machine:
+        """A copy of a machine: its disk as it is now, and the random bytes that it is going to draw."""
+        self.ledger.twins += 1
+        name = "abcdefghijklmnopqrstuvwxyz"[len(self.machines)]
+        self.trace.note(f"{name} is a clone of {machine.name}")
+        return self.known(machine.clone(name))
 
     async def stop_all(self) -> None:
         """Every machine loses power; those that stand still, too."""

@@ -1,0 +1,104 @@
+"""Schedules of deletion and ownership that need the whole system: who must not delete finds out before it does."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import trio
+
+from qsfs.errors import Fenced
+from tests.simulation.directed import Directed, live
+from tests.simulation.engine import thaw
+from tests.simulation.machine import Life
+
+
+async def _dead_packs(stage: Directed, life: Life, rounds: int = 5) -> None:
+    """Packs die, and some may go with the next head."""
+    for letter in "abcdefgh"[:rounds]:
+        await stage.write(life, "f", 8, letter)
+        await stage.publish(life)
+
+
+async def _collect(life: Life) -> None:
+    with contextlib.suppress(Fenced):
+        await life.flushing.collect(dry_run=False)
+
+
+def test_a_copy_of_the_machine_deletes_nothing_of_the_one_that_owns(scratch: Path, expect_log) -> None:
+    """A copied machine mounts and owns; the original collects: it is fenced by the head that must come first."""
+    expect_log("has taken over")
+
+    async def story(stage: Directed) -> None:
+        life = await stage.up(stage.first)
+        await _dead_packs(stage, life)
+        twin = stage.clone(stage.first)
+        other = await stage.up(twin)
+        await stage.write(other, "g", 8, "t")
+        await stage.publish(other)
+        before = set(stage.cluster.deleted)
+        await stage.write(life, "f", 8, "z")
+        with trio.move_on_after(120):
+            await _collect(life)
+        assert life.fenced is not None
+        await trio.sleep(60)
+        deleted_by_owner = stage.cluster.deleted - before
+        assert not deleted_by_owner & stage.cluster.deleted_by.get(life.name, set())
+
+    live(scratch, story)
+
+
+def test_an_owner_that_stood_still_deletes_nothing_after_a_takeover(scratch: Path, expect_log) -> None:
+    """A stands still for hours with permission to delete; B takes over and pins; A goes on: what B keeps stays."""
+    expect_log("has taken over")
+
+    async def story(stage: Directed) -> None:
+        life = await stage.up(stage.first)
+        await _dead_packs(stage, life)
+        life.frozen = True
+        second = stage.new_machine()
+        await stage.take_over(second, 600)
+        other = await stage.up(second)
+        await stage.write(other, "g", 8, "b")
+        await stage.publish(other)
+        await trio.sleep(4 * 3600)
+        thaw(life)
+        await stage.write(life, "f", 8, "z")
+        await trio.sleep(120)
+        assert life.fenced is not None
+
+    live(scratch, story)
+
+
+def test_a_shard_that_moved_stays_as_long_as_its_pack_is_named(scratch: Path) -> None:
+    """A pack is completed elsewhere while a backend is away; the shard that came late there is deleted by nobody."""
+
+    async def story(stage: Directed) -> None:
+        life = await stage.up(stage.first)
+        stage.cluster.faults[1].slow = 50.0
+        stage.cluster.faulty.add(1)
+        await stage.write(life, "keep", 8, "k")
+        await stage.publish(life)
+        stage.cluster.heal()
+        await trio.sleep(120)
+        await _dead_packs(stage, life)
+        await _collect(life)
+        await trio.sleep(60)
+
+    live(scratch, story)
+
+
+def test_a_machine_that_is_alone_is_never_refused(scratch: Path) -> None:
+    """Cut, head sent, crash before its record, again and again: it knows its own heads."""
+
+    async def story(stage: Directed) -> None:
+        for letter in "abcd":
+            life = await stage.up(stage.first)
+            await stage.write(life, "f", 2, letter)
+            await stage.sync(life, 0.0)
+            await trio.sleep(0.02)
+            life.cut_power()
+            await life.ended.wait()
+        assert stage.first.error is None
+
+    live(scratch, story)
