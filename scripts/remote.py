@@ -28,6 +28,7 @@ from cost import measure_cost
 from latency import durable_writes_beside_a_writer, random_reads
 from measures import MIB
 from quickstart import QSFS, answers, free_ports, wait_for
+from steady import measure_steady
 
 from qsfs.cli.output import format_table
 from qsfs.values import format_size
@@ -40,6 +41,7 @@ PARTS = {
     "delayed_fetch": "sequential read, delayed",
     "delayed_random": "random reads of 128 KiB, delayed",
     "cost": "bytes stored for each byte of scattered 4 KiB pages that changed",
+    "steady": "bytes sent for each byte that changed of a database that is rewritten for ever, virtual time",
     "quiet": "4 KiB write + fsync beside a writer, nothing flushed",
     "flushing": "4 KiB write + fsync beside a writer, flushed meanwhile",
 }
@@ -52,6 +54,15 @@ COSTS = {
     "other_per_byte": "  other records",
 }
 """What a cut costs, and how a table calls it."""
+STEADY = {
+    "sent_per_byte": "all of it, collect and rewriting included",
+    "sent_data_per_byte": "  shards of data",
+    "sent_metadata_per_byte": "  shards of metadata",
+    "sent_heads_per_byte": "  heads",
+    "metadata_bytes_per_page": "bytes of metadata for each page that changed",
+    "held_per_byte": "held by packs that something lives in, for each byte that lives",
+}
+"""The same in the long run."""
 _NEVER = "cut_seconds = 3600\nquiet_seconds = 3600"
 _ALWAYS = "cut_seconds = 5\nquiet_seconds = 0.5"
 _CHUNK = MIB
@@ -157,6 +168,10 @@ def measure_remote(
         **{name: [] for name in PARTS if name in only},
     }
     for _ in range(rounds):
+        if "steady" in only:
+            report["steady"].append(measure_steady(directory))
+        if set(only) <= {"steady"}:
+            continue
         with tempfile.TemporaryDirectory(prefix="qsfs-bench-", dir=directory) as place:
             for name, found in _round(Path(place), size, rtt_ms, codec, only):
                 report[name].append(found)
@@ -165,7 +180,7 @@ def measure_remote(
 
 def remote_table(report: dict[str, Any]) -> str:
     """The report for people: the median round of each part."""
-    rates, latencies, costs = [], [], []
+    rates, latencies, costs, steady = [], [], [], []
     for name, what in PARTS.items():
         runs = report.get(name)
         if not runs:
@@ -173,6 +188,10 @@ def remote_table(report: dict[str, Any]) -> str:
         if name == "cost":
             run = sorted(runs, key=lambda run: run["stored_per_byte"])[len(runs) // 2]
             costs += [[what, f"{run[key]:.3f}"] for key, what in COSTS.items() if key in run]
+            continue
+        if name == "steady":
+            run = sorted(runs, key=lambda run: run["sent_per_byte"])[len(runs) // 2]
+            steady += [[what, f"{run[key]:.3f}"] for key, what in STEADY.items() if key in run]
             continue
         key = "p50_ms" if "p50_ms" in runs[0] else "mb_per_second"
         run = sorted(runs, key=lambda run: run[key])[len(runs) // 2]
@@ -199,6 +218,8 @@ def remote_table(report: dict[str, Any]) -> str:
         tables.append(format_table(["measure", "p50, ms", "p99, ms", "the writer, MB/s"], latencies))
     if costs:
         tables.append(format_table(["stored on all backends, for each byte of the pages that changed", ""], costs))
+    if steady:
+        tables.append(format_table(["sent to all backends in the long run, for each byte that changed", ""], steady))
     return (
         f"{report['backends']} backends on this machine, {report['code']}, {report['codec']}, "
         f"{format_size(report['size'])} of random bytes, {report['rounds']} rounds; "

@@ -11,6 +11,7 @@ from qsfs.remote.precopy import PreCopier
 from qsfs.store.snapshot import CommittedState, Want
 
 _POLL_SECONDS = 0.5
+_LAST_POLL_SECONDS = 10.0
 _LITTLE_PACKS = 4
 """Packs' worth of dirty bytes that need not be uploaded ahead of a cut."""
 
@@ -32,10 +33,13 @@ class Ahead:
         self._precopier.press("more is dirty than a cut may seal", orphans_too=False)
         enough, little = most_bytes // 2, min(most_bytes // 2, _LITTLE_PACKS * context.sealer.pack_bytes)
         before = self._precopier.bytes_recorded
+        pause = _POLL_SECONDS
         while True:
-            await trio.sleep(_POLL_SECONDS)
+            await trio.sleep(pause)
             await context.committer.commit()
             recorded = self._precopier.bytes_recorded
+            # Nothing leaves in an outage, which may take days.
+            pause = _POLL_SECONDS if recorded > before else min(_LAST_POLL_SECONDS, 2 * pause)
             stalled = recorded - before < little
             before = recorded
             goal = enough if stalled else little

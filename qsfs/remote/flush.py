@@ -30,6 +30,7 @@ from qsfs.remote.pinning import Pinning
 from qsfs.remote.precopy import PreCopier
 from qsfs.remote.pressure import Pressure
 from qsfs.remote.renewal import Renewer
+from qsfs.remote.rewrite import MARKED_BYTES
 from qsfs.remote.shards import ShardReader
 from qsfs.remote.upkeep import Upkeep, every_second
 from qsfs.store.schema import Table
@@ -103,6 +104,8 @@ class Flusher:
             retention_seconds=config.retention_seconds,
             rewrite_below=config.rewrite_below,
             fleets=lambda: self._generations.fleets,
+            # What is marked counts as exposed, though a published head has it: it must not make cuts by itself.
+            rewrite_bytes=config.exposure_bytes // 8 or MARKED_BYTES,
         )
         self.drainer = self._upkeep.drainer
         self._pace = Pace(config.cut_bytes)

@@ -60,7 +60,7 @@ class Rewriter:
         *,
         share: float,
         short_of_room: Callable[[], bool],
-        most_bytes: int = MARKED_BYTES,
+        most_bytes: int,
     ) -> None:
         self.rewritten_packs = 0
         self.rewritten_bytes = 0
@@ -69,7 +69,7 @@ class Rewriter:
         self._share = share
         self._short_of_room = short_of_room
         limits = context.store.limits
-        self._most_bytes = min(most_bytes, (limits.high_bytes - limits.low_bytes) // 2)
+        self._most_bytes = min(most_bytes, MARKED_BYTES, (limits.high_bytes - limits.low_bytes) // 2)
         self._marked: dict[int, _Marked] = {}
         self._candidates = Candidates(
             lambda number: pack_row(context.store, number), pack_bytes=context.sealer.pack_bytes, share=share
@@ -98,7 +98,8 @@ class Rewriter:
         room = self._most_bytes - sum(marked.size for marked in self._marked.values())
         if room <= 0:
             return
-        for choice in self._candidates.choose(room, context.clock.monotonic(), context.clock.time_ns()):
+        now, wall_ns = context.clock.monotonic(), context.clock.time_ns()
+        for choice in self._candidates.choose(room, now, wall_ns, one_at_least=not self._marked):
             await self._rewrite(choice)
 
     def _take_in(self) -> None:

@@ -132,8 +132,11 @@ class Candidates:
         """Lets go of a pack in which nothing lives any more."""
         self._thin.pop(number, None)
 
-    def choose(self, most_bytes: int, now: float, wall_ns: int) -> list[Choice]:
-        """What to rewrite together now, thinnest first, of about `most_bytes` that live; nothing if too little is."""
+    def choose(self, most_bytes: int, now: float, wall_ns: int, *, one_at_least: bool = True) -> list[Choice]:
+        """What to rewrite together now, thinnest first, of `most_bytes` that live; nothing if too little is.
+
+        `one_at_least`: the first thin one goes whatever it takes.
+        """
         found: list[tuple[float, float, Choice]] = []
         for number in [number for number, _ in zip(self._thin, range(_LOOKED_AT), strict=False)]:
             known = self._thin.pop(number)
@@ -148,7 +151,7 @@ class Candidates:
         chosen: list[Choice] = []
         size, waited = 0, False
         for _, since, choice in found:
-            if chosen and size + choice.row.live > most_bytes:
+            if (chosen or not one_at_least) and size + choice.row.live > most_bytes:
                 break
             chosen.append(choice)
             size += choice.row.live

@@ -93,7 +93,7 @@ class SecondLook:
         async def ask(shard: int, number: int) -> None:
             answers[shard] = None
             member = self._context.uploader.members.by_number(number)
-            if member is None or not member.identified:
+            if member is None or not member.identified or not member.ready:
                 return
             with trio.move_on_after(EXISTS_SECONDS):
                 try:

@@ -78,6 +78,7 @@ class Upkeep:
         owner_epoch: Callable[[], int],
         retention_seconds: float,
         rewrite_below: float,
+        rewrite_bytes: int,
         fleets: Callable[[], tuple[Fleet, ...]] = tuple,
     ) -> None:
         """What the spool has given up by now was given up before this mount published its first head."""
@@ -108,7 +109,9 @@ class Upkeep:
             owner_epoch=owner_epoch,
             ready=lambda: published() == base().sealed.ref,
         )
-        self.rewriter = Rewriter(context, reader, share=rewrite_below, short_of_room=short_of_room)
+        self.rewriter = Rewriter(
+            context, reader, share=rewrite_below, short_of_room=short_of_room, most_bytes=rewrite_bytes
+        )
         self._abandoned = self.given_up()
         self._head_at = context.clock.monotonic()
 

@@ -32,12 +32,15 @@ SHARD_SECONDS = 60.0
 STRAGGLING_BYTES = 8 << 20
 """Bytes of shards that may still be on their way after their packs were given back as written."""
 SETS_PER_BACKEND = 8
+ROUND_SECONDS = 1.0
+"""How often it is looked whether the free space of backends has to be asked for."""
 HURRIED_GRACE_SECONDS = 0.1
 """How long a written pack is waited for to become full while fsyncs wait for the head."""
 LATE_SECONDS = 2.0
 """A backend is late at the earliest after this; and not before three times what half of the others took."""
 FIRST_PAUSE = 0.5
 LAST_PAUSE = 15.0
+_LOOKS_A_PAUSE = 8
 
 
 class Upload:
@@ -148,7 +151,7 @@ class Uploader:
                 while True:
                     if self._free.stale:
                         await self._free.refresh()
-                    await trio.sleep(1.0)
+                    await trio.sleep(ROUND_SECONDS)
         finally:
             self._nursery = None
 
@@ -327,7 +330,11 @@ class Uploader:
         jitter = int.from_bytes(self._clock.random_bytes(2), "big") / 65536
         end = trio.current_time() + longest * (0.5 + jitter / 2)
         upload.failed.clear()
+        step = max(FIRST_PAUSE, longest / _LOOKS_A_PAUSE)
         while trio.current_time() < end:
-            await trio.sleep(min(FIRST_PAUSE, max(0.0, end - trio.current_time())))
+            await trio.sleep(min(step, max(0.0, end - trio.current_time())))
+            able = upload.stored + sum(member.writable for member in self.members)
+            if able < self.code.write_quorum:
+                continue
             if upload.stored + len(self._choose(upload, upload.missing)) >= self.code.write_quorum:
                 return

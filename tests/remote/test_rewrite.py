@@ -107,6 +107,21 @@ async def test_packs_that_are_not_thin_enough_do_not_keep_others_from_their_turn
         assert flusher.status()["rewrite"]["rewritten_packs"] == 1 and last not in thin(machine)
 
 
+@pytest.mark.parametrize("limit", [0, 8 * 16 * PAGE])
+async def test_what_is_on_its_way_stays_far_below_a_limit_to_exposure(
+    world: World, machine: FlushMachine, clock, limit: int
+):
+    """It counts as exposed: else rewriting alone would bring cut after cut, and alarms."""
+    async with thinned(machine, evicted=False, exposure_bytes=limit) as (flusher, _, content):
+        rewriter = flusher._upkeep.rewriter
+        most = 0
+        for _ in range(400):
+            await trio.sleep(5)
+            most = max(most, sum(marked.size for marked in rewriter._marked.values()))
+        assert thin(machine) == [] and restore(world).files["a"] == content
+        assert most <= limit // 8 if limit else most == PAGES // 4 * PAGE, most
+
+
 async def test_the_next_mount_finds_what_is_thin(world: World, machine: FlushMachine, clock):
     async with thinned(machine, evicted=False) as (_, number, content):
         assert thin(machine)
