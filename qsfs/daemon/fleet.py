@@ -15,6 +15,7 @@ from qsfs.daemon.promises import promises_of
 from qsfs.errors import BackendError, BackendRefused, ConfigError, Corrupt, FormatMismatch, MountError, NotFound
 from qsfs.format.erasure import CodeParams
 from qsfs.format.fleet import Fleet, FleetEntry
+from qsfs.format.identity import BackendIdentity
 from qsfs.format.superblock import encode_superblock
 from qsfs.remote.fleet_change import FleetChange, Joining, held_back
 from qsfs.remote.fleet_plan import (
@@ -29,7 +30,7 @@ from qsfs.remote.fleet_plan import (
 )
 from qsfs.remote.flush import Flusher
 from qsfs.remote.generation import Generations
-from qsfs.remote.identity import ask_anew
+from qsfs.remote.identity import ask_anew, identify
 from qsfs.remote.losses import Loss
 from qsfs.remote.members import OUTSIDE, Candidate, Member, Members, State
 from qsfs.remote.quorum import assess
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from qsfs.daemon.service import Service
 
 _ASK_SECONDS = 10.0
+_REFUSED_SECONDS = 2.0
 
 
 def describe_fleet(fleets: Sequence[Fleet], members: Members | None, left: Mapping[int, int] | None) -> dict[str, Any]:
@@ -147,6 +149,7 @@ class _Applying:
     async def run(self, *, dry_run: bool) -> dict[str, Any]:
         configs = {backend.name: backend for backend in self._config.backends}
         configured = await self._ask_all(dry_run=dry_run)
+        await self._ask_lost()
         packs_left = await self._flusher.drainer.count()
         answering = {m.number for m in self._members if m.identified and m.state is State.UP}
         plan = plan_change(
@@ -216,13 +219,21 @@ class _Applying:
         named = next((entry for entry in self._before.entries if name_of(entry) == one.name), None)
         may_be_made = named is None or named.number in self._lost
         try:
-            if may_be_made and not dry_run:
+            if named is None and not dry_run:
                 await prepare_namespaces([backend], clock)
-            identity = await ask_anew(candidate, self._members, self._service.opened.keys, _ASK_SECONDS)
+            try:
+                identity = await self._identity(candidate)
+            except BackendRefused:
+                # The namespace has gone with what is lost, most likely.
+                if dry_run or not may_be_made:
+                    raise
+                await prepare_namespaces([backend], clock)
+                # Connections that were refused are not tried again at once.
+                await trio.sleep(_REFUSED_SECONDS)
+                identity = await self._identity(candidate)
         except NotFound:
             return replace(one, shown=Shown.NOTHING)
         except BackendRefused as error:
-            # There is no namespace yet, most likely: a change makes it.
             shown = Shown.NOTHING if may_be_made and dry_run else Shown.SILENCE
             return replace(one, shown=shown, problem=str(error))
         except BackendError as error:
@@ -230,6 +241,15 @@ class _Applying:
         except (Corrupt, FormatMismatch) as error:
             return replace(one, shown=Shown.DAMAGE, problem=str(error))
         return replace(one, number=identity.number, identity=identity.identity)
+
+    async def _identity(self, candidate: Candidate) -> BackendIdentity:
+        return await ask_anew(candidate, self._members, self._service.opened.keys, _ASK_SECONDS)
+
+    async def _ask_lost(self) -> None:
+        """Sees whether what is said to be lost answers after all, also where nobody needed it for a while."""
+        with trio.move_on_after(_ASK_SECONDS):
+            for member in self._members.of(self._lost):
+                await identify(member, self._service.opened.keys)
 
     def _reconnect(self, configured: Sequence[Configured]) -> None:
         """Uses the configured connections of entries that are elsewhere now, or had none."""

@@ -22,7 +22,7 @@ from qsfs.remote.context import FlushContext
 from qsfs.remote.exposure import Exposure
 from qsfs.remote.flush import Flusher
 from qsfs.remote.ledger import Ledger
-from qsfs.remote.members import Members, State
+from qsfs.remote.members import OUTSIDE, Members, State
 from qsfs.remote.mount_check import check_offline, offline_warning
 from qsfs.remote.packing import Sealer
 from qsfs.remote.placement import FreeSpace
@@ -278,5 +278,13 @@ class Flushing:
             entries = {entry.number for entry in self._fleet.entries}
             answering = sum(m.number in entries and m.identified and m.state is not State.DOWN for m in self.members)
             found["sentences"] = list(assessment.sentences())
-            found["warnings"] = [*assessment.outage(len(entries) - answering), *assessment.warnings()]
+            found["warnings"] = [
+                *assessment.outage(len(entries) - answering),
+                *assessment.warnings(),
+                *(
+                    f"{member.name} is configured and not in the fleet; 'qsfs fleet list' says more"
+                    for member in self.members
+                    if member.entry.state == OUTSIDE
+                ),
+            ]
         return found

@@ -20,7 +20,7 @@ from qsfs.daemon.host import host_name
 from qsfs.daemon.lock import CacheLock, require_access
 from qsfs.daemon.promises import require_promises
 from qsfs.daemon.secret import read_secret
-from qsfs.errors import CacheError
+from qsfs.errors import CacheError, ConfigError
 from qsfs.filesystem.namespace import make_root
 from qsfs.format.erasure import Code, CodeParams
 from qsfs.format.head import MetadataPack
@@ -82,6 +82,8 @@ async def format_file_system(
         config.code.data_shards, config.code.data_shards + config.code.parity_shards, config.code.codec
     )
     require_promises(config, code)
+    if draining := [backend.name for backend in config.backends if backend.drain]:
+        raise ConfigError(f"{config.path}: drain = true means nothing in a new file system: {', '.join(draining)}")
     secret = read_secret(config) if secret is None else secret
     lock = CacheLock(directory)
     try:
