@@ -52,7 +52,17 @@ def lines(found: dict[str, Any], now: float) -> list[str]:
         if found[name]:
             out.append(f"  {found[name]} wait {why}" if name != "being_deleted" else f"  {found[name]} are {why}")
     out += [f"  no answer from {name}: what it holds of them is deleted later" for name in found["unanswered"]]
-    return out + _strays(found["strays"], now)
+    return [*out, *_strays(found["strays"], now), *_unreclaimed(found["unreclaimed"])]
+
+
+def _unreclaimed(found: list[dict[str, Any]]) -> list[str]:
+    """What was deleted and takes space all the same."""
+    from qsfs.values import format_size
+
+    if not found:
+        return []
+    out = ["deleted since this cache began, and still on the disks of backends that are 0-dbs, at least:"]
+    return out + [f"  {entry['backend']}: {format_size(entry['bytes'])}" for entry in found]
 
 
 def _strays(found: dict[str, Any], now: float) -> list[str]:

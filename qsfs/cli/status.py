@@ -156,6 +156,9 @@ def _exposure(found: dict[str, Any]) -> list[str]:
         if flush["dead"]["packs"]:
             size = format_size(flush["dead"]["bytes"])
             out.append(f"dead on the backends: {size}; 'qsfs collect --dry-run' tells more")
+        kept = sum(entry["bytes"] for entry in flush["dead"]["unreclaimed"])
+        if kept:
+            out.append(f"deleted, and still on backends' disks until their namespaces go: at least {format_size(kept)}")
         strays = flush["dead"]["strays"]
         if strays["packs"]:
             size = format_size(strays["bytes"])

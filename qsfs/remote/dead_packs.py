@@ -20,6 +20,7 @@ from qsfs.format.extent import ExtentEntry, PackKind
 from qsfs.format.head import Head, HeadRef, KeptGeneration, head_key, open_head
 from qsfs.format.keys import KeyRing
 from qsfs.format.pack import TRAILER_SIZE, index_offset, open_index
+from qsfs.format.shard import OVERHEAD
 from qsfs.remote.chain import listed_ids
 from qsfs.remote.collect import delete_on
 from qsfs.remote.context import FlushContext
@@ -29,6 +30,7 @@ from qsfs.remote.members import Member, Members, State
 from qsfs.remote.running import RunningTime
 from qsfs.remote.shards import ShardReader
 from qsfs.remote.stored import StoredPack
+from qsfs.remote.unreclaimed import Unreclaimed
 from qsfs.store.packs import pack_row
 from qsfs.store.schema import PackRow, Table, u64
 from qsfs.store.store import NEXT_PACK
@@ -107,6 +109,7 @@ class DeadPackCollector:
         self._running = running or RunningTime(context.store, context.clock)
         self._deaths: dict[int, Death] = {}
         self._unanswered: dict[int, frozenset[str]] = {}
+        self._unreclaimed = Unreclaimed(context.store)
         self._context = context
         self._reader = reader
         self._named = named
@@ -344,9 +347,11 @@ class DeadPackCollector:
         missing: set[str] = set()
 
         async def clear(member: Member, shards: Sequence[bytes]) -> None:
-            if await delete_on(member, shards) is None:
+            gone = await delete_on(member, shards)
+            if gone is None:
                 missing.add(member.name)
             else:
+                self._unreclaimed.add(member, gone * (pack.ref.shard_size + OVERHEAD))
                 cleared.add(member.number)
 
         async with trio.open_nursery() as nursery:

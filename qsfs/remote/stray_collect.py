@@ -24,6 +24,7 @@ from qsfs.remote.naming import Naming
 from qsfs.remote.running import RunningTime
 from qsfs.remote.scanning import SCAN_PREFIX, Scanner, Sieve, Walk, scan_key
 from qsfs.remote.strays import STRAY_PREFIX, Stray, Strays, StrayView, stray_key
+from qsfs.remote.unreclaimed import Unreclaimed
 from qsfs.store.schema import Table
 
 _log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class StrayCollector:
         self._owner_epoch = owner_epoch
         self._ready = ready
         self._scanner = Scanner(context.uploader.members, context.sealer.keys.fsid, context.clock)
+        self._unreclaimed = Unreclaimed(context.store)
         self._sieve_until = -math.inf
         self._judge_not_before = -math.inf
         self._not_before: dict[bytes, float] = {}
@@ -227,6 +229,8 @@ class StrayCollector:
                 missing.add(member.name)
             else:
                 failpoints.hit("stray.deleted.one")
+                sizes = sum(place.size for place in stray.places if place.member == number)
+                self._unreclaimed.add(member, sizes * gone // len(wanted))
                 self.strays.cleared(stray.pack_id, [number])
 
         async with trio.open_nursery() as nursery:

@@ -31,6 +31,7 @@ from qsfs.remote.second_look import SecondLook
 from qsfs.remote.shards import ShardReader
 from qsfs.remote.stray_collect import StrayCollector
 from qsfs.remote.strays import StrayView
+from qsfs.remote.unreclaimed import Unreclaimed
 
 _log = logging.getLogger(__name__)
 
@@ -175,8 +176,12 @@ class Upkeep:
         }
 
     def report(self) -> dict[str, Any]:
-        """What is dead on the backends, with `strays` for what nothing ever named or names any more."""
-        return {**self.dead.report(), "strays": self.strays.report()}
+        """What is dead on the backends, with `strays` for what nothing ever named or names any more.
+
+        `unreclaimed` is what was deleted on each backend, whose disk has it still.
+        """
+        unreclaimed = Unreclaimed(self._context.store).report(self._context.uploader.members)
+        return {**self.dead.report(), "strays": self.strays.report(), "unreclaimed": unreclaimed}
 
     def note_time(self) -> None:
         """Records the running time with the next commit if anything waits for it."""

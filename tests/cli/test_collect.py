@@ -13,8 +13,8 @@ NOTHING: dict[str, Any] = {**Strays(3600).report(0.0), "unanswered": [], "proble
 
 
 def told(graveyard: Graveyard, now: float, unanswered: tuple[str, ...] = ()) -> list[str]:
-    found: dict[str, Any] = {**graveyard.report(now), "unanswered": list(unanswered), "strays": NOTHING}
-    return lines(found, NOW)[:-1]
+    dead = {**graveyard.report(now), "unanswered": list(unanswered)}
+    return lines({**dead, "strays": NOTHING, "unreclaimed": []}, NOW)[:-1]
 
 
 def test_where_nothing_is_dead_one_line_says_so():
@@ -56,7 +56,9 @@ def test_strays_are_told_with_their_age_and_the_scans_that_found_them():
     ]
     found = {**strays.report(5400.0), "unanswered": ["10.0.0.3:9900/qsfs"], "problem": "why", "scans": scans}
     found["left_out"] = 1
-    everything = {**Graveyard(3600).report(0.0), "unanswered": [], "strays": found}
+    unreclaimed = [{"backend": "10.0.0.1:9900/qsfs", "bytes": 3 << 20}]
+    dead = {**Graveyard(3600).report(0.0), "unanswered": []}
+    everything = {**dead, "strays": found, "unreclaimed": unreclaimed}
     assert lines(everything, NOW)[1:] == [
         "4 packs, 4.0 MiB, on the backends named by nothing (strays), the first known for 75 min of running time",
         "  2 wait for the retention time",
@@ -67,4 +69,6 @@ def test_strays_are_told_with_their_age_and_the_scans_that_found_them():
         "  no answer from 10.0.0.3:9900/qsfs: what it holds of them is deleted later",
         "  scans: 2 backends, the longest ago 10.0.0.1:9900/qsfs: 2.0 h",
         "  scans: 10.0.0.3:9900/qsfs was not scanned to its end yet",
+        "deleted since this cache began, and still on the disks of backends that are 0-dbs, at least:",
+        "  10.0.0.1:9900/qsfs: 3.0 MiB",
     ]

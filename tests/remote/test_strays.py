@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 
 import pytest
 import trio
@@ -15,6 +16,7 @@ from qsfs.backend.memory import MemoryStore
 from qsfs.errors import BackendUnavailable
 from qsfs.format.head import HeadRef, head_key, open_head
 from qsfs.format.shard import parse_shard_key, shard_key
+from qsfs.remote import naming as naming_module
 from qsfs.remote import scanning, strays, upkeep
 from qsfs.remote.base import BASE_KEY, encode_local_head
 from qsfs.remote.flush import Flusher
@@ -66,12 +68,13 @@ def rows(machine: FlushMachine) -> list[bytes]:
     return [key for key, _ in machine.store.scan(Table.LOCAL, STRAY_PREFIX, b"stray;")]
 
 
-async def crashed(machine: FlushMachine, point: str, *, write: bool = True) -> set[bytes]:
+async def crashed(machine: FlushMachine, point: str) -> set[bytes]:
     """A mount that dies at a failpoint while it flushes a new file; returns the packs that it left behind."""
+    quiet = 5.0 if "precopy" in point else 1e6
     before = stored_packs(machine.world)
     with contextlib.suppress(Crash):
         try:
-            async with flushing(machine, retention_seconds=RETENTION) as flusher:
+            async with flushing(machine, retention_seconds=RETENTION, quiet_seconds=quiet) as flusher:
                 await flusher.sync()
                 failpoints.arm(point, crash)
                 machine.write(machine.create(f"before {point}"), 0, b"c" * PAGE * 40)
@@ -107,6 +110,9 @@ async def test_a_stray_goes_after_its_retention_time_and_everything_else_stays(
         assert (report["packs"], report["deleted_packs"], report["deleted_bytes"]) == (0, 1, 600)
         assert all(scan["ended_ns"] for scan in report["scans"])
         assert rows(machine) == []
+        assert {entry["backend"]: entry["bytes"] for entry in flusher.dead_packs()["unreclaimed"]} == {
+            machine.backends[number].name: 150 for number in range(4)
+        }
 
 
 @pytest.mark.parametrize("point", ["flush.precopy.written", "flush.packs.uploaded"])
@@ -144,7 +150,7 @@ async def test_a_copy_of_a_named_pack_stays_wherever_it_lies(
 
 async def test_a_pack_that_is_on_its_way_for_long_stays(world: World, machine: FlushMachine, clock: MockClock):
     """Too few backends take shards for longer than the retention time; those that are stored by then count."""
-    async with flushing(machine, retention_seconds=RETENTION) as flusher:
+    async with flushing(machine, retention_seconds=RETENTION, cut_seconds=1e6) as flusher:
         await go_on(machine, flusher, 1, 30)
 
         def only_two(call: str, key: bytes) -> None:
@@ -159,6 +165,7 @@ async def test_a_pack_that_is_on_its_way_for_long_stays(world: World, machine: F
         await machine.committer.commit()
         await until(lambda: stored_packs(world) - before)
         (on_its_way, *_) = stored_packs(world) - before
+        assert on_its_way not in machine.spool.named
         flusher._upkeep.strays.strays._retention = 0.0
         for _ in range(3):
             await trio.sleep(60)
@@ -178,7 +185,7 @@ async def test_a_generation_that_was_sent_and_never_recorded_keeps_what_it_names
     async with flushing(machine, retention_seconds=RETENTION) as flusher:
         left -= {row.pack_id for row in pack_rows(machine).values()}
         assert left
-        await trio.sleep(60)
+        await trio.sleep(25)
         assert told(flusher)["packs"] == 0, "only the head that this mount took over knows them yet"
         sent = machine.first.predecessor
         flusher.generations.pins[sent] = ("sent",)
@@ -200,7 +207,7 @@ async def head_of(machine: FlushMachine, ref: HeadRef) -> tuple[bytes, bytes]:
     return key, next(value for store in machine.world.control if (value := store.peek(key)) is not None)
 
 
-@pytest.mark.parametrize("what", ["the head", "its metadata"])
+@pytest.mark.parametrize("what", ["the head", "its metadata", "its metadata, which do not come"])
 async def test_nothing_goes_while_a_kept_generation_cannot_be_read(
     world: World, machine: FlushMachine, clock: MockClock, what: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -212,7 +219,8 @@ async def test_nothing_goes_while_a_kept_generation_cannot_be_read(
             for member in machine.fleet_members:
                 member.control.gate = no_heads
         else:
-            monkeypatch.setattr(naming, "_reader", Silent())
+            monkeypatch.setattr(naming_module, "_READ_SECONDS", 20.0)
+            monkeypatch.setattr(naming, "_reader", Silent(math.inf if what.endswith("come") else 0.0))
         await go_on(machine, flusher, 4)
         assert stray in stored_packs(world)
         assert "cannot be told now" in told(flusher)["problem"]
@@ -229,10 +237,13 @@ def no_heads(call: str, key: bytes) -> None:
 
 
 class Silent:
-    """A reader that gets no data."""
+    """A reader that gets no data, and says so after some time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
 
     async def shards(self, pack: object, wanted: object) -> dict[int, memoryview]:
-        await trio.lowlevel.checkpoint()
+        await trio.sleep(self._seconds)
         raise BackendUnavailable("no answer")
 
 
@@ -241,7 +252,7 @@ async def test_without_another_head_no_stray_goes(world: World, machine: FlushMa
     async with flushing(machine, retention_seconds=RETENTION) as flusher:
         await go_on(machine, flusher, 1, 5)
         stray = plant_stray(world, 1)
-        await trio.sleep(60)
+        await trio.sleep(60 + RETENTION)
         assert told(flusher)["packs"] == 1
         machine.publisher.reach = 1
         machine.create("never published")
@@ -441,6 +452,26 @@ async def test_each_place_that_names_a_pack_is_asked(world: World, machine: Flus
         nothing = b"nowhere........."
         found = await naming.unnamed({row.pack_id: row.owner_epoch, nothing: row.owner_epoch})
         assert found == {nothing}
+
+
+async def test_what_was_deleted_is_counted_for_each_backend_over_restarts_and_not_for_its_successor(
+    world: World, machine: FlushMachine, clock: MockClock
+):
+    async with flushing(machine, retention_seconds=RETENTION) as flusher:
+        number = machine.create("a")
+        for byte in range(1, 8):
+            stored = sum(len(store.peek(key) or b"") for store in world.data for key in keys_of(store))
+            machine.write(number, 0, bytes([byte]) * PAGE * 40)
+            await go_on(machine, flusher, 1)
+        counted = flusher.dead_packs()["unreclaimed"]
+        assert stored > sum(entry["bytes"] for entry in counted) > 0
+        await flusher.stop(60)
+    async with flushing(machine, retention_seconds=RETENTION) as flusher:
+        assert flusher.dead_packs()["unreclaimed"] == counted
+        member = machine.fleet_members.by_number(1)
+        member.entry = dataclasses.replace(member.entry, identity=bytes(16))
+        left = [entry["backend"] for entry in flusher.dead_packs()["unreclaimed"]]
+        assert left == [entry["backend"] for entry in counted if entry["backend"] != member.name]
 
 
 # the register
