@@ -151,8 +151,8 @@ class Fetcher:
         What the cache has no room for went to the transient pages.  Pages that changed meanwhile
         are left as they are: whoever needs them looks again.
 
-        Raises `Unavailable` after the deadline (policy `error`) or when unblocked, `DataLost`, `Corrupt`,
-        `GenerationExpired`; each was logged with file, page, pack and shards.
+        Raises `Unavailable` after the deadline (policy `error`), but not for what the download rate holds up, or
+        when unblocked, `DataLost`, `Corrupt`, `GenerationExpired`; each was logged with file, page, pack and shards.
         """
         start, end = self._ahead.next(inode, first, count)
         if start < end and self._nursery is not None and not self._fails_now():
@@ -232,6 +232,9 @@ class Fetcher:
             if wait.unblocked:
                 self._fail(wait, late[0], f"the wait was ended by 'qsfs unblock'; {wait.why}", Unavailable)
             if not wait.keeps_waiting:
+                if all(job.pack is not None and self.reader.held_up(job.pack) for job in late):
+                    self._warn(wait, late[0], _WARN_SECONDS)
+                    continue
                 self._fail(wait, late[0], f"not here after {wait.seconds:.0f} s; {wait.why}", Unavailable)
             self._warn(wait, late[0], seconds)
             seconds = min(2 * seconds, max(self._deadline, _WARN_SECONDS))

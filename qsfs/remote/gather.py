@@ -363,11 +363,18 @@ class Gathering:
             del self._answers[key]
         self.poke()
 
+    @property
+    def held_up(self) -> bool:
+        """Whether a question waits for its turn by the download rate."""
+        asked = [self._reader.members.by_number(place) for (_, place), get in self._running.items() if not get.began]
+        return any(member is not None and rates_of(member.data).download.waits for member in asked)
+
     def explain(self) -> str:
         """How far it has come and what is in the way."""
         k = self.pack.ref.k
         here = len(self.found.keys() | self._dropped.keys())
-        return f"pack {self.pack.name}: {here} of the {k} shards needed can be had; {self._reasons()}"
+        why = "the download rate holds up the others" if self.held_up else self._reasons()
+        return f"pack {self.pack.name}: {here} of the {k} shards needed can be had; {why}"
 
     def _reasons(self) -> str:
         parts = []

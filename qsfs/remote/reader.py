@@ -163,6 +163,11 @@ class PackReader:
         gathering = self._gatherings.get(pack.ref.pack_id)
         return gathering is not None and gathering.asleep
 
+    def held_up(self, pack: StoredPack) -> bool:
+        """Whether reading `pack` waits for its turn by the download rate, and for no backend."""
+        gathering = self._gatherings.get(pack.ref.pack_id)
+        return gathering is not None and gathering.held_up
+
     # for gatherings
 
     def start(self, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:

@@ -300,15 +300,25 @@ async def load(
 ) -> None:
     """Reads the metadata packs, a few at a time, and applies them in order.
 
-    Raises `Unavailable` for one that does not come within the deadline, and what `Rebuild.load` raises.
+    Raises `Unavailable` for one that does not come within the deadline, though no rate holds it up, and what
+    `Rebuild.load` raises.
     """
     bodies: dict[int, bytes] = {}
     arrived = trio.Condition()
     slots = trio.Semaphore(_AHEAD)
 
+    async def end_when_late(pack: StoredPack, scope: trio.CancelScope) -> None:
+        while True:
+            await trio.sleep(deadline_seconds)
+            if not reader.held_up(pack):
+                scope.cancel()
+
     async def fetch(index: int, pack: StoredPack) -> None:
-        with trio.move_on_after(deadline_seconds) as scope:
-            body = await reader.body(pack)
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as reading:
+                reading.start_soon(end_when_late, pack, scope)
+                body = await reader.body(pack)
+                reading.cancel_scope.cancel()
         if scope.cancelled_caught:
             raise Unavailable(
                 f"metadata {reader.explain(pack)}; nothing was changed: bring backends back and try again"

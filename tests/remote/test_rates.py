@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 
+import pytest
 import trio
 
 from qsfs.backend.limits import RateLimit, with_limits
-from qsfs.errors import BackendError, BackendUnavailable
+from qsfs.errors import BackendError, BackendUnavailable, Unavailable
 from qsfs.remote import reader as reading
 from qsfs.remote.members import Member
 from qsfs.remote.reader import PackReader
@@ -17,6 +19,7 @@ from qsfs.store.schema import PAGE
 from tests.remote.flush_machine import FlushMachine, restore
 from tests.remote.flushing import flushing, pack_rows, until
 from tests.remote.harness import FaultyBackend, World
+from tests.remote.small_fs import SmallFs, noise
 
 SHARD = 132 << 10
 """More than a shard of these packs takes."""
@@ -159,3 +162,44 @@ async def test_no_backend_is_blamed_for_what_the_rate_holds_up(world: World, mac
         await flusher.sync()
         assert blamed == []
         await until(lambda: not machine.context.ledger.incomplete)
+
+
+async def test_no_read_fails_for_what_the_rate_holds_up(scratch, clock, expect_log):
+    """The deadline of a read is for backends that do not answer; a rate is what the operator asked for."""
+    expect_log("page .*: has been waiting for .*the download rate holds up", logging.WARNING)
+    fs = await SmallFs.make(scratch / "cache")
+    data = noise(64 * PAGE)
+    number = fs.remote_file("a", data, extent_pages=16)
+    limit = RateLimit(1000)
+    for member in fs.members:
+        member.data = with_limits(member.data, download=limit)
+    begun = trio.current_time()
+    async with fs.fetching(deadline_seconds=10) as fetcher:
+        await fetcher.fetch(number, 0, 64)
+    assert trio.current_time() - begun > 100
+    assert b"".join(fs.read(number, 0, 64)) == data
+    fs.close()
+
+
+async def test_a_read_that_a_rate_held_up_still_fails_when_no_backend_answers(scratch, clock, expect_log):
+    expect_log("page .*: has been waiting for .*the download rate holds up", logging.WARNING)
+    expect_log("not here after .*connection refused", logging.ERROR)
+    fs = await SmallFs.make(scratch / "cache")
+    number = fs.remote_file("a", noise(64 * PAGE), extent_pages=16)
+    limit = RateLimit(1000)
+    for member in fs.members:
+        member.data = with_limits(member.data, download=limit)
+    async with fs.fetching(deadline_seconds=10) as fetcher, trio.open_nursery() as nursery:
+        limit.charge(100_000)
+        nursery.start_soon(_down_after, fs, 50)
+        begun = trio.current_time()
+        with pytest.raises(Unavailable):
+            await fetcher.fetch(number, 0, 64)
+        assert 50 < trio.current_time() - begun < 200
+    fs.close()
+
+
+async def _down_after(fs: SmallFs, seconds: float) -> None:
+    await trio.sleep(seconds)
+    for backend in fs.backends.values():
+        backend.down = True

@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from qsfs import failpoints
+from qsfs.backend.limits import RateLimit, with_limits
 from qsfs.errors import (
     CacheError,
     Corrupt,
@@ -97,6 +98,22 @@ async def a_small_tree(fs):
         fs.upload(number)
     fs.commit()
     return directory, files
+
+
+async def test_what_the_download_rate_holds_up_is_not_late(fs, scratch, autojump_clock):
+    """A deadline is for backends that do not answer."""
+    await a_small_tree(fs)
+    fs.publish()
+    limit = RateLimit()
+    candidates = [dataclasses.replace(c, data=with_limits(c.data, download=limit)) for c in fs.candidates()]
+
+    def say(progress):
+        if progress.step == "reading metadata":
+            limit.rate = 10
+
+    begun = trio.current_time()
+    report = await fs.restore(scratch / "new", candidates=candidates, deadline_seconds=5.0, say=say)
+    assert report.tally.files == 2 and trio.current_time() - begun > 50
 
 
 async def test_everything_comes_back(fs, scratch):
