@@ -163,7 +163,7 @@ def _create_held(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     ticket = secrets.token_hex(8)
     try:
         with freeze(directory, args.freeze_seconds) as frozen:
-            require_handed_over(mountpoint)
+            require_handed_over(mountpoint, frozen.seconds_left)
             frozen.require_held()
             left = frozen.seconds_left
             control.ask(

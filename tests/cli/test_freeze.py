@@ -16,6 +16,7 @@ import pytest
 
 from qsfs.cli import freeze as module
 from qsfs.cli.freeze import cgroup_root, find_cgroup, freeze, refuse_own
+from qsfs.daemon import control, handover
 from qsfs.errors import ConfigError, DeadlineExceeded, DependencyMissing, QsfsError
 
 PATIENCE = 60.0
@@ -134,6 +135,35 @@ def test_at_the_deadline_they_go_on_though_the_command_hangs(fake: Fake):
         eventually(lambda: fake.wanted == "0", "thawed at the deadline")
         with pytest.raises(QsfsError, match="was thawed before"):
             frozen.require_held()
+
+
+def test_a_kernel_that_hands_nothing_over_holds_the_command_no_longer_than_the_applications(
+    fake: Fake, qsfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The cache may be full for hours; what is left of the wait is told, and no snapshot is made."""
+    waits: list[float | None] = []
+    asked: list[str] = []
+
+    def hand_over(mountpoint: Path, seconds: float | None = None) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            raise DeadlineExceeded("the kernel could not hand its pages over")
+
+    def ask(cache: Path, command: str, **_: object) -> object:
+        asked.append(command)
+        return {"status": {"process": 1}, "snapshot-list": []}.get(command)
+
+    monkeypatch.setattr(handover, "require_handed_over", hand_over)
+    monkeypatch.setattr(control, "ask", ask)
+    monkeypatch.setattr(module, "find_cgroup", lambda *_: fake.directory)
+    monkeypatch.setattr(module, "cgroup_root", lambda: fake.directory)
+    monkeypatch.setattr(module, "refuse_own", lambda *_: None)
+    assert qsfs("init", "demo").code == 0
+    done = qsfs("-c", tmp_path / "demo", "snapshot", "create", "name", "--freeze", "app", "--freeze-seconds", "5")
+    assert done.code and "could not hand its pages over" in done.err
+    assert waits[0] is None and waits[1] is not None and 0 < waits[1] <= 5
+    assert asked[-1] == "snapshot-abandon" and "snapshot-hold" not in asked
+    assert fake.wanted == "0"
 
 
 def test_that_somebody_else_thawed_them_is_noticed(fake: Fake):
