@@ -80,6 +80,9 @@ class CacheConfig:
     high_watermark: float = _key(0.90, fraction)
     low_watermark: float = _key(0.85, fraction)
     second_look_seconds: float = _key(120.0, duration(0, 86400))
+    # What a database reads in its first minutes is kept for its next start: so much of the cache at most.
+    start_seconds: float = _key(600.0, duration(0, 86400))
+    start_share: float = _key(0.25, number(0.0, 0.5))
 
     def __post_init__(self) -> None:
         if not 0 < self.low_watermark < self.high_watermark < 1:

@@ -90,6 +90,9 @@ class Keeper:
             await self._pause()
         while not store.work_off_truncations(steps):
             await self._pause()
+        store.start.end_due()
+        while not store.start.save(_WORK_STEPS):
+            await self._pause()
 
     async def _pause(self) -> None:
         """Lets requests run, and the open group be committed where it is full."""
@@ -104,21 +107,26 @@ class Keeper:
         begin = self._clock.monotonic()
         if begin < self._rest_until:
             return
-        recent_too = False
+        recent_too = start_too = False
         rounds = 0
+        most_rounds = 4 if self._store.start.any else 3
         freed = 0
         later = later_so_far = 0
         target = self._store.used_bytes - limits.low_bytes
-        while freed < target and rounds < 3:
+        while freed < target and rounds < most_rounds:
             done = self._evictor.step(
-                _STEP_ROWS, _STEP_BLOCKS, recent_too=recent_too, written_will_do=self._is_short()
+                _STEP_ROWS,
+                _STEP_BLOCKS,
+                recent_too=recent_too,
+                written_will_do=self._is_short(),
+                start_too=start_too,
             )
             freed += done.bytes
             later_so_far += done.later_pages
             if done.came_round:
                 later, later_so_far = later_so_far, 0
                 rounds += 1
-                recent_too = rounds > 1
+                recent_too, start_too = rounds > 1, rounds > 2
             await self._pause()
         self.evicted_bytes += freed
         if freed and not self._alarmed:

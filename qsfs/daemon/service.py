@@ -59,13 +59,14 @@ from qsfs.remote.images import refuse_images
 from qsfs.remote.reader import PackReader
 from qsfs.remote.restore import DIRECTORY
 from qsfs.store.limits import Limits
-from qsfs.store.schema import InodeFlag
+from qsfs.store.schema import BLOCK_SIZE, InodeFlag
 from qsfs.store.store import Store
 
 _log = logging.getLogger(__name__)
 
 _POLICY_STEP_SECONDS = 0.2
 _ANSWER_SECONDS = 2.0
+_SAVED_AT_ONCE = 1024
 
 
 class Service:
@@ -152,6 +153,8 @@ class Service:
         shutil.rmtree(config.cache.directory / DIRECTORY, ignore_errors=True)
         self._secret = secret
         self.store = Store(config.cache.directory, limits, self.clock)
+        most = int(config.cache.start_share * limits.full_bytes) // BLOCK_SIZE
+        self.store.start.begin(config.cache.start_seconds, most)
 
     async def _run_with_store(self) -> None:
         config, store = self.config, self.store
@@ -327,6 +330,9 @@ class Service:
         if hasattr(self, "flushing"):
             await self._publish_the_last()
         if self.committer.failed is None:
+            self.store.start.end_all()
+            while not self.store.start.save(_SAVED_AT_ONCE):
+                await self.committer.room()
             await self.committer.commit()
         self._finished.set()
 

@@ -18,6 +18,7 @@ from qsfs.store.block import ZERO_PAGE
 from qsfs.store.reading import LocalDamage
 from qsfs.store.replay import log_of
 from qsfs.store.schema import PAGE, Inode, InodeFlag, Page
+from qsfs.store.start import DATABASE
 from qsfs.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ class Contents:
         first, last = offset // PAGE, (end - 1) // PAGE
         if first == last:
             page = self._pages(inode, u, first, 1)[0]
+            if inode.flags & DATABASE and page is not ZERO_PAGE:
+                self._store.start.note(inode.number, first, 1)
             start = offset - first * PAGE
             if end - offset == PAGE and isinstance(page, bytes):
                 return page
@@ -114,6 +117,8 @@ class Contents:
             joined = self._store.blocks.reader.run(inode.number, first, last - first + 1)
         if joined is None:
             joined = b"".join(self._pages(inode, u, first, last - first + 1))
+        if inode.flags & DATABASE:
+            self._store.start.note(inode.number, first, last - first + 1)
         if len(joined) == end - offset:
             return joined
         return joined[offset - first * PAGE : end - first * PAGE]

@@ -30,6 +30,7 @@ from qsfs.store.schema import (
     decode_truncations,
     read_plain_u64,
 )
+from qsfs.store.start import ROW_BYTES
 from qsfs.store.store import FSID_KEY
 
 DATA = "data.mdb"
@@ -154,6 +155,10 @@ def _mark(key: bytes, value: memoryview) -> str | None:
     return None if len(value) == 8 else f"a mark of {len(value)} bytes cannot be"
 
 
+def _start(key: bytes, value: memoryview) -> str | None:
+    return _TWO(key, value) or (None if 0 < len(value) <= ROW_BYTES else f"a bitmap of {len(value)} bytes cannot be")
+
+
 def _any(key: bytes, value: memoryview) -> str | None:
     return None
 
@@ -179,4 +184,5 @@ _CHECKS: dict[Table, _Check] = {
     Table.SPILL_VALUES: _sized(_TWO, VALUE_SIZE),
     Table.SPILL_COVERED: _sized(_ONE, 8),
     Table.LOCAL: _any,
+    Table.START: _start,
 }

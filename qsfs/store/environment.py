@@ -8,6 +8,7 @@ with every commit.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any, NamedTuple
 import lmdb
 
 from qsfs.errors import CacheError, Corrupt, FormatMismatch
-from qsfs.store.schema import PAGE, SCHEMA_VERSION, Table
+from qsfs.store.schema import LOCAL_SCHEMA_VERSION, PAGE, Table
 
 _SCHEMA_KEY = b"schema"
 _TURN_KEY = b"turn"
+_OLDEST_SCHEMA = 1
+_LATER_TABLES = frozenset((Table.START,))
+"""Tables that a store of the oldest schema lacks."""
 
 
 class StoreFull(CacheError):
@@ -64,7 +68,8 @@ class Environment:
             self.databases: dict[Table, Any] = {}
             if readonly:
                 for table in Table:
-                    self.databases[table] = self.env.open_db(table.name.lower().encode(), create=False)
+                    with contextlib.suppress(*_missing(table)):
+                        self.databases[table] = self.env.open_db(table.name.lower().encode(), create=False)
             else:
                 with self.env.begin(write=True) as txn:
                     for table in Table:
@@ -77,15 +82,16 @@ class Environment:
         local = self.databases[Table.LOCAL]
         with self.env.begin(db=local, write=not readonly) as txn:
             row = txn.get(_SCHEMA_KEY)
-            if row is None and not readonly:
-                txn.put(_SCHEMA_KEY, SCHEMA_VERSION.to_bytes(4, "little"))
+            version = int.from_bytes(row or b"", "little")
+            known = _OLDEST_SCHEMA <= version <= LOCAL_SCHEMA_VERSION
+            if not readonly and (row is None or (known and version < LOCAL_SCHEMA_VERSION)):
+                txn.put(_SCHEMA_KEY, LOCAL_SCHEMA_VERSION.to_bytes(4, "little"))
                 return
-        version = int.from_bytes(row or b"", "little")
-        if version != SCHEMA_VERSION:
+        if not known:
             self.close()
             raise FormatMismatch(
-                f"{self.directory}: the local store has schema {version}, this qsfs knows {SCHEMA_VERSION}; "
-                "use the qsfs version that wrote it"
+                f"{self.directory}: the local store has schema {version}, this qsfs knows {_OLDEST_SCHEMA} to "
+                f"{LOCAL_SCHEMA_VERSION}; use the qsfs version that wrote it"
             )
 
     def read(self) -> ReadView:
@@ -157,8 +163,16 @@ class Environment:
         self.env.close()
 
 
+def _missing(table: Table) -> tuple[type[Exception], ...]:
+    """What may be raised where an old store that is only read lacks a table."""
+    return (lmdb.NotFoundError,) if table in _LATER_TABLES else ()
+
+
 class ReadView:
-    """One read transaction.  Values are memoryviews into the map: copy what must outlive the view."""
+    """One read transaction.  Values are memoryviews into the map: copy what must outlive the view.
+
+    A table that a store which is only read lacks has no rows for `scan`.
+    """
 
     def __init__(self, environment: Environment, txn: Any) -> None:
         self._environment = environment
@@ -181,6 +195,8 @@ class ReadView:
         self, table: Table, start: bytes, stop: bytes | None, reverse: bool = False
     ) -> Iterator[tuple[bytes, memoryview]]:
         """Rows with start <= key < stop (None: to the end), in key order or its reverse."""
+        if table not in self._databases:
+            return
         with self.txn.cursor(self._databases[table]) as cursor:
             if not reverse:
                 if not cursor.set_range(start):

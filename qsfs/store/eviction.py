@@ -1,7 +1,8 @@
 """Eviction: which clean pages leave the cache, in about the order in which they were last used.
 
 A hand goes round the block rows.  It takes blocks of clean pages whose packs were looked at a second
-time and passes over what was used since its last rounds; dirty, pinned and local-only pages never go.
+time and passes over what was used since its last rounds, and longest over what applications read while they
+start; dirty, pinned and local-only pages never go.
 """
 
 from __future__ import annotations
@@ -54,14 +55,17 @@ class Evictor:
         self._all_remote = all_remote
         self._hand = b""
 
-    def step(self, rows: int, blocks: int, *, recent_too: bool, written_will_do: bool) -> Evicted:
+    def step(
+        self, rows: int, blocks: int, *, recent_too: bool, written_will_do: bool, start_too: bool = False
+    ) -> Evicted:
         """Looks at most at `rows` blocks and drops at most `blocks` of them.
 
         A block goes as a whole or stays: what is left of one takes as much room as all of it.
-        `recent_too` takes what was used lately as well; `written_will_do` takes pages whose pack is
-        written but cannot become full.
+        `recent_too` takes what was used lately as well, `start_too` also what applications read while they start;
+        `written_will_do` takes pages whose pack is written but cannot become full.
         """
         store = self._store
+        start = None if start_too else store.start
         kept: dict[int, bool] = {}
         safe: dict[int, bool] = {}
         dropped = later = looked = 0
@@ -72,7 +76,11 @@ class Evictor:
             if number not in kept:
                 inode = store.inode(number)
                 kept[number] = inode is None or (not self._all_remote and bool(inode.flags & _KEPT))
-            if not kept[number] and (recent_too or block_key(number, block) not in store.blocks.reader.used):
+            if (
+                not kept[number]
+                and (recent_too or block_key(number, block) not in store.blocks.reader.used)
+                and (start is None or not start.keeps(number, block))
+            ):
                 gone, held = self._evict(number, block, safe, written_will_do)
                 dropped += gone
                 later += held

@@ -16,6 +16,9 @@ from typing import Any
 from qsfs.errors import Corrupt
 
 SCHEMA_VERSION = 1
+"""Of the rows of a generation."""
+LOCAL_SCHEMA_VERSION = 2
+"""Of a store's local tables.  2 has the table START; a store of version 1 gets it when it is opened to write."""
 
 PAGE = 4096
 BLOCK_PAGES = 4
@@ -49,6 +52,7 @@ class Table(IntEnum):
     SPILL_VALUES = 39  # inode u64, block u64 -> the block's first VALUE_SIZE bytes
     SPILL_COVERED = 40  # inode u64 -> write number u64: the inode's spilled pages were covered by it
     LOCAL = 41  # name -> value: schema, file system id, journal number, heads, owner
+    START = 42  # inode u64, chunk u64 -> bitmap of the pages in it that are read at a start (store/start.py)
 
 
 REMOTE_TABLES = frozenset(t for t in Table if t < 32)
@@ -264,10 +268,11 @@ _PACK = struct.Struct("<B16s32sBIQIIHQQQQB")
 
 
 class PackState(IntFlag):
-    """What is known of a pack's shards."""
+    """What is known of a pack's shards, and of what it holds."""
 
     FULL = 1  # all n shards were acknowledged
     LOOKED = 2  # a second look found every shard
+    START = 4  # most of its pages are read when applications start: it is fetched as a whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ from qsfs.store.schema import (
     u64,
 )
 from qsfs.store.spill import Spill
+from qsfs.store.start import StartPages
 from qsfs.store.turns import Turns
 
 JOURNAL_KEY = b"journal"
@@ -93,6 +94,7 @@ class Store:
         self.extents = Extents(self.layers)
         self.blocks = Blocks(self.layers, self.inodes, self.extents)
         self.spill = Spill(self.layers)
+        self.start = StartPages(self.layers, clock)
         self._local: dict[bytes, bytes] = {}
         self._counters: dict[bytes, int] = {
             key: read_plain_u64(row) for key, row in self.layers.scan(Table.COUNTERS, b"", None)

@@ -1,0 +1,250 @@
+"""What a database reads while it starts is recorded, outlives mounts, and is the last to be evicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+import pytest
+
+from qsfs.errors import FormatMismatch
+from qsfs.store.environment import Environment
+from qsfs.store.eviction import Evictor
+from qsfs.store.schema import BLOCK_PAGES, LOCAL_SCHEMA_VERSION, PAGE, Table
+from qsfs.store.start import CHUNK_PAGES, bits_of, blocks_in, blocks_of
+from tests.core.machine import LIMITS, Machine, page
+
+SECONDS = 60.0
+MOST_BLOCKS = 100
+SCATTERED = [0, 3, 4, 17, 130, CHUNK_PAGES - 1, CHUNK_PAGES]
+
+
+class Starting(Machine):
+    """A machine that records what databases read."""
+
+    most_blocks = MOST_BLOCKS
+
+    def open(self) -> None:
+        super().open()
+        self.store.start.begin(SECONDS, self.most_blocks)
+
+    def remount(self) -> None:
+        """A clean stop, and the next mount."""
+        self.store.start.end_all()
+        self.save()
+        self.crash()
+
+    def save(self) -> None:
+        while not self.store.start.save(1):
+            pass
+        self.commit()
+
+    def recorded(self, number: int) -> list[int]:
+        found = []
+        for chunk, bits in self.store.start.chunks(number):
+            for block, some in blocks_of(chunk, bits):
+                found += [block * BLOCK_PAGES + i for i in range(BLOCK_PAGES) if some & 1 << i]
+        return found
+
+    def database(self, pages: list[int], name: str = "a.lmdb") -> int:
+        number = self.create(name, atomic=True, opened=False)
+        for index in pages:
+            self.write(number, index, page(chr(97 + index % 26)))
+        self.commit()
+        return number
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Starting]:
+    machine = Starting(tmp_path)
+    yield machine
+    machine.close()
+
+
+def test_what_a_database_reads_at_its_start_is_known_to_the_next_mount(machine: Starting):
+    number = machine.database([*SCATTERED, 50, 51])
+    machine.remount()
+    for index in SCATTERED:
+        machine.page(number, index)
+    machine.remount()
+    assert machine.recorded(number) == SCATTERED
+    assert machine.store.start.pages == len(SCATTERED)
+
+
+def test_only_the_first_minutes_count_and_only_what_is_read(machine: Starting):
+    """Neither what is read later, nor holes, nor what a write reads."""
+    number = machine.database([1, 5, 40])
+    machine.remount()
+    machine.page(number, 1)
+    machine.page(number, 20)
+    machine.write_at(number, 5 * PAGE + 1, b"x")
+    machine.clock.advance(SECONDS)
+    assert machine.store.start.recording
+    machine.store.start.end_due()
+    assert not machine.store.start.recording
+    machine.page(number, 40)
+    machine.remount()
+    assert machine.recorded(number) == [1]
+
+
+def test_a_read_of_many_pages_is_recorded_whole_across_chunks(machine: Starting):
+    first = CHUNK_PAGES - 3
+    number = machine.database(list(range(first, first + 6)))
+    machine.remount()
+    machine.contents.read(machine.inode(number), first * PAGE, 6 * PAGE)
+    machine.remount()
+    assert machine.recorded(number) == list(range(first, first + 6))
+
+
+def test_files_that_are_no_databases_are_not_recorded(machine: Starting):
+    number = machine.create("a.log")
+    machine.write(number, 0, page("a"))
+    machine.page(number, 0)
+    machine.remount()
+    assert not machine.store.start.files
+
+
+def test_a_look_at_a_database_does_not_undo_what_its_start_has_shown(machine: Starting):
+    number = machine.database([*SCATTERED, 50])
+    for index in SCATTERED:
+        machine.page(number, index)
+    machine.remount()
+    machine.page(number, 50)
+    machine.remount()
+    assert machine.recorded(number) == sorted([*SCATTERED, 50])
+
+
+def test_another_start_replaces_the_last(machine: Starting):
+    """Else what is recorded would grow with every change of the database."""
+    number = machine.database([*SCATTERED, 50, 60, 70])
+    for index in SCATTERED:
+        machine.page(number, index)
+    machine.remount()
+    later = [0, 50, 60, 70]
+    for index in later:
+        machine.page(number, index)
+    machine.remount()
+    assert machine.recorded(number) == later
+    machine.remount()
+    assert machine.recorded(number) == later
+
+
+def test_no_more_is_recorded_than_may_be(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    machine = Starting(tmp_path)
+    old = machine.database([0, 4, 8, 12], "old.lmdb")
+    number = machine.database(list(range(0, 400, 4)), "new.lmdb")
+    for index in (0, 4, 8, 12):
+        machine.page(old, index)
+    Starting.most_blocks = 10
+    try:
+        machine.remount()
+        for index in range(0, 400, 4):
+            machine.page(number, index)
+        assert machine.store.start.full
+        machine.remount()
+        assert machine.recorded(number) == list(range(0, 40, 4)), "the first ones"
+        assert machine.recorded(old) == [], "which nothing read in this mount"
+    finally:
+        Starting.most_blocks = MOST_BLOCKS
+        machine.close()
+
+
+def test_a_file_that_is_forgotten_leaves_no_rows(machine: Starting):
+    number = machine.database(SCATTERED)
+    for index in SCATTERED:
+        machine.page(number, index)
+    machine.remount()
+    machine.store.start.drop(number)
+    machine.save()
+    assert next(machine.store.scan(Table.START, b"", None), None) is None
+
+
+def clean_start(machine: Starting) -> tuple[int, int]:
+    """Two blocks that may be evicted, of which the second was read at a start; the file and that block."""
+    number = machine.database(list(range(8)))
+    machine.upload(number, range(8), together=True)
+    machine.commit()
+    machine.crash()
+    machine.page(number, 6)
+    return number, 1
+
+
+@pytest.mark.parametrize("remounted", [False, True])
+def test_recorded_blocks_go_last(machine: Starting, remounted: bool):
+    """Also while they are still being recorded."""
+    number, kept = clean_start(machine)
+    if remounted:
+        machine.remount()
+
+    def evict(start_too: bool) -> int:
+        step = Evictor(machine.store).step
+        done = step(100, 100, recent_too=True, written_will_do=True, start_too=start_too)
+        machine.commit()
+        return done.blocks
+
+    assert evict(False) == 1
+    assert machine.store.blocks.state(number, kept) is not None
+    assert machine.store.blocks.state(number, 0) is None
+    assert evict(True) == 1
+    assert machine.store.blocks.state(number, kept) is None
+
+
+# older stores
+
+
+def make_old(directory: Path, version: int = 1) -> None:
+    """Makes a store what an older qsfs left: without the table, with its schema's number."""
+    with lmdb.open(str(directory), map_size=LIMITS.map_bytes, max_dbs=64) as environment:
+        table = environment.open_db(b"start")
+        local = environment.open_db(b"local")
+        with environment.begin(write=True) as txn:
+            txn.drop(table, delete=True)
+            txn.put(b"schema", version.to_bytes(4, "little"), db=local)
+
+
+def schema(directory: Path) -> int:
+    with lmdb.open(str(directory), map_size=LIMITS.map_bytes, max_dbs=64) as environment:
+        local = environment.open_db(b"local")
+        with environment.begin() as txn:
+            return int.from_bytes(txn.get(b"schema", db=local), "little")
+
+
+def test_a_store_of_the_first_schema_is_mounted_and_gets_the_table(machine: Starting):
+    number = machine.database(SCATTERED)
+    machine.close()
+    make_old(machine.directory)
+    readonly = Environment(machine.directory, LIMITS.map_bytes, readonly=True)
+    view = readonly.read()
+    assert list(view.scan(Table.START, b"", None)) == []
+    assert next(view.scan(Table.INODES, b"", None))
+    view.close()
+    readonly.close()
+    assert schema(machine.directory) == 1, "who only reads changes nothing"
+    machine.open()
+    machine.page(number, 3)
+    machine.remount()
+    assert machine.recorded(number) == [3]
+    machine.close()
+    assert schema(machine.directory) == LOCAL_SCHEMA_VERSION
+    machine.open()
+
+
+@pytest.mark.parametrize("readonly", [False, True])
+def test_a_store_of_a_newer_schema_is_refused(machine: Starting, readonly: bool):
+    machine.close()
+    make_old(machine.directory, LOCAL_SCHEMA_VERSION + 1)
+    with pytest.raises(FormatMismatch, match="use the qsfs version that wrote it"):
+        Environment(machine.directory, LIMITS.map_bytes, readonly=readonly)
+    make_old(machine.directory, 1)
+    machine.open()
+
+
+def test_counting_blocks_and_bits():
+    assert bits_of(0, 0, CHUNK_PAGES) == (1 << CHUNK_PAGES) - 1
+    assert bits_of(1, 0, CHUNK_PAGES) == 0
+    assert bits_of(1, CHUNK_PAGES - 1, CHUNK_PAGES + 2) == 0b11
+    bits = 1 << 3 | 1 << 4 | 1 << 6 | 1 << CHUNK_PAGES - 1
+    assert blocks_in(bits) == 3
+    last = CHUNK_PAGES // BLOCK_PAGES - 1
+    assert list(blocks_of(1, bits)) == [(last + 1, 8), (last + 2, 5), (2 * last + 1, 8)]
