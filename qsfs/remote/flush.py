@@ -453,6 +453,7 @@ class Flusher:
             "dead": self.dead_packs(),
             "rewrite": self._upkeep.rewriter.report(),
             "drain": self.drainer.report(),
+            "start": self._upkeep.start.report(),
             "last_error": self.last_error or self._precopier.problem or self._upkeep.problem,
         }
 

@@ -88,6 +88,26 @@ def sealed_runs(pack: Pack, runs: Sequence[DirtyRun], number: int) -> Iterator[S
         yield SealedRun(run.inode, run.writes, extent)
 
 
+class PackSealing:
+    """A data pack being sealed; its plain bytes go as soon as they are."""
+
+    def __init__(self, sealer: Sealer, runs: tuple[DirtyRun, ...], number: int) -> None:
+        self._sealer = sealer
+        self._plain = runs
+        self._number = number
+        self.runs: list[SealedRun] = []
+        self.shards: list[bytes] = []
+        self.ref: PackRef
+
+    def seal(self) -> None:
+        """Seals and encodes; for a worker thread."""
+        pack = self._sealer.data_pack(self._plain)
+        self.runs = list(sealed_runs(pack, self._plain, self._number))
+        self._plain = ()
+        self.ref = pack.ref
+        self.shards = self._sealer.shards(pack)
+
+
 def row_of(ref: PackRef, placement: Sequence[int], now_ns: int, *, live: int = 0) -> PackRow:
     """The row of a pack that has just been written."""
     return PackRow(

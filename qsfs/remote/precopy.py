@@ -18,9 +18,9 @@ from qsfs import failpoints
 from qsfs.errors import CacheError, Corrupt
 from qsfs.format.extent import PackRef
 from qsfs.remote.context import FlushContext
-from qsfs.remote.packing import Sealer, row_of, sealed_runs
+from qsfs.remote.packing import PackSealing, row_of
 from qsfs.remote.upload import Upload
-from qsfs.store.packs import SealedRun, record_run, reserve_numbers
+from qsfs.store.packs import record_run, reserve_numbers
 from qsfs.store.reading import LocalDamage
 from qsfs.store.schema import BLOCK_PAGES, PAGE, u64_pair
 from qsfs.store.snapshot import CommittedState, DirtyPart, DirtyRun, Want
@@ -163,7 +163,7 @@ class PreCopier:
         number = reserve_numbers(context.store, 1)[0]
         pages: _Pages = [(run.inode, run.first, run.writes) for run in runs]
         try:
-            sealing = _Sealing(context.sealer, runs, number)
+            sealing = PackSealing(context.sealer, runs, number)
             del runs
             await context.in_thread(sealing.seal)
             upload = await context.uploader.upload(sealing.ref, sealing.shards)
@@ -181,7 +181,7 @@ class PreCopier:
             self._unmark(pages)
             context.packs.release()
 
-    def _record(self, number: int, sealing: _Sealing, upload: Upload) -> None:
+    def _record(self, number: int, sealing: PackSealing, upload: Upload) -> None:
         context = self._context
         cleaned = sum(record_run(context.store, run) for run in sealing.runs)
         if cleaned:
@@ -190,26 +190,6 @@ class PreCopier:
             self.bytes_recorded += cleaned * PAGE
         else:
             self.garbage.append(upload.ref)
-
-
-class _Sealing:
-    """A pack being sealed; its plain bytes go as soon as they are."""
-
-    def __init__(self, sealer: Sealer, runs: tuple[DirtyRun, ...], number: int) -> None:
-        self._sealer = sealer
-        self._plain = runs
-        self._number = number
-        self.runs: list[SealedRun] = []
-        self.shards: list[bytes] = []
-        self.ref: PackRef
-
-    def seal(self) -> None:
-        """Seals and encodes; for a worker thread."""
-        pack = self._sealer.data_pack(self._plain)
-        self.runs = list(sealed_runs(pack, self._plain, self._number))
-        self._plain = ()
-        self.ref = pack.ref
-        self.shards = self._sealer.shards(pack)
 
 
 def _behind(damage: LocalDamage) -> bytes:

@@ -1,5 +1,5 @@
 """Upkeep of written packs: second looks, missing shards, shards of packs that were given up or are dead,
-packs of which little lives, backends that are being emptied.
+packs of which little lives, packs of what is read at a start, backends that are being emptied.
 
 Each is a task of its own: what one of them waits for from backends must not hold up the others, by which
 pages become evictable.
@@ -29,6 +29,7 @@ from qsfs.remote.rewrite import Rewriter
 from qsfs.remote.running import RunningTime
 from qsfs.remote.second_look import SecondLook
 from qsfs.remote.shards import ShardReader
+from qsfs.remote.start_packs import StartPacker
 from qsfs.remote.stray_collect import StrayCollector
 from qsfs.remote.strays import StrayView
 from qsfs.remote.unreclaimed import Unreclaimed
@@ -113,6 +114,7 @@ class Upkeep:
         self.rewriter = Rewriter(
             context, reader, share=rewrite_below, short_of_room=short_of_room, most_bytes=rewrite_bytes
         )
+        self.start = StartPacker(context, short_of_room=short_of_room)
         self._abandoned = self.given_up()
         self._head_at = context.clock.monotonic()
 
@@ -207,6 +209,7 @@ class Upkeep:
                 self.dead.work,
                 self.strays.work,
                 self.rewriter.work,
+                self.start.work,
                 self._note_time,
                 self.drainer.work,
             ):

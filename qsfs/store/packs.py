@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from qsfs.store.schema import ExtentRow, PackRow, PackState, Table, u64
+from qsfs.store.schema import BLOCK_PAGES, ExtentRow, InodeFlag, PackRow, PackState, Table, u64
 from qsfs.store.store import NEXT_PACK, Store
 
 WORTH_A_STEP = 1024
@@ -77,6 +77,43 @@ def set_looked(store: Store, number: int, placement: tuple[int, ...], now_ns: in
     row = replace(row, state=row.state | PackState.LOOKED, verified_at_ns=now_ns)
     store.layers.put(Table.PACKS, u64(number), row.encode())
     return True
+
+
+def set_start(store: Store, number: int, start: bool) -> bool:
+    """Marks a pack as one whose pages are read at a start, or takes the mark away; whether that changed anything."""
+    row = _stored_row(store, number)
+    if row is None or bool(row.state & PackState.START) is start:
+        return False
+    row = replace(row, state=row.state ^ PackState.START)
+    store.layers.put(Table.PACKS, u64(number), row.encode())
+    return True
+
+
+def move_run(store: Store, run: SealedRun) -> int:
+    """Gives the pages of `run` its extent in the place of theirs; returns how many.
+
+    Only those that are resident clean and still what was sealed: their bytes lie in both extents then.
+    """
+    inode = store.inode(run.inode)
+    if inode is None or not inode.nlink or inode.flags & InodeFlag.LOCAL_ONLY:
+        return 0
+    first = run.extent.first
+    moved = [page for page, write in enumerate(run.writes, first) if _is_clean(store, run.inode, page, write)]
+    for start, stop in _stretches(moved):
+        store.extents.insert(run.inode, run.extent.part(start, stop - start))
+    return len(moved)
+
+
+def _is_clean(store: Store, inode: int, page: int, write_number: int) -> bool:
+    """Whether a page is resident clean with this write number."""
+    number, index = divmod(page, BLOCK_PAGES)
+    state = store.blocks.state(inode, number)
+    return (
+        state is not None
+        and bool(state.resident & ~state.dirty & 1 << index)
+        and state.writes[index] == write_number
+        and store.blocks.remote_extent(inode, page) is not None
+    )
 
 
 def record_run(store: Store, run: SealedRun) -> int:

@@ -12,9 +12,10 @@ out as a generation holds them, which differs from the tables in this:
 
 from __future__ import annotations
 
+import contextlib
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -194,6 +195,27 @@ class CommittedState:
             if total > most:
                 break
         return total
+
+    def clean(self, blocks: Iterable[tuple[int, int, int]]) -> tuple[DirtyRun, ...]:
+        """The resident clean pages among those wanted, as runs: of each block inode, number and wanted bits, in order.
+
+        Left out are pages under a pending truncation, those of inodes that `dirty` leaves out, and damaged ones.
+        """
+        runs: list[DirtyRun] = []
+        run = _Run()
+        for inode, number, wanted in blocks:
+            key = u64_pair(inode, number)
+            encoded = self.view.get(Table.BLOCKS, key)
+            owner = self._owner(inode)
+            if encoded is None or not owner.uploads:
+                continue
+            row = BlockRow.decode(encoded)
+            bits = wanted & row.resident & ~row.dirty & ~_cut_bits(owner.pending, number, row.writes)
+            with contextlib.suppress(LocalDamage):
+                for piece in self._read_block(key, row, bits):
+                    run.add(inode, *piece, runs)
+        run.end(runs)
+        return tuple(runs)
 
     def _dirty_blocks(self, start: bytes, want: Want) -> Iterator[tuple[bytes, BlockRow | None, int]]:
         """Dirty blocks: key, row, bits of the wanted pages; without a row where none is wanted."""

@@ -1,0 +1,226 @@
+"""Packs of the pages that are read at a start: marked where they lie together, put together where they do not.
+
+What is recorded (`store/start.py`) lies all over the packs of its file.  A pack of which it is at least half is a
+start pack already and is only marked as one.  The pages in all others are sealed once more, into packs of their own,
+once they are more than a part of all: so what changes little is never packed twice, and what grows is packed by
+itself.  Only clean pages are, and each moves over only if it still is what was sealed, so neither a write nor a
+crash meanwhile makes a difference: both packs hold the same bytes.  The mark is in the row of a pack, which
+generations hold: a restored file system knows its start packs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+
+import trio
+
+from qsfs import failpoints
+from qsfs.remote.context import FlushContext
+from qsfs.remote.packing import PackSealing, row_of
+from qsfs.store.block import block_key
+from qsfs.store.packs import move_run, pack_row, reserve_numbers, set_start
+from qsfs.store.schema import PAGE, ExtentRow, PackRow, PackState, plain_u64, read_plain_u64
+from qsfs.store.snapshot import CommittedState, DirtyRun
+from qsfs.store.start import CHUNK_PAGES, bits_of, blocks_of
+
+_log = logging.getLogger(__name__)
+
+STALE_SHARE = 0.25
+"""The part of what is recorded that must lie outside of start packs before that is packed."""
+LEAST_PAGES = 64
+"""Fewer pages are not worth a pack."""
+AGAIN_SECONDS = 86400.0
+"""Between two packings, and between two looks while nothing is recorded anew."""
+_RETRY_SECONDS = 600.0
+_PACKED_KEY = b"start-packed-ns"
+_ROWS_A_STEP = 256
+
+_Blocks = list[tuple[int, int, int]]
+
+
+@dataclass(slots=True)
+class _Plan:
+    """Recorded pages by the pack in which they lie, and which of these packs are dense of them."""
+
+    pages: Counter[int] = field(default_factory=Counter)
+    dense: set[int] = field(default_factory=set)
+
+    @property
+    def stale(self) -> int:
+        """Pages in packs that are not dense."""
+        return sum(count for pack, count in self.pages.items() if pack not in self.dense)
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether the stale pages should be packed."""
+        return self.stale >= LEAST_PAGES and self.stale > STALE_SHARE * self.pages.total()
+
+
+class StartPacker:
+    """Sees to the start packs of one mount, while the cache has room and enough backends answer.
+
+    `packed_packs` and `packed_bytes` count what was packed, in plain bytes.
+    """
+
+    def __init__(self, context: FlushContext, *, short_of_room: Callable[[], bool]) -> None:
+        self.packed_packs = 0
+        self.packed_bytes = 0
+        self._context = context
+        self._short_of_room = short_of_room
+        self._seen = 0
+        self._look_at = 0.0
+        self._retry_at = 0.0
+
+    def report(self) -> dict[str, int]:
+        """How many pages are recorded, how many packs were made of such, and the bytes of their pages."""
+        return {
+            "recorded_pages": self._context.store.start.pages,
+            "packed_packs": self.packed_packs,
+            "packed_bytes": self.packed_bytes,
+        }
+
+    async def work(self) -> None:
+        """Looks where the recorded pages lie when others are recorded, else once a day; packs them if that pays."""
+        context, start = self._context, self._context.store.start
+        now = context.clock.monotonic()
+        if start.recording or (start.version == self._seen and now < self._look_at) or now < self._retry_at:
+            return
+        if self._short_of_room() or not context.uploader.enough_backends():
+            return
+        self._retry_at = now + _RETRY_SECONDS
+        version = start.version
+        plan = await self._plan()
+        if plan.worth_it:
+            wait = self._wait_seconds()
+            if wait > 0:
+                self._retry_at = now + wait
+                return
+            await self._pack(plan)
+            context.store.set_local(_PACKED_KEY, plain_u64(context.clock.time_ns()))
+        self._seen = version
+        self._look_at, self._retry_at = now + AGAIN_SECONDS, 0.0
+
+    def _wait_seconds(self) -> float:
+        """How long nothing is packed yet because something was lately."""
+        row = self._context.store.local(_PACKED_KEY)
+        if row is None:
+            return 0.0
+        age = (self._context.clock.time_ns() - read_plain_u64(row)) / 1e9
+        # A wall clock that was set back must not put it off for longer.
+        return min(AGAIN_SECONDS - age, AGAIN_SECONDS)
+
+    # planning
+
+    async def _plan(self) -> _Plan:
+        """Counts the recorded pages by pack, and marks the packs that are dense of them."""
+        store = self._context.store
+        plan = _Plan()
+        async for _, row, chunk, bits in self._recorded():
+            plan.pages[row.pack] += (bits & bits_of(chunk, row.first, row.first + row.pages)).bit_count()
+        for index, (number, pages) in enumerate(plan.pages.items()):
+            if index % _ROWS_A_STEP == 0:
+                await self._pause()
+            pack = pack_row(store, number)
+            if pack is not None and _is_dense(pack, pages):
+                plan.dense.add(number)
+                set_start(store, number, True)
+        return plan
+
+    async def _recorded(self) -> AsyncIterator[tuple[int, ExtentRow, int, int]]:
+        """The extents with recorded pages: inode, row, chunk, what is recorded of the chunk.
+
+        Forgets files that are gone.
+        """
+        store = self._context.store
+        for number in store.start.files:
+            inode = store.inode(number)
+            if inode is None or not inode.nlink:
+                store.start.drop(number)
+                continue
+            for chunk, bits in store.start.chunks(number):
+                first, stop = chunk * CHUNK_PAGES, (chunk + 1) * CHUNK_PAGES
+                for row in list(store.extents.overlapping(number, first, stop)):
+                    if bits & bits_of(chunk, row.first, row.first + row.pages):
+                        yield number, row, chunk, bits
+                await self._pause()
+
+    async def _pause(self) -> None:
+        await trio.lowlevel.checkpoint()
+        await self._context.committer.room()
+
+    # packing
+
+    async def _pack(self, plan: _Plan) -> None:
+        """Packs what lies in packs that are not dense, and takes the mark from those of them that had it."""
+        context = self._context
+        most = context.sealer.pack_bytes // PAGE
+        _log.info("%d of %d pages that are read at a start are packed together", plan.stale, plan.pages.total())
+        wanted: _Blocks = []
+        pages = 0
+        async for inode, row, chunk, bits in self._recorded():
+            if row.pack in plan.dense:
+                continue
+            for block, some in blocks_of(chunk, bits & bits_of(chunk, row.first, row.first + row.pages)):
+                if block_key(inode, block) in context.store.blocks.written:
+                    continue
+                wanted.append((inode, block, some))
+                pages += some.bit_count()
+            if pages >= most:
+                plan.dense |= await self._pack_blocks(wanted)
+                wanted, pages = [], 0
+        if wanted:
+            await self._pack_blocks(wanted)
+        for index, number in enumerate(sorted(plan.pages.keys() - plan.dense)):
+            if index % _ROWS_A_STEP == 0:
+                await self._pause()
+            set_start(context.store, number, False)
+
+    async def _pack_blocks(self, wanted: _Blocks) -> set[int]:
+        """Packs the clean pages of some blocks; the number of the pack, if there is one."""
+        context = self._context
+        # A block may have pages in two extents: as one they may become one.
+        runs = await context.in_thread(lambda: self._read(_joined(wanted)))
+        if not runs:
+            return set()
+        await context.packs.acquire()
+        try:
+            number = reserve_numbers(context.store, 1)[0]
+            sealing = PackSealing(context.sealer, runs, number)
+            await context.in_thread(sealing.seal)
+            upload = await context.uploader.upload(sealing.ref, sealing.shards)
+            sealing.shards = []
+            failpoints.hit("start.pack.written")
+            await context.committer.room()
+            moved = sum(move_run(context.store, run) for run in sealing.runs)
+            if not moved:
+                await context.in_thread(lambda: context.spool.add_abandoned([sealing.ref]))
+                return set()
+            row = row_of(upload.ref, upload.placement, context.clock.time_ns())
+            context.add_pack(number, replace(row, state=row.state | PackState.START), upload)
+            failpoints.hit("start.pack.recorded")
+        finally:
+            context.packs.release()
+        self.packed_packs += 1
+        self.packed_bytes += moved * PAGE
+        return {number}
+
+    def _read(self, wanted: _Blocks) -> tuple[DirtyRun, ...]:
+        """For a worker thread."""
+        with CommittedState(self._context.store.environment, self._context.clock) as state:
+            return state.clean(wanted)
+
+
+def _is_dense(pack: PackRow, pages: int) -> bool:
+    """Whether at least half of a pack, and of what lives of it, are these recorded pages."""
+    return 2 * pages * PAGE >= max(pack.live, pack.body_length)
+
+
+def _joined(wanted: _Blocks) -> _Blocks:
+    """The same with each block once."""
+    found: dict[tuple[int, int], int] = {}
+    for inode, block, bits in wanted:
+        found[inode, block] = found.get((inode, block), 0) | bits
+    return [(inode, block, bits) for (inode, block), bits in sorted(found.items())]
