@@ -19,6 +19,7 @@ from qsfs.errors import CacheError, Corrupt, DataLost, GenerationExpired, QsfsBu
 from qsfs.format.units import MAX_EXTENT, PAGE
 from qsfs.remote.readahead import ReadAhead
 from qsfs.remote.reader import PackReader
+from qsfs.remote.start_fetch import Room, StartFetcher
 from qsfs.remote.stored import StoredPack, entry_of
 from qsfs.remote.waits import Wait, Waits
 from qsfs.store.schema import BLOCK_PAGES, BLOCK_SIZE, ExtentRow, InodeFlag, PackRow, Table, u64
@@ -39,14 +40,6 @@ _AGAIN_SECONDS = 0.25
 """How long such a read waits, whatever its policy."""
 _WARN_SECONDS = 600.0
 """Longest time between two warnings of one that waits on."""
-
-
-class Room(Protocol):
-    """What the daemon's committer offers."""
-
-    async def room(self) -> None:
-        """Returns once the open group is not full."""
-        ...
 
 
 class Transient(Protocol):
@@ -124,6 +117,7 @@ class Fetcher:
         self._jobs: dict[_JobKey, _Job] = {}
         self._given_up: dict[_JobKey, float] = {}
         self._warned: dict[int, float] = {}
+        self.start = StartFetcher(store, reader, room, deadline_seconds=deadline_seconds)
         self._ahead = ReadAhead()
         self._ahead_slots = trio.Semaphore(AHEAD_AT_ONCE)
         self._nursery: trio.Nursery | None = None
@@ -154,9 +148,11 @@ class Fetcher:
         Raises `Unavailable` after the deadline (policy `error`), but not for what the download rate holds up, or
         when unblocked, `DataLost`, `Corrupt`, `GenerationExpired`; each was logged with file, page, pack and shards.
         """
-        start, end = self._ahead.next(inode, first, count)
-        if start < end and self._nursery is not None and not self._fails_now():
-            self._nursery.start_soon(self._fetch_ahead, inode, start, end)
+        nursery = None if self._fails_now() else self._nursery
+        if nursery is None or not self.start.touch(inode, first, nursery):
+            start, end = self._ahead.next(inode, first, count)
+            if start < end and nursery is not None:
+                nursery.start_soon(self._fetch_ahead, inode, start, end)
         page, stop = first, first + count
         while page < stop:
             wanted, page = self._wanted(inode, page, stop)

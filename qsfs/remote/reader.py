@@ -144,13 +144,13 @@ class PackReader:
             start = entry.offset - numbers[0] * ref.shard_size
             sealed = b"".join(payloads[number] for number in numbers)[start : start + entry.sealed_length]
         work = entry.plain_length if entry.codec else entry.plain_length // _DECRYPTED_AT_ONCE
-        return await self._compute(work, open_extent, self.keys, ref, entry, sealed)
+        return await self.compute(work, open_extent, self.keys, ref, entry, sealed)
 
     async def body(self, pack: StoredPack) -> bytes:
         """The whole body of a pack, every extent and its digest verified."""
         payloads = await self.shards(pack, range(pack.ref.k))
         body = b"".join(payloads[number] for number in range(pack.ref.k))
-        await self._compute(len(body), verify_body, self.keys, pack.ref, body)
+        await self.compute(len(body), verify_body, self.keys, pack.ref, body)
         return body
 
     def explain(self, pack: StoredPack) -> str:
@@ -185,7 +185,7 @@ class PackReader:
 
     async def decode(self, have: Mapping[int, memoryview]) -> list[bytes]:
         """The k data shards."""
-        return await self._compute(sum(map(len, have.values())), self.coder.decode, have)
+        return await self.compute(sum(map(len, have.values())), self.coder.decode, have)
 
     async def received(self, pack: StoredPack, answer: Answer) -> None:
         """Counts an answer, keeps what is good, reports what is not."""
@@ -250,7 +250,7 @@ class PackReader:
             self._named.popitem(last=False)
         return True
 
-    async def _compute(self, size: int, function: Callable[[Unpack[_Ts]], _T], *arguments: *_Ts) -> _T:
+    async def compute(self, size: int, function: Callable[[Unpack[_Ts]], _T], *arguments: *_Ts) -> _T:
         """Calls `function`, in a thread if that is worth the hop for `size` bytes."""
         if size <= self._worth_a_thread:
             await trio.lowlevel.checkpoint()

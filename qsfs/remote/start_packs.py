@@ -34,6 +34,8 @@ LEAST_PAGES = 64
 """Fewer pages are not worth a pack."""
 AGAIN_SECONDS = 86400.0
 """Between two packings, and between two looks while nothing is recorded anew."""
+_LEAST_SECONDS = 30.0
+"""Between two looks, while more is recorded all the time."""
 _RETRY_SECONDS = 600.0
 _PACKED_KEY = b"start-packed-ns"
 _ROWS_A_STEP = 256
@@ -101,7 +103,7 @@ class StartPacker:
             await self._pack(plan)
             context.store.set_local(_PACKED_KEY, plain_u64(context.clock.time_ns()))
         self._seen = version
-        self._look_at, self._retry_at = now + AGAIN_SECONDS, 0.0
+        self._look_at, self._retry_at = now + AGAIN_SECONDS, now + _LEAST_SECONDS
 
     def _wait_seconds(self) -> float:
         """How long nothing is packed yet because something was lately."""
