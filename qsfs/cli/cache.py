@@ -54,6 +54,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     warm.add_argument("paths", metavar="PATH", nargs="*", help="on the mount")
     warm.add_argument("--pinned", action="store_true", help="everything that is pinned, after a restore for example")
     warm.add_argument(
+        "--start", action="store_true", help="what databases read while they start, before a node is started"
+    )
+    warm.add_argument(
         "--range", metavar="START-[END]", help='only these bytes of each file, such as "0-64MiB" or "10GiB-"'
     )
     add("status", "show what is pinned, and the room that is left", "Goes once through all inodes.")
@@ -71,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     if what != "status":
         arguments["paths"] = _paths(config.filesystem.mountpoint, args)
     if what == "warm":
-        if args.pinned:
-            what = "warm-pinned"
+        if args.pinned or args.start:
+            what = "warm-pinned" if args.pinned else "warm-start"
         arguments |= _range(args.range)
     found = follow(config.cache.directory, "cache", _Teller().say, what=what, **arguments)
     if args.json:
@@ -147,8 +150,8 @@ class _Teller:
 def _paths(mountpoint: Path, args: argparse.Namespace) -> list[str]:
     from qsfs.cli.paths import on_mount
 
-    if args.cache_command == "warm" and bool(args.paths) == args.pinned:
-        raise ConfigError("name files to fetch, or give --pinned, and not both")
+    if args.cache_command == "warm" and bool(args.paths) + args.pinned + args.start != 1:
+        raise ConfigError("name files to fetch, or give --pinned or --start: one of these")
     return [on_mount(mountpoint, path) for path in args.paths]
 
 

@@ -10,6 +10,7 @@ from qsfs.daemon.comparing import compare, compare_rows
 from qsfs.daemon.informing import inform
 from qsfs.daemon.jobs import Progress
 from qsfs.daemon.walking import resolve
+from qsfs.daemon.warming import warm_start
 from qsfs.errors import MountError, QsfsError
 from qsfs.format.head import HeadRef, Owner
 from qsfs.remote.base import BASE_KEY, local_head
@@ -70,6 +71,7 @@ class Operating:
             "evict": lambda progress: caching.evict(roots, progress),
             "warm": lambda progress: caching.warm(roots, part, progress),
             "warm-pinned": caching.warm_pinned,
+            "warm-start": lambda progress: warm_start(service.store, service.fetcher, service.committer, progress),
             "pin": lambda progress: caching.pin(roots, progress),
             "unpin": lambda _: caching.unpin(roots),
             "status": lambda _: caching.status(),

@@ -58,7 +58,8 @@ def status_of(service: Service) -> dict[str, Any]:
             }
             for wait in service.fetcher.waits
         ]
-        found["fetched_bytes"] = service.fetcher.fetched_pages * PAGE
+        found["fetched_bytes"] = (service.fetcher.fetched_pages + service.fetcher.start.counts.pages) * PAGE
+        found["start_fetched"] = dataclasses.asdict(service.fetcher.start.counts)
         found["reads"] = dataclasses.asdict(service.fetcher.reader.counts)
     if service.written is not None:
         found["fsync_waits"] = service.written.report()

@@ -103,7 +103,8 @@ class StartPacker:
             await self._pack(plan)
             context.store.set_local(_PACKED_KEY, plain_u64(context.clock.time_ns()))
         self._seen = version
-        self._look_at, self._retry_at = now + AGAIN_SECONDS, now + _LEAST_SECONDS
+        self._look_at = now + AGAIN_SECONDS
+        self._retry_at = now + _LEAST_SECONDS if plan.pages else 0.0
 
     def _wait_seconds(self) -> float:
         """How long nothing is packed yet because something was lately."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from qsfs.errors import Unavailable
+from qsfs.daemon.warming import warm_start
+from qsfs.errors import LimitExceeded, Unavailable
 from qsfs.filesystem.contents import Contents
 from qsfs.filesystem.needs import NeedPages
 from qsfs.filesystem.transient import TransientPages
@@ -335,3 +336,72 @@ async def test_a_pack_that_does_not_come_is_given_up(fs: SmallFs, autojump_clock
         await settled(fetcher)
         assert set(RUN[:AT_ONCE]) <= resident(fs, number)
         assert fs.read(number, 0, 1) == [data[:PAGE]]
+
+
+# by hand
+
+
+async def warm(fs: SmallFs, fetcher: Fetcher) -> dict:
+    class Committer:
+        async def room(self) -> None:
+            await fs.room()
+
+        async def commit(self) -> int:
+            fs.commit()
+            return 0
+
+    return await warm_start(fs.store, fetcher, Committer(), {})
+
+
+def record(fs: SmallFs, number: int, pages: list[int]) -> None:
+    fs.store.start.begin(60.0, 1 << 20)
+    for page in pages:
+        fs.store.start.note(number, page, 1)
+    fs.store.start.end_all()
+
+
+async def test_a_warm_fetches_all_start_packs_and_what_else_is_recorded(fs: SmallFs, autojump_clock):
+    number, packs, _ = start_file(fs)
+    record(fs, number, [0, 1, 2, 7, 400, 403])
+    async with fs.fetching() as fetcher:
+        found = await warm(fs, fetcher)
+        assert {*RUN, 1, 2, 7, 400, 403} <= resident(fs, number)
+        assert found["packs"] == len(packs) and found["fetched_bytes"] >= (len(RUN) + 4) * PAGE
+        read = fetcher.reader.counts.bytes
+        assert await warm(fs, fetcher) == {"packs": 0, "fetched_bytes": 0}
+        assert fetcher.reader.counts.bytes == read, "what is here is not read again"
+
+
+async def test_a_warm_of_a_restored_store_knows_the_packs_alone(fs: SmallFs, autojump_clock):
+    number, packs, _ = start_file(fs)
+    async with fs.fetching() as fetcher:
+        assert (await warm(fs, fetcher))["packs"] == len(packs)
+        assert resident(fs, number) == set(RUN)
+
+
+async def test_a_warm_that_does_not_fit_begins_nothing(fs: SmallFs, autojump_clock):
+    number, _, _ = start_file(fs)
+    fs.store.limits = dataclasses.replace(fs.store.limits, high_bytes=fs.store.expected_bytes() + 10 * PAGE)
+    async with fs.fetching() as fetcher:
+        with pytest.raises(LimitExceeded, match="read at a start"):
+            await warm(fs, fetcher)
+        assert not resident(fs, number) and not fetcher.reader.counts.gets
+
+
+async def test_a_warm_that_fills_the_cache_says_so(fs: SmallFs, autojump_clock):
+    """Pages that lie apart take a block each, so that packs may fit and their pages not."""
+    number, _, _ = start_file(fs)
+    fs.store.limits = dataclasses.replace(fs.store.limits, high_bytes=fs.store.expected_bytes() + 100 * PAGE)
+    async with fs.fetching() as fetcher:
+        with pytest.raises(LimitExceeded, match="then the cache was full"):
+            await warm(fs, fetcher)
+        assert 0 < len(resident(fs, number)) < len(RUN)
+
+
+async def test_a_warm_that_does_not_come_says_so(fs: SmallFs, autojump_clock):
+    start_file(fs)
+    for backend in fs.backends.values():
+        backend.down = True
+    async with fs.fetching() as fetcher:
+        with pytest.raises(Unavailable, match="parts did not come"):
+            await warm(fs, fetcher)
