@@ -28,6 +28,8 @@ from cost import measure_cost
 from latency import durable_writes_beside_a_writer, random_reads
 from measures import MIB
 from quickstart import QSFS, answers, free_ports, wait_for
+from residue import residue_table
+from start import measure_start
 from steady import measure_steady
 
 from qsfs.cli.output import format_table
@@ -42,6 +44,7 @@ PARTS = {
     "delayed_random": "random reads of 128 KiB, delayed",
     "cost": "bytes stored for each byte of scattered 4 KiB pages that changed",
     "steady": "bytes sent for each byte that changed of a database that is rewritten for ever, virtual time",
+    "start": "a start on an empty cache (a Casper-like block store)",
     "quiet": "4 KiB write + fsync beside a writer, nothing flushed",
     "flushing": "4 KiB write + fsync beside a writer, flushed meanwhile",
 }
@@ -63,6 +66,17 @@ STEADY = {
     "held_per_byte": "held by packs that something lives in, for each byte that lives",
 }
 """The same in the long run."""
+STARTS = {
+    "touched_share": "touched, of the file",
+    "scattered_fetched_per_byte": "fetched for each byte touched: as uploaded",
+    "packed_fetched_per_byte": "  packed together",
+    "restored_fetched_per_byte": "  packed, restored elsewhere",
+    "scattered_seconds": "seconds: as uploaded",
+    "packed_seconds": "  packed together",
+    "restored_seconds": "  packed, restored elsewhere",
+    "local_bytes_per_page": "bytes of the local store for each page touched",
+}
+"""What a start costs, and how a table calls it."""
 _NEVER = "cut_seconds = 3600\nquiet_seconds = 3600"
 _ALWAYS = "cut_seconds = 5\nquiet_seconds = 0.5"
 _CHUNK = MIB
@@ -180,7 +194,7 @@ def measure_remote(
 
 def remote_table(report: dict[str, Any]) -> str:
     """The report for people: the median round of each part."""
-    rates, latencies, costs, steady = [], [], [], []
+    rates, latencies, costs, steady, starts, residues = [], [], [], [], [], ""
     for name, what in PARTS.items():
         runs = report.get(name)
         if not runs:
@@ -192,6 +206,11 @@ def remote_table(report: dict[str, Any]) -> str:
         if name == "steady":
             run = sorted(runs, key=lambda run: run["sent_per_byte"])[len(runs) // 2]
             steady += [[what, f"{run[key]:.3f}"] for key, what in STEADY.items() if key in run]
+            continue
+        if name == "start":
+            run = sorted(runs, key=lambda run: run["packed_fetched_per_byte"])[len(runs) // 2]
+            starts = [[what, f"{run[key]:,.3f}"] for key, what in STARTS.items()]
+            residues = residue_table(run["residue"])
             continue
         key = "p50_ms" if "p50_ms" in runs[0] else "mb_per_second"
         run = sorted(runs, key=lambda run: run[key])[len(runs) // 2]
@@ -220,6 +239,8 @@ def remote_table(report: dict[str, Any]) -> str:
         tables.append(format_table(["stored on all backends, for each byte of the pages that changed", ""], costs))
     if steady:
         tables.append(format_table(["sent to all backends in the long run, for each byte that changed", ""], steady))
+    if starts:
+        tables += [format_table([PARTS["start"], ""], starts), residues]
     return (
         f"{report['backends']} backends on this machine, {report['code']}, {report['codec']}, "
         f"{format_size(report['size'])} of random bytes, {report['rounds']} rounds; "
@@ -258,6 +279,8 @@ def _undelayed(remote: Remote, size: int, only: Collection[str]) -> Iterator[tup
         yield "flush", flush[0].report()
     if "cost" in only:
         yield "cost", measure_cost(remote, remote.mountpoint / "file", size)
+    if "start" in only:
+        yield "start", measure_start(remote, size)
     yield from _cold(remote, size, only, "")
 
 

@@ -2,16 +2,17 @@
 
 What is recorded (`store/start.py`) lies all over the packs of its file.  A pack of which it is at least half is a
 start pack already and is only marked as one.  The pages in all others are sealed once more, into packs of their own,
-once they are more than a part of all: so what changes little is never packed twice, and what grows is packed by
-itself.  Only clean pages are, and each moves over only if it still is what was sealed, so neither a write nor a
-crash meanwhile makes a difference: both packs hold the same bytes.  The mark is in the row of a pack, which
+once a start would fetch more than half as much again as it reads: each page that lies elsewhere costs a shard.  What
+lies in start packs stays there, so what is added is packed by itself.  Only clean pages are, and each moves over
+only if it still is what was sealed, so neither a write nor a crash meanwhile makes a difference: both packs hold the
+same bytes.  The mark is in the row of a pack, which
 generations hold: a restored file system knows its start packs.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
@@ -28,10 +29,10 @@ from qsfs.store.start import CHUNK_PAGES, bits_of, blocks_of
 
 _log = logging.getLogger(__name__)
 
-STALE_SHARE = 0.25
-"""The part of what is recorded that must lie outside of start packs before that is packed."""
-LEAST_PAGES = 64
-"""Fewer pages are not worth a pack."""
+MOST_FETCHED = 1.5
+"""What a start may fetch for each byte that it reads before that is mended: it promises twice."""
+LEAST_PAGES = 16
+"""Fewer pages outside of start packs are not worth one: whatever they cost, it is little."""
 AGAIN_SECONDS = 86400.0
 """Between two packings, and between two looks while nothing is recorded anew."""
 _LEAST_SECONDS = 30.0
@@ -45,10 +46,14 @@ _Blocks = list[tuple[int, int, int]]
 
 @dataclass(slots=True)
 class _Plan:
-    """Recorded pages by the pack in which they lie, and which of these packs are dense of them."""
+    """Recorded pages by the pack in which they lie, and which of these packs are dense of them.
+
+    `fetched` counts the bytes that a start would fetch: packs that are dense, and the shards of others.
+    """
 
     pages: Counter[int] = field(default_factory=Counter)
     dense: set[int] = field(default_factory=set)
+    fetched: int = 0
 
     @property
     def stale(self) -> int:
@@ -58,7 +63,7 @@ class _Plan:
     @property
     def worth_it(self) -> bool:
         """Whether the stale pages should be packed."""
-        return self.stale >= LEAST_PAGES and self.stale > STALE_SHARE * self.pages.total()
+        return self.stale >= LEAST_PAGES and self.fetched > MOST_FETCHED * self.pages.total() * PAGE
 
 
 class StartPacker:
@@ -121,15 +126,26 @@ class StartPacker:
         """Counts the recorded pages by pack, and marks the packs that are dense of them."""
         store = self._context.store
         plan = _Plan()
+        sizes: dict[int, int] = {}
+        shards: defaultdict[int, int] = defaultdict(int)
         async for _, row, chunk, bits in self._recorded():
             plan.pages[row.pack] += (bits & bits_of(chunk, row.first, row.first + row.pages)).bit_count()
+            if row.pack not in sizes:
+                pack = pack_row(store, row.pack)
+                sizes[row.pack] = 1 if pack is None else pack.shard_size
+            first, last = row.offset, row.offset + max(1, row.sealed_length) - 1
+            for shard in range(first // sizes[row.pack], last // sizes[row.pack] + 1):
+                shards[row.pack] |= 1 << shard
         for index, (number, pages) in enumerate(plan.pages.items()):
             if index % _ROWS_A_STEP == 0:
                 await self._pause()
             pack = pack_row(store, number)
             if pack is not None and _is_dense(pack, pages):
                 plan.dense.add(number)
+                plan.fetched += pack.body_length
                 set_start(store, number, True)
+            else:
+                plan.fetched += shards[number].bit_count() * sizes[number]
         return plan
 
     async def _recorded(self) -> AsyncIterator[tuple[int, ExtentRow, int, int]]:

@@ -17,8 +17,8 @@ from tests.remote.flush_machine import Crash, FlushMachine, crash, restore
 from tests.remote.flushing import flushing, pack_rows, until
 from tests.remote.harness import World
 
-PAGES = 2000
-SCATTERED = range(5, PAGES, 20)
+PAGES = 640
+SCATTERED = range(5, PAGES, 8)
 DAY = 60.0
 """What is a day elsewhere: every second of it is worked through."""
 
@@ -85,18 +85,16 @@ async def test_scattered_pages_are_packed_together_and_restores_know_it(world: W
         assert all(row.live <= row.body_length <= 2 * row.live for row in marked), "they hold nothing else"
 
 
-async def test_what_is_packed_is_not_packed_again(
-    world: World, machine: FlushMachine, clock, monkeypatch: pytest.MonkeyPatch
-):
-    """Neither at the next start, nor for a few pages more; what is more than a quarter is packed by itself."""
-    monkeypatch.setattr(start_packs, "LEAST_PAGES", 10)
+async def test_what_is_packed_is_not_packed_again(world: World, machine: FlushMachine, clock):
+    """Neither at the next start nor for a few pages more; once many are scattered, these alone are packed."""
     async with started(machine) as (flusher, number, content):
         await until(lambda: packed(flusher))
-        few = range(6, PAGES, 100)
+        few = range(6, PAGES, 64)
+        assert len(few) < start_packs.LEAST_PAGES
         read(machine, number, [*SCATTERED, *few])
         await trio.sleep(2 * DAY)
         assert packed(flusher) == len(SCATTERED)
-        more = range(7, PAGES, 50)
+        more = range(7, PAGES, 16)
         read(machine, number, [*SCATTERED, *few, *more])
         await trio.sleep(2 * DAY)
         assert packed(flusher) == len(SCATTERED) + len(few) + len(more)
@@ -104,12 +102,22 @@ async def test_what_is_packed_is_not_packed_again(
         assert machine.content(number) == content
 
 
+async def test_what_costs_a_start_little_is_left_where_it_lies(world: World, machine: FlushMachine, clock):
+    """Pages that share a shard with others that are read too."""
+    async with started(machine) as (flusher, number, _):
+        await until(lambda: packed(flusher))
+        near = set(range(320, 348)) - set(SCATTERED)
+        read(machine, number, {*SCATTERED, *near})
+        await trio.sleep(2 * DAY)
+        assert packed(flusher) == len(SCATTERED)
+
+
 async def test_no_more_than_once_a_day(world: World, machine: FlushMachine, clock):
     """A database that reads other pages at each of many starts costs no more than that."""
     async with started(machine) as (flusher, number, _):
         await until(lambda: packed(flusher))
         begun = trio.current_time()
-        read(machine, number, range(9, PAGES, 20))
+        read(machine, number, range(9, PAGES, 8))
         await trio.sleep(DAY / 2)
         assert packed(flusher) == len(SCATTERED)
         await until(lambda: packed(flusher) > len(SCATTERED))
@@ -117,9 +125,9 @@ async def test_no_more_than_once_a_day(world: World, machine: FlushMachine, cloc
 
 
 async def test_packs_full_of_such_pages_are_only_marked(world: World, machine: FlushMachine, clock):
-    async with started(machine, range(640)) as (flusher, number, _):
+    async with started(machine, range(320)) as (flusher, number, _):
         await until(lambda: in_start_packs(machine, number))
-        assert in_start_packs(machine, number) == set(range(640))
+        assert in_start_packs(machine, number) == set(range(320))
         await trio.sleep(2 * DAY)
         assert packed(flusher) == 0
 
@@ -129,7 +137,7 @@ async def test_packs_that_are_read_no_more_lose_the_mark(world: World, machine: 
     async with started(machine) as (flusher, number, _):
         await until(lambda: packed(flusher))
         old = {n for n, row in pack_rows(machine).items() if row.state & PackState.START}
-        later = [*SCATTERED[::5], SCATTERED[-1], *range(9, PAGES, 20)]
+        later = [*SCATTERED[::5], SCATTERED[-1], *range(9, PAGES, 8)]
         read(machine, number, later)
         await trio.sleep(2 * DAY)
         rows = pack_rows(machine)
@@ -138,7 +146,7 @@ async def test_packs_that_are_read_no_more_lose_the_mark(world: World, machine: 
 
 
 async def test_few_pages_are_not_worth_a_pack(world: World, machine: FlushMachine, clock):
-    async with started(machine, range(5, PAGES, 40)) as (flusher, _, _):
+    async with started(machine, range(5, PAGES, 64)) as (flusher, _, _):
         await trio.sleep(2 * DAY)
         assert packed(flusher) == 0
 
