@@ -59,6 +59,10 @@ def _families(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Iterabl
     yield "qsfs_generation_age_seconds", "gauge", "Age of the last published generation's cut.", one(age)
     waiting = None if not flush else len(flush["waiting"])
     yield "qsfs_flush_waits", "gauge", "What flushing waits for backends for: so many things.", one(waiting)
+    start = flush.get("start") or {}
+    yield "qsfs_start_pages", "gauge", "Pages read at starts that are recorded.", one(start.get("recorded_pages"))
+    packed = start.get("packed_bytes")
+    yield "qsfs_start_packed_bytes_total", "counter", "Bytes of such pages that were packed together.", one(packed)
     yield "qsfs_packs_not_full", "gauge", "Packs that lack shards.", one(flush.get("packs_not_full"))
     yield "qsfs_spool_bytes", "gauge", "Bytes that wait for their upload on disk.", one(flush.get("spool_bytes"))
     yield "qsfs_cache_used_bytes", "gauge", "Bytes used in the cache.", one(cache.get("used_bytes"))
