@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from qsfs.format.extent import PackKind
-from qsfs.store.schema import PackRow
+from qsfs.store.schema import PackRow, PackState
 
 SETTLED_SECONDS = 600.0
 """Age from which on a thin pack is rewritten: a younger one that shrinks is likely to die by itself."""
@@ -182,7 +182,9 @@ class Candidates:
         return chosen
 
     def _is_small(self, row: PackRow) -> bool:
-        return row.live > 0 and _SMALL * max(row.live, row.body_length) < self._pack_bytes
+        """Whether a pack takes little and may be merged with others.  Start packs hold what belongs together."""
+        small = _SMALL * max(row.live, row.body_length) < self._pack_bytes
+        return row.live > 0 and small and not row.state & PackState.START
 
     def _take_small(self, chosen: list[Choice]) -> None:
         for choice in chosen:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from qsfs.store.schema import BLOCK_PAGES, ExtentRow, InodeFlag, PackRow, PackState, Table, u64
+from qsfs.store.schema import BLOCK_PAGES, PAGE, ExtentRow, InodeFlag, PackRow, PackState, Table, u64
 from qsfs.store.store import NEXT_PACK, Store
 
 WORTH_A_STEP = 1024
@@ -101,6 +101,8 @@ def move_run(store: Store, run: SealedRun) -> int:
     moved = [page for page, write in enumerate(run.writes, first) if _is_clean(store, run.inode, page, write)]
     for start, stop in _stretches(moved):
         store.extents.insert(run.inode, run.extent.part(start, stop - start))
+    # Nothing that applications changed: rewriting others earns no allowance by it.
+    store.extents.recorded_bytes -= len(moved) * PAGE
     return len(moved)
 
 

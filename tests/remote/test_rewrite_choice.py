@@ -8,7 +8,7 @@ from qsfs.format.extent import PackKind, PackRef
 from qsfs.remote import rewrite_choice
 from qsfs.remote.packing import row_of
 from qsfs.remote.rewrite_choice import Candidates, Choice
-from qsfs.store.schema import PAGE, PackRow
+from qsfs.store.schema import PAGE, PackRow, PackState
 
 FULL = 1024 * PAGE
 NOW = 10_000.0
@@ -124,6 +124,16 @@ def test_a_pack_that_is_small_only_because_it_was_compressed_is_left_alone():
     small = [packs.add(1.9, FULL // 32) for _ in range(16)]
     packs.candidates.grew([full, *small])
     assert packs.choose() == small
+
+
+def test_small_packs_of_what_is_read_at_a_start_are_not_merged_with_others():
+    """It would lie scattered again."""
+    packs = Packs()
+    packs.candidates.recorded(4 * FULL)
+    for number in [packs.add(1.0, FULL // 16) for _ in range(20)]:
+        packs.rows[number] = replace(packs.rows[number], state=packs.rows[number].state | PackState.START)
+    packs.candidates.grew(packs.rows)
+    assert packs.choose() == []
 
 
 def test_small_packs_that_are_young_are_not_merged():
