@@ -109,7 +109,7 @@ class Keeper:
             return
         recent_too = start_too = False
         rounds = 0
-        most_rounds = 4 if self._store.start.any else 3
+        most_rounds = 3
         freed = 0
         later = later_so_far = 0
         target = self._store.used_bytes - limits.low_bytes
@@ -127,6 +127,8 @@ class Keeper:
                 later, later_so_far = later_so_far, 0
                 rounds += 1
                 recent_too, start_too = rounds > 1, rounds > 2
+                if start_too and not freed and self._start_must_go(later * PAGE):
+                    most_rounds = 4
             await self._pause()
         self.evicted_bytes += freed
         if freed and not self._alarmed:
@@ -141,17 +143,25 @@ class Keeper:
         if freed or self._store.used_bytes < limits.new_bytes <= self._store.expected_bytes():
             await self._committer.commit()
 
+    def _start_must_go(self, later_bytes: int) -> bool:
+        """Whether what applications read while they start is evicted too: nothing else is left, nor will be soon."""
+        return self._store.start.any and (self._is_short() or not self._much_later(later_bytes))
+
+    def _much_later(self, later_bytes: int) -> bool:
+        """Whether much can be evicted once it is clean or looked at: then waiting is enough."""
+        store = self._store
+        groups = (store.layers.open, store.layers.committing)
+        dirty = store.layers.view.count(Table.DIRTY) * BLOCK_SIZE + sum(g.bytes for g in groups if g is not None)
+        return dirty + later_bytes > store.limits.full_bytes // _MUCH
+
     def _join_largest(self, later_bytes: int) -> None:
         """Covers the file that fills the cache with what it wrote since its last sync, if that is the cause.
 
         Its sync can never come: it waits for room that only this makes.  `later_bytes` may still be
         evicted of themselves, as may what is dirty; as long as that is much, waiting is enough.
         """
-        store, limits = self._store, self._store.limits
-        groups = (store.layers.open, store.layers.committing)
-        dirty = store.layers.view.count(Table.DIRTY) * BLOCK_SIZE + sum(g.bytes for g in groups if g is not None)
         largest = self._contents.largest_uncovered()
-        if largest is None or dirty + later_bytes > limits.full_bytes // _MUCH:
+        if largest is None or self._much_later(later_bytes):
             return
         inode, size = largest
         _log.warning(

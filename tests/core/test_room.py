@@ -197,6 +197,32 @@ async def test_more_than_the_cache_holds_passes_through_it(tmp_path: Path, clock
         assert (tmp_path / "data.mdb").stat().st_size <= SMALLEST.map_bytes
 
 
+async def test_what_is_read_at_a_start_stays_while_anything_else_can_go(tmp_path: Path, clock: MockClock) -> None:
+    """Twice the cache's size is written and read beside it; what was not recorded of the same database goes."""
+    async with running(tmp_path) as live:
+        live.store.start.begin(60.0, 1000)
+        database = live.machine.create("a.lmdb", atomic=True, opened=False)
+        for first in range(0, 256, 64):
+            await live.write(database, first, random.Random(first).randbytes(64 * PAGE))
+        await live.committer.commit()
+        recorded = list(range(1, 256, 20))
+        for index in recorded:
+            live.machine.page(database, index)
+        stream = live.machine.create("stream")
+        while live.keeper.evicted_bytes < 2 * SMALLEST.full_bytes:
+            for first in range(0, 4096, 64):
+                await live.write(stream, first, random.Random(first).randbytes(64 * PAGE))
+                live.machine.contents.read(live.machine.inode(stream), first * PAGE, 64 * PAGE)
+        is_resident = live.store.blocks.reader.is_resident
+        assert all(is_resident(database, index) for index in recorded)
+        assert sum(is_resident(database, index) for index in range(256)) <= len(recorded) * BLOCK_PAGES
+        live.machine.clock.advance(60)
+        await trio.sleep(2)
+        await live.committer.commit()
+        rows = [bytes(row) for _, row in live.store.scan(Table.START, b"", None)]
+        assert rows == [sum(1 << index for index in recorded).to_bytes(-(-recorded[-1] // 8), "little")]
+
+
 async def test_writers_wait_while_backends_are_away_and_go_on_when_they_return(
     tmp_path: Path, clock: MockClock
 ) -> None:
