@@ -26,6 +26,8 @@ DATABASE = int(InodeFlag.ATOMIC_SYNC | InodeFlag.WAIT)
 
 CHUNK_PAGES = 4096
 """Pages of one row: 16 MiB of a file."""
+MOST_PAGES = 4 << 20
+"""Pages that are recorded at most: what is known of them is in memory, some tens of MiB of it then."""
 ROW_BYTES = CHUNK_PAGES // 8
 
 _BLOCK_BITS = (1 << BLOCK_PAGES) - 1
@@ -65,7 +67,8 @@ class _Window:
 class StartPages:
     """The pages of one store that are read at a start.  Nothing is recorded, or known, before `begin`.
 
-    `version` counts the changes of what is recorded, `full` is whether more was read than may be.
+    `version` counts the changes of what is recorded, `full` is whether more was read than may be.  More may be
+    recorded than the cache can keep: the first chunks of the first files are kept, the others only packed.
     """
 
     def __init__(self, layers: Layers, clock: Clock) -> None:
@@ -75,7 +78,10 @@ class StartPages:
         self._clock = clock
         self._seconds = 0.0
         self._most_blocks = 0
-        self._left = 0
+        self._left = MOST_PAGES
+        self._kept: set[tuple[int, int]] = set()
+        self._kept_blocks = 0
+        self._window_blocks = 0
         self._files: dict[int, dict[int, int]] = {}
         self._windows: dict[int, _Window] = {}
         self._unsaved: set[tuple[int, int]] = set()
@@ -83,13 +89,14 @@ class StartPages:
     def begin(self, seconds: float, most_blocks: int) -> None:
         """Loads what is recorded, and records each database for `seconds` from the first read of it on (0: never).
 
-        So many blocks at most are recorded in all.
+        So many blocks at most are kept from eviction.
         """
         for key, row in self._layers.scan(Table.START, b"", None):
             inode, chunk = split_u64_pair(key)
             self._files.setdefault(inode, {})[chunk] = int.from_bytes(row, "little")
         self._seconds = seconds
-        self._most_blocks = self._left = most_blocks
+        self._most_blocks = most_blocks
+        self._choose_kept()
 
     # recording
 
@@ -108,10 +115,11 @@ class StartPages:
             old = chunks.get(chunk, 0)
             new = old | ((1 << here) - 1) << bit
             if new != old:
-                self._left -= blocks_in(new) - blocks_in(old)
+                self._left -= (new ^ old).bit_count()
                 if self._left < 0:
                     self._stop()
                     return
+                self._window_blocks += blocks_in(new) - blocks_in(old)
                 chunks[chunk] = new
             first += here
 
@@ -124,10 +132,7 @@ class StartPages:
     def _stop(self) -> None:
         """Ends all recording of this mount."""
         self.full = True
-        _log.info(
-            "more is read at the start than [cache] start_share lets be kept for the next one; the first %d blocks are",
-            self._most_blocks,
-        )
+        _log.info("more is read at the start than is recorded for the next one: the first %d pages are", MOST_PAGES)
         self.end_all()
 
     @property
@@ -159,15 +164,29 @@ class StartPages:
         self._files[inode] = found
         self.version += 1
         self._forget_surplus()
+        self._choose_kept()
 
     def _forget_surplus(self) -> None:
         """Forgets files that nobody has opened since the mount, while too much is recorded."""
-        surplus = self.blocks - self._most_blocks
+        surplus = self.pages - MOST_PAGES
         for inode in [inode for inode in self._files if inode not in self._windows]:
             if surplus <= 0:
                 return
-            surplus -= sum(map(blocks_in, self._files[inode].values()))
+            surplus -= _count(self._files[inode])
             self.drop(inode)
+
+    def _choose_kept(self) -> None:
+        """Chooses the chunks whose blocks are kept."""
+        self._kept, self._kept_blocks = set(), 0
+        for inode in self.files:
+            for chunk, bits in self.chunks(inode):
+                self._keep(inode, chunk, blocks_in(bits))
+
+    def _keep(self, inode: int, chunk: int, blocks: int) -> None:
+        """Keeps a chunk with so many blocks, or so many more of one that is kept, if there is room."""
+        if (inode, chunk) in self._kept or self._kept_blocks + blocks <= self._most_blocks:
+            self._kept.add((inode, chunk))
+            self._kept_blocks += blocks
 
     def seed(self, inode: int, first: int, count: int) -> None:
         """Records pages that lie in a pack of such pages: for a store that was restored."""
@@ -180,6 +199,7 @@ class StartPages:
             if new != old:
                 chunks[chunk] = new
                 self._unsaved.add((inode, chunk))
+                self._keep(inode, chunk, blocks_in(new) - blocks_in(old))
                 self.version += 1
 
     def drop(self, inode: int) -> None:
@@ -204,13 +224,14 @@ class StartPages:
     # what is recorded
 
     def keeps(self, inode: int, block: int) -> bool:
-        """Whether a block has a page that is recorded, or is being recorded."""
+        """Whether a block has a page that is recorded, or is being recorded, and is to be kept for that."""
         chunk, bit = divmod(block * BLOCK_PAGES, CHUNK_PAGES)
-        known = self._files.get(inode)
-        if known is not None and known.get(chunk, 0) >> bit & _BLOCK_BITS:
+        if (inode, chunk) in self._kept and self._files.get(inode, {}).get(chunk, 0) >> bit & _BLOCK_BITS:
             return True
         window = self._windows.get(inode)
-        return window is not None and bool((window.chunks or {}).get(chunk, 0) >> bit & _BLOCK_BITS)
+        if window is None or not window.chunks or self._window_blocks > self._most_blocks:
+            return False
+        return bool(window.chunks.get(chunk, 0) >> bit & _BLOCK_BITS)
 
     @property
     def files(self) -> list[int]:
@@ -230,11 +251,6 @@ class StartPages:
     def pages(self) -> int:
         """How many pages are recorded."""
         return sum(_count(chunks) for chunks in self._files.values())
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks have a recorded page."""
-        return sum(blocks_in(bits) for chunks in self._files.values() for bits in chunks.values())
 
 
 def _count(chunks: dict[int, int]) -> int:

@@ -9,6 +9,7 @@ import lmdb
 import pytest
 
 from qsfs.errors import FormatMismatch
+from qsfs.store import start
 from qsfs.store.environment import Environment
 from qsfs.store.eviction import Evictor
 from qsfs.store.schema import BLOCK_PAGES, LOCAL_SCHEMA_VERSION, PAGE, Table
@@ -130,24 +131,44 @@ def test_another_start_replaces_the_last(machine: Starting):
     assert machine.recorded(number) == later
 
 
-def test_no_more_is_recorded_than_may_be(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    machine = Starting(tmp_path)
+def test_no_more_is_recorded_than_may_be(machine: Starting, monkeypatch: pytest.MonkeyPatch):
     old = machine.database([0, 4, 8, 12], "old.lmdb")
     number = machine.database(list(range(0, 400, 4)), "new.lmdb")
     for index in (0, 4, 8, 12):
         machine.page(old, index)
-    Starting.most_blocks = 10
-    try:
-        machine.remount()
-        for index in range(0, 400, 4):
-            machine.page(number, index)
-        assert machine.store.start.full
-        machine.remount()
-        assert machine.recorded(number) == list(range(0, 40, 4)), "the first ones"
-        assert machine.recorded(old) == [], "which nothing read in this mount"
-    finally:
-        Starting.most_blocks = MOST_BLOCKS
-        machine.close()
+    monkeypatch.setattr(start, "MOST_PAGES", 10)
+    machine.remount()
+    for index in range(0, 400, 4):
+        machine.page(number, index)
+    assert machine.store.start.full
+    machine.remount()
+    assert machine.recorded(number) == list(range(0, 40, 4)), "the first ones"
+    assert machine.recorded(old) == [], "which nothing read in this mount"
+
+
+@pytest.mark.parametrize("while_recorded", [False, True])
+def test_no_more_is_kept_from_eviction_than_its_share(tmp_path: Path, while_recorded: bool):
+    """The rest is packed, too, but goes like any other: the cache must stay fit for what runs after the start."""
+    machine = Starting(tmp_path)
+    machine.most_blocks = 10
+    machine.crash()
+    chunk = CHUNK_PAGES // BLOCK_PAGES
+    pages = [*range(0, 32, BLOCK_PAGES), *range(CHUNK_PAGES, CHUNK_PAGES + 32, BLOCK_PAGES)]
+    number = machine.database(pages)
+    for index in pages:
+        machine.page(number, index)
+    keeps = machine.store.start.keeps
+    if while_recorded:
+        assert not any(keeps(number, page // BLOCK_PAGES) for page in pages), "it is not known yet which to keep"
+    machine.store.start.end_all()
+    assert machine.recorded(number) == pages
+    assert all(keeps(number, block) for block in range(8))
+    assert not any(keeps(number, chunk + block) for block in range(8))
+    machine.store.start.seed(number, 2 * CHUNK_PAGES, 2 * BLOCK_PAGES)
+    assert keeps(number, 2 * chunk) and keeps(number, 2 * chunk + 1), "there was room for two"
+    machine.store.start.seed(number, 3 * CHUNK_PAGES, 1)
+    assert not keeps(number, 3 * chunk)
+    machine.close()
 
 
 def test_a_file_that_is_forgotten_leaves_no_rows(machine: Starting):
