@@ -13,9 +13,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "restore",
         help="rebuild the local state from the backends",
-        description="Rebuild the local state of the newest generation in an empty cache directory. Contents "
-        "stay on the backends and are fetched when they are read. Next: 'qsfs takeover', then 'qsfs mount'. To go on "
-        "from an older generation, a snapshot for example, restore and take over, and then 'qsfs rollback'.",
+        description="Rebuild the local state of the newest generation, or of an older one that it keeps, in an empty "
+        "cache directory. Contents stay on the backends and are fetched when they are read. Next: 'qsfs takeover', "
+        "then 'qsfs mount'. The takeover makes an older generation the newest; what it leaves it keeps as a snapshot.",
     )
     parser.add_argument(
         "--force",
@@ -27,6 +27,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="first move the local state that is there beside the cache directory; nothing is deleted",
     )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--generation", type=int, metavar="G", help="this generation (default: the newest)")
+    which.add_argument("--snapshot", metavar="NAME", help="the generation of this snapshot")
     add_unlock_options(parser)
 
 
@@ -39,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from qsfs.clock import SystemClock
     from qsfs.config import Config
     from qsfs.daemon.restoring import restore_file_system
+    from qsfs.remote.newest import describe_head
+    from qsfs.remote.readable import Wanted
     from qsfs.remote.snapshots import snapshots_of
     from qsfs.values import counted
 
@@ -50,13 +55,20 @@ def run(args: argparse.Namespace) -> int:
 
     report = trio.run(
         lambda: restore_file_system(
-            config, SystemClock(), progress, force=args.force, aside=args.set_aside, secret=secret
+            config,
+            SystemClock(),
+            progress,
+            wanted=Wanted(args.generation, args.snapshot),
+            force=args.force,
+            aside=args.set_aside,
+            secret=secret,
         )
     )
     if args.json:
         print_json(
             {
                 "generation": report.base.generation,
+                "newest": report.newest.generation,
                 "withstands": report.withstands,
                 "metadata_packs": report.packs,
                 "sentences": report.sentences,
@@ -65,9 +77,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for sentence in report.sentences:
         print(sentence)
-    snapshots = snapshots_of(report.head.kept)
-    if snapshots:
+    snapshots = snapshots_of(report.kept)
+    if report.base != report.newest:
+        print(
+            f"It is not the newest, which is {describe_head(report.newest)}: 'qsfs takeover' keeps that one as a "
+            "snapshot, and makes this one the newest"
+        )
+    elif snapshots:
         there = f"{counted(len(snapshots), 'snapshot')}, the newest {snapshots[-1].name}"
-        print(f"{there}: 'qsfs rollback' returns to one, after 'qsfs takeover'")
+        print(f"{there}: 'qsfs restore --set-aside --snapshot NAME' restores one, 'qsfs rollback' returns to one later")
     print("Next: 'qsfs takeover' once the machine that wrote it is stopped, then 'qsfs mount'")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qsfs.errors import ConfigError, QsfsError
 
@@ -54,19 +54,11 @@ def run(args: argparse.Namespace) -> int:
     order = Order(args.which, args.set_aside, agree)
     report = trio.run(lambda: roll_back(config, SystemClock(), order, progress))
     if args.json:
-        print_json(
-            {
-                "generation": report.base.generation,
-                "as": report.target.head.generation,
-                "left": report.left,
-                "aside": None if report.aside is None else str(report.aside),
-                "emptied": report.tally.emptied,
-                "put_aside": [{"path": file.path, "name": file.name} for file in report.tally.aside],
-            }
-        )
+        print_json({"generation": report.base.generation} | rollback_fields(report))
         return 0
-    for line in _sentences(report):
+    for line in rollback_sentences(report):
         print(line)
+    print("Next: qsfs mount")
     return 0
 
 
@@ -95,7 +87,19 @@ def _ask(plan: Plan) -> None:
         raise QsfsError("not agreed to; nothing was changed")
 
 
-def _sentences(report: RollbackReport) -> list[str]:
+def rollback_fields(report: RollbackReport) -> dict[str, Any]:
+    """What was done, for `--json`."""
+    return {
+        "as": report.target.head.generation,
+        "left": report.left,
+        "aside": None if report.aside is None else str(report.aside),
+        "emptied": report.tally.emptied,
+        "put_aside": [{"path": file.path, "name": file.name} for file in report.tally.aside],
+    }
+
+
+def rollback_sentences(report: RollbackReport) -> list[str]:
+    """What was done, for people."""
     from qsfs.cli.output import format_time
     from qsfs.remote.restore import changed_sentences
 
@@ -109,4 +113,4 @@ def _sentences(report: RollbackReport) -> list[str]:
     ]
     if report.aside is not None:
         lines.append(f"what was never published is in {report.aside}")
-    return [*lines, *changed_sentences(tally), "Next: qsfs mount"]
+    return [*lines, *changed_sentences(tally)]

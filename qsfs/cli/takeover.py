@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -14,8 +15,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "takeover",
         help="go on with a file system that another machine wrote",
         description="Make this machine the owner: restore the newest generation where there is no local "
-        "state, and publish it as ours. The other machine fences itself when it next publishes; until then "
-        "it serves its applications, so stop it first: a validator's keys must not run twice.",
+        "state, and publish it as ours. Where an older generation was restored ('qsfs restore --generation'), "
+        "that one becomes the newest, and what it leaves a snapshot. The other machine fences itself when it next "
+        "publishes; until then it serves its applications, so stop it first: a validator's keys must not run twice.",
     )
     add_unlock_options(parser)
 
@@ -25,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     import trio
 
     from qsfs.cli.output import print_json
+    from qsfs.cli.rollback import rollback_fields, rollback_sentences
     from qsfs.cli.unlock import unlocking
     from qsfs.clock import SystemClock
     from qsfs.config import Config
@@ -36,12 +39,15 @@ def run(args: argparse.Namespace) -> int:
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    owned = trio.run(lambda: take_over(config, SystemClock(), progress, secret=secret))
-    ref = owned.first_ref
+    taken = trio.run(lambda: take_over(config, SystemClock(), progress, secret=secret))
+    ref, returned = taken.ref, taken.returned
     if args.json:
-        print_json({"generation": ref.generation, "epoch": owned.owner.epoch})
+        found: dict[str, Any] = {"generation": ref.generation, "epoch": ref.owner.epoch}
+        print_json(found | ({} if returned is None else rollback_fields(returned)))
     else:
-        where = f"epoch {owned.owner.epoch}, generation {ref.generation}"
+        where = f"epoch {ref.owner.epoch}, generation {ref.generation}"
         print(f"this machine owns the file system now ({where})")
+        for line in [] if returned is None else rollback_sentences(returned):
+            print(line)
         print("The machine that owned it must not run its applications any more. Next: qsfs mount")
     return 0

@@ -26,7 +26,7 @@ from qsfs.errors import LimitExceeded, QsfsError
 from qsfs.fuse.generations import MOST_INODES, MOST_TAGS, GenerationOperations
 from qsfs.remote.images import image_directory
 from qsfs.remote.readable import Published, owner_host, read_head
-from qsfs.remote.restore import Source
+from qsfs.remote.source import Source
 from qsfs.remote.survey import Timing
 from qsfs.store.limits import Limits
 from qsfs.store.store import NEXT_INODE

@@ -33,7 +33,8 @@ from qsfs.fuse.operations import Operations
 from qsfs.fuse.state import ReadOnlyState
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.reader import PackReader
-from qsfs.remote.restore import Source, restore_into
+from qsfs.remote.restore import restore_into
+from qsfs.remote.source import Source
 from qsfs.store.limits import Limits
 from qsfs.store.store import Store
 

@@ -11,7 +11,7 @@ from qsfs.daemon.connect import Opened
 from qsfs.daemon.host import host_name
 from qsfs.errors import Fenced, QuorumUnavailable
 from qsfs.format.fleet import Fleet
-from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, local_head, record_published
+from qsfs.remote.base import BASE_KEY, NEWEST_KEYS, PUBLISHED_KEY, RETURNS_KEY, local_head, record_published
 from qsfs.remote.members import Members
 from qsfs.remote.mount_check import LocalState, accept_for_mount
 from qsfs.remote.ownership import Ownership, OwnUnfinished, own
@@ -27,17 +27,22 @@ def local_state(store: Store, spool: Spool, opened: Opened) -> LocalState:
     """The heads that this machine knows of."""
     base = local_head(store, BASE_KEY, opened.keys)
     published = local_head(store, PUBLISHED_KEY, opened.keys)
+    newest = local_head(store, RETURNS_KEY, opened.keys)
+    returns = None if base is None or newest is None else base.sealed.ref
+    if newest is not None:
+        base = newest
     return LocalState(
         base=None if base is None else base.sealed.ref,
         published_here=base is not None and base.ours,
         published=None if published is None else published.sealed.ref,
         sent=frozenset(spool.heads),
+        returns=returns,
     )
 
 
 def local_fleets(store: Store, opened: Opened) -> tuple[Fleet, ...]:
     """The fleets that the newest head known here names."""
-    for name in (PUBLISHED_KEY, BASE_KEY):
+    for name in NEWEST_KEYS:
         known = local_head(store, name, opened.keys)
         if known is not None:
             return known.head.fleets

@@ -26,7 +26,7 @@ from qsfs.format.head import MetadataPack
 from qsfs.format.keys import KeyRing
 from qsfs.format.slots import Secret
 from qsfs.format.superblock import Superblock, open_superblock
-from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, decode_local_head
+from qsfs.remote.base import NEWEST_KEYS, decode_local_head
 from qsfs.remote.losses import Loss, LossTable, loss_of, single_losses
 from qsfs.remote.members import ACTIVE, Members, State
 from qsfs.remote.promises import Place, Promises
@@ -70,7 +70,7 @@ def read_known(environment: Environment, keys: KeyRing) -> Known:
     """The newest head in the local store, as of the last commit; nothing where there is none."""
     view = environment.read()
     try:
-        for name in (PUBLISHED_KEY, BASE_KEY):
+        for name in NEWEST_KEYS:
             row = view.get(Table.LOCAL, name)
             if row is not None:
                 head = decode_local_head(bytes(row), keys).head

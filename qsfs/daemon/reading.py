@@ -50,7 +50,7 @@ from qsfs.remote.control import Records
 from qsfs.remote.images import image_directory, refuse_writer, remove_others
 from qsfs.remote.readable import Published, Wanted, owner_host, source_of
 from qsfs.remote.reader import PackReader
-from qsfs.remote.restore import Source, find_source
+from qsfs.remote.source import Source, find_source
 from qsfs.remote.survey import Timing
 from qsfs.store.limits import Limits
 from qsfs.store.schema import BLOCK_SIZE

@@ -1,4 +1,4 @@
-"""`restore`: the newest generation into an empty cache directory; contents stay on the backends."""
+"""`restore`: a generation into an empty cache directory; contents stay on the backends."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from qsfs.daemon.lock import CacheLock
 from qsfs.daemon.secret import read_secret
 from qsfs.errors import CacheError
 from qsfs.format.slots import Secret
+from qsfs.remote.readable import Wanted
 from qsfs.remote.restore import Progress, RestoreReport, restore, set_aside
 from qsfs.store.limits import Limits
 
@@ -20,13 +21,14 @@ async def restore_file_system(
     clock: Clock,
     progress: Callable[[str], None],
     *,
+    wanted: Wanted | None = None,
     force: bool = False,
     aside: bool = False,
     secret: Secret | None = None,
 ) -> RestoreReport:
     """Restores what `config`'s backends hold; raises as `restore` does.
 
-    `secret` opens it (default: the configured one).
+    `secret` opens it (default: the configured one); `wanted` is what is restored (default: the newest generation).
     With `aside`, local state that is there is first moved beside the cache directory.  The directory
     is made if it is missing: a lost machine has none.
     """
@@ -50,6 +52,7 @@ async def restore_file_system(
                 directory=directory,
                 limits=limits,
                 clock=clock,
+                wanted=wanted,
                 force=force,
                 say=Told(progress).say,
             )

@@ -1,4 +1,7 @@
-"""`rollback`: this machine's file system becomes what it was at an older generation."""
+"""`rollback`: this machine's file system becomes what it was at an older generation.
+
+A takeover by a machine that was restored from an older generation is the same, but for owning: see `return_to_base`.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,19 @@ from qsfs.config import Config
 from qsfs.daemon.committer import Committer
 from qsfs.daemon.connect import SUPERBLOCK_ROW, links, members_of, open_file_system, read_secret
 from qsfs.daemon.formatting import local_store_exists
+from qsfs.daemon.key_upkeep import KeyUpkeep
 from qsfs.daemon.lock import CacheLock
-from qsfs.daemon.owning import local_fleets, own_when_possible
+from qsfs.daemon.owning import local_fleets, local_state, own_when_possible
 from qsfs.daemon.restoring import Told
 from qsfs.errors import CacheError, Fenced, StaleCache
 from qsfs.filesystem.contents import Contents
 from qsfs.format.head import Head, HeadRef, KeptGeneration
 from qsfs.format.keys import KeyRing
-from qsfs.remote.base import BASE_KEY, PUBLISHED_KEY, local_head
+from qsfs.format.slots import Secret
+from qsfs.remote.base import BASE_KEY, NEWEST_KEYS, local_head
 from qsfs.remote.generation import GENERATION
+from qsfs.remote.mount_check import require_returned
+from qsfs.remote.readable import readable
 from qsfs.remote.rollback import LEFT, HeadGate, Rollback, RollbackReport, Unpublished, unpublished
 from qsfs.remote.snapshots import find_kept, snapshots_of
 from qsfs.remote.spool import Spool
@@ -68,19 +75,41 @@ async def roll_back(config: Config, clock: Clock, order: Order, progress: Callab
         )
     lock = CacheLock(config.cache.directory)
     try:
-        return await _Work(config, clock, order, progress).run()
+        return await _Work(config, clock, order, progress, read_secret(config)).run()
     finally:
         lock.release()
 
 
+async def return_to_base(
+    config: Config, clock: Clock, progress: Callable[[str], None], secret: Secret
+) -> RollbackReport:
+    """Takes over, and makes the base of the local store, which is older than the newest generation, the newest.
+
+    The caller holds the mount lock.  Raises as `roll_back` and a
+    takeover; may be repeated for as long as the store has a row `RETURNS_KEY`.
+    """
+    order = Order("", set_aside=False, agree=lambda plan: None)
+    return await _Work(config, clock, order, progress, secret, takeover=True).run()
+
+
 class _Work:
-    def __init__(self, config: Config, clock: Clock, order: Order, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        order: Order,
+        progress: Callable[[str], None],
+        secret: Secret,
+        *,
+        takeover: bool = False,
+    ) -> None:
         self._config = config
         self._clock = clock
         self._order = order
         self._progress = progress
         self._limits = Limits.of(config.cache, config.flush.spool_bytes)
-        self._secret = read_secret(config)
+        self._secret = secret
+        self._takeover = takeover
 
     async def run(self) -> RollbackReport:
         directory = self._config.cache.directory
@@ -91,6 +120,8 @@ class _Work:
             gate = HeadGate(spool)
             store = self._store
             opened = await open_file_system(store, found, self._secret, self._clock)
+            if not self._takeover:
+                require_returned(local_state(store, spool, opened))
             plan = self._plan(store, opened.keys)
             self._order.agree(plan)
             members, strangers = await members_of(found, opened, self._clock, local_fleets(store, opened))
@@ -101,6 +132,8 @@ class _Work:
                 async with trio.open_nursery() as committing:
                     committer = Committer(store, Contents(store), self._config.cache.group_seconds)
                     committing.start_soon(committer.run)
+                    if self._takeover:
+                        await KeyUpkeep(store, committer, members, opened, self._secret, self._clock).look()
                     owned = await own_when_possible(
                         store,
                         spool,
@@ -108,7 +141,7 @@ class _Work:
                         members,
                         self._clock,
                         nursery,
-                        takeover=False,
+                        takeover=self._takeover,
                         on_fenced=_raise,
                         waiting=self._wait,
                         store_before_send=gate.store,
@@ -152,12 +185,15 @@ class _Work:
 
     def _plan(self, store: Store, keys: KeyRing) -> Plan:
         """What is to be done, by what is known here; refuses what cannot be."""
-        known = [head for name in (BASE_KEY, PUBLISHED_KEY) if (head := local_head(store, name, keys)) is not None]
-        if not known:
+        base = local_head(store, BASE_KEY, keys)
+        if base is None:
             raise CacheError("the local store has no base generation; run 'qsfs restore --set-aside'")
+        known = [head for name in NEWEST_KEYS if (head := local_head(store, name, keys)) is not None]
         newest = max(known, key=lambda head: head.sealed.ref)
-        own = KeptGeneration(newest.sealed.ref, newest.head.time_ns, ())
-        target = find_kept((*newest.head.kept, own), self._order.which)
+        if self._takeover:
+            target = KeptGeneration(base.sealed.ref, base.head.time_ns, ())
+        else:
+            target = find_kept(readable(newest.head, newest.sealed.ref), self._order.which)
         lost = unpublished(store.environment, self._clock)
         directory = self._config.cache.directory
         if not self._order.set_aside:
@@ -212,7 +248,7 @@ def name_of_left(clock: Clock, taken: Container[str]) -> str:
 
 def _still_kept(first: Head, ref: HeadRef, target: KeptGeneration) -> KeptGeneration:
     """The target as the newest head has it, now that this machine owns: `NotFound` if it went meanwhile."""
-    kept = (*first.kept, KeptGeneration(ref, first.time_ns, ()))
+    kept = readable(first, ref)
     for entry in kept:
         if entry.head == target.head:
             return entry

@@ -14,8 +14,8 @@ from qsfs.daemon.connect import links, read_secret
 from qsfs.errors import DeadlineExceeded, NotFound
 from qsfs.filesystem.contents import Contents
 from qsfs.remote.pinning import Pinning
-from qsfs.remote.restore import find_source
 from qsfs.remote.snapshots import Snapshot, check_name, snapshots_of
+from qsfs.remote.source import find_source
 from qsfs.store.store import Store
 
 

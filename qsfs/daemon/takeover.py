@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import trio
 
@@ -15,21 +16,34 @@ from qsfs.daemon.key_upkeep import KeyUpkeep
 from qsfs.daemon.lock import CacheLock
 from qsfs.daemon.owning import local_fleets, own_when_possible
 from qsfs.daemon.restoring import restore_file_system
+from qsfs.daemon.rollback import return_to_base
 from qsfs.daemon.secret import read_secret
 from qsfs.errors import Fenced
 from qsfs.filesystem.contents import Contents
+from qsfs.format.head import HeadRef
 from qsfs.format.slots import Secret
+from qsfs.remote.base import RETURNS_KEY
 from qsfs.remote.ownership import Ownership
+from qsfs.remote.rollback import RollbackReport
 from qsfs.remote.spool import Spool
 from qsfs.store.limits import Limits
 from qsfs.store.store import Store
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a takeover came to: the head that this machine published last, and how an older generation became it."""
+
+    ref: HeadRef
+    returned: RollbackReport | None
+
+
 async def take_over(
     config: Config, clock: Clock, progress: Callable[[str], None], *, secret: Secret | None = None
-) -> Ownership:
+) -> Taken:
     """Restores where there is no local state, then owns and publishes the newest head as its own first.
 
+    Where an older generation was restored, that one becomes the newest, as after a rollback.
     Waits for a quorum of backends as long as it takes; `progress` is told what it does and waits for.
     `secret` opens it (default: the configured one).
     """
@@ -43,9 +57,13 @@ async def take_over(
         limits = Limits.of(config.cache, config.flush.spool_bytes)
         store = Store(config.cache.directory, limits, clock)
         try:
-            return await _own(config, store, secret, clock, progress)
+            if store.local(RETURNS_KEY) is None:
+                owned = await _own(config, store, secret, clock, progress)
+                return Taken(owned.first_ref, None)
         finally:
             store.close()
+        returned = await return_to_base(config, clock, progress, secret)
+        return Taken(returned.base, returned)
     finally:
         lock.release()
 

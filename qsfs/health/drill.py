@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from qsfs.clock import Clock
-from qsfs.errors import NotFound
 from qsfs.format.erasure import Code
 from qsfs.format.head import Head, HeadRef
 from qsfs.format.slots import Secret
@@ -26,9 +24,11 @@ from qsfs.health.packs import PackDoctor
 from qsfs.remote.members import Candidate, Members, State
 from qsfs.remote.placement import FreeSpace
 from qsfs.remote.plain import plain_errors
+from qsfs.remote.readable import Wanted, source_of
 from qsfs.remote.reader import WORTH_A_THREAD, PackReader
 from qsfs.remote.rebuild import Tally as Restored
-from qsfs.remote.restore import Progress, Say, Source, find_source, restore_into
+from qsfs.remote.restore import Progress, Say, restore_into
+from qsfs.remote.source import Source, find_source
 from qsfs.remote.stored import StoredPack
 from qsfs.remote.survey import Timing
 from qsfs.store.environment import Environment
@@ -105,12 +105,10 @@ async def drill(
     """
     started_ns, began = clock.time_ns(), clock.monotonic()
     say(Progress("looking for the generation", 0, len(candidates)))
-    find = partial(
-        find_source, candidates, secret=secret, clock=clock, timing=timing, deadline_seconds=deadline_seconds
+    newest = await find_source(
+        candidates, secret=secret, clock=clock, timing=timing, deadline_seconds=deadline_seconds
     )
-    source = newest = await find()
-    if generation is not None and generation != newest.found.ref.generation:
-        source = await find(chosen=_kept(newest.found.head, generation))
+    source = await source_of(newest, Wanted(generation), timing)
     found_at = clock.monotonic()
     packs, restored = await restore_into(
         directory, source, limits, clock, say=say, deadline_seconds=deadline_seconds
@@ -165,18 +163,6 @@ async def drill(
         recorded=recorded,
         metadata_spares=spares,
     )
-
-
-def _kept(head: Head, generation: int) -> HeadRef:
-    """The newest kept generation of that number.  Raises `NotFound`, listing those that are kept."""
-    found = [kept.head for kept in head.kept if kept.head.generation == generation]
-    if not found:
-        kept = ", ".join(map(str, sorted({kept.head.generation for kept in head.kept})))
-        raise NotFound(
-            f"generation {generation} is not kept any more, or never was; kept are {kept or 'none'} and the "
-            f"newest, {head.generation}"
-        )
-    return max(found)
 
 
 async def _metadata_spares(source: Source, doctor: PackDoctor, code: Code) -> Counter[int]:

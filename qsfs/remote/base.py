@@ -3,6 +3,9 @@
 The *base* is the generation that the local tables descend from: the change marks say what differs
 from it, so the next generation builds on it.  The *published* head may be another: a mount that
 takes over publishes the newest head as its own first one, which moves no mark.
+
+A store that was restored from an older generation than the newest has that one as its base, and remembers
+the newest as what it *returns from*.  It is no mount's: a takeover makes its base the newest first.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from qsfs.store.store import Store
 
 BASE_KEY = b"base-head"
 PUBLISHED_KEY = b"published-head"
+RETURNS_KEY = b"returns-from-head"
+NEWEST_KEYS = (PUBLISHED_KEY, RETURNS_KEY, BASE_KEY)
+"""The first of these that there is names the newest head known here, and the fleets that it lists."""
 
 _SCHEMA = 1
 
@@ -47,7 +53,7 @@ def decode_local_head(row: bytes, keys: KeyRing) -> LocalHead:
 
 
 def local_head(store: Store, name: bytes, keys: KeyRing) -> LocalHead | None:
-    """The head that LOCAL holds under `name` (`BASE_KEY`, `PUBLISHED_KEY`), or None.
+    """The head that LOCAL holds under `name` (`BASE_KEY`, `PUBLISHED_KEY`, `RETURNS_KEY`), or None.
 
     Raises `Corrupt` or `FormatMismatch` if it cannot be read.
     """

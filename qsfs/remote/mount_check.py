@@ -27,12 +27,15 @@ class LocalState:
     `base`: the head that the local tables descend from; `published_here`: whether this machine
     published it (a restore records a base without that).  `published`: the last head that this
     machine knows to be published by itself.  `sent`: heads in the spool, which it may have sent.
+    `returns`: the older head whose generation the local tables hold, where `base` was the newest when
+    they were restored; a takeover makes that generation the newest, and only then it is one to mount.
     """
 
     base: HeadRef | None
     published_here: bool
     published: HeadRef | None = None
     sent: frozenset[HeadRef] = frozenset()
+    returns: HeadRef | None = None
 
 
 class Standing(Enum):
@@ -58,6 +61,13 @@ def check_mount(
     ours = {local.base, *local.sent}
     if local.published is not None:
         ours.add(local.published)
+    if newest not in ours and local.returns is not None:
+        raise StaleCache(
+            f"the newest generation on the backends is {describe_head(newest)}, and this machine was restored from "
+            f"{describe_head(local.returns)} when it was {describe_head(local.base)}: another machine has published "
+            "since. To go on here, stop the other machine for good; then `qsfs restore --set-aside --generation "
+            f"{local.returns.generation}` does that again, and `qsfs takeover` makes it the newest"
+        )
     if newest not in ours:
         raise StaleCache(
             f"the newest generation on the backends is {describe_head(newest)}, and this machine goes on "
@@ -75,6 +85,8 @@ def check_mount(
                 f"{describe_head(newest)}. Stop the copy, "
                 "decide which one is right, and restore that generation"
             )
+    if not takeover:
+        require_returned(local)
     if newest in local.sent or newest == local.published or local.published_here:
         return Standing.CURRENT if newest in (local.base, local.published) else Standing.SENT
     if not takeover:
@@ -84,6 +96,17 @@ def check_mount(
             "(a validator's keys must not run twice), then run `qsfs takeover` once"
         )
     return Standing.CURRENT
+
+
+def require_returned(local: LocalState) -> None:
+    """Raises `StaleCache` if the local tables are an older generation's, which a takeover did not make the newest."""
+    if local.returns is None or local.base is None:
+        return
+    raise StaleCache(
+        f"the local state was restored from {describe_head(local.returns)}, which was not the newest: that was "
+        f"{describe_head(local.base)}. Stop the machine that wrote it (a validator's keys must not run twice), then "
+        "run `qsfs takeover`: it keeps the newest as a snapshot, and makes the older one the newest"
+    )
 
 
 def accept_for_mount(
@@ -105,9 +128,10 @@ def accept_for_mount(
 
 
 def check_offline(local: LocalState) -> None:
-    """Raises `StaleCache` where even an offline mount may not go on: no base, or another machine's."""
+    """Raises `StaleCache` where even an offline mount may not go on: no base, an older one, or another machine's."""
     if local.base is None:
         raise StaleCache("there is no local state of this file system to mount offline; restore it first")
+    require_returned(local)
     if not local.published_here:
         raise StaleCache(
             f"the local state was restored from {describe_head(local.base)}, which another machine "

@@ -5,7 +5,7 @@ Everything here reads.  Nothing is written to a backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -22,11 +22,10 @@ from qsfs.remote.members import Members
 from qsfs.remote.newest import describe_head, judge
 from qsfs.remote.quorum import FleetQuorum, fleet_quorums, reached
 from qsfs.remote.reasons import summary
-from qsfs.remote.restore import Source
+from qsfs.remote.snapshots import find_generation, find_snapshot
+from qsfs.remote.source import Source
 from qsfs.remote.survey import Timing, fetch_head, survey
 from qsfs.values import counted
-
-_MOST_NAMED = 20
 
 T = TypeVar("T")
 
@@ -51,36 +50,11 @@ def readable(head: Head, ref: HeadRef) -> tuple[KeptGeneration, ...]:
 
 
 def choose(head: Head, ref: HeadRef, wanted: Wanted) -> HeadRef:
-    """The head that is meant by `wanted` while `head`, named by `ref`, is the newest.
-
-    Where a takeover has repeated a generation under its own name, the newest is meant.  Raises `NotFound`,
-    which names what there is.
-    """
+    """The head that is meant by `wanted` while `head`, named by `ref`, is the newest.  Raises `NotFound`."""
     there = readable(head, ref)
     if wanted.snapshot is not None:
-        found = [entry.head for entry in there if wanted.snapshot in entry.pins]
-        if not found:
-            names = sorted({name for entry in there for name in entry.pins})
-            known = f"there are {_listed(names)}" if names else "there is none"
-            raise NotFound(f'no snapshot is called "{wanted.snapshot}"; {known}')
-        return found[-1]
-    if wanted.generation is None:
-        return ref
-    found = [entry.head for entry in there if entry.head.generation == wanted.generation]
-    if found:
-        return found[-1]
-    if wanted.generation > ref.generation:
-        raise NotFound(f"generation {wanted.generation} is not there yet; the newest is {ref.generation}")
-    raise NotFound(f"generation {wanted.generation} is not kept any more; kept are {_listed(map(_described, there))}")
-
-
-def _described(entry: KeptGeneration) -> str:
-    return f"{entry.head.generation}" + (f" ({', '.join(entry.pins)})" if entry.pins else "")
-
-
-def _listed(names: Iterable[str]) -> str:
-    each = list(dict.fromkeys(names))
-    return ", ".join([*each[:_MOST_NAMED], *(["..."] if len(each) > _MOST_NAMED else [])])
+        return find_snapshot(there, wanted.snapshot).head
+    return ref if wanted.generation is None else find_generation(there, wanted.generation).head
 
 
 async def source_of(source: Source, wanted: Wanted, timing: Timing | None = None) -> Source:

@@ -9,35 +9,35 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from qsfs import failpoints
 from qsfs.clock import Clock
-from qsfs.errors import CacheError, Corrupt, NotFound, QsfsError, QuorumUnavailable, Unavailable, WrongBackend
+from qsfs.errors import CacheError, Corrupt, QuorumUnavailable, Unavailable
 from qsfs.format.erasure import Code
-from qsfs.format.head import Head, HeadRef, MetadataPack, SealedHead, head_key, open_head
+from qsfs.format.head import HeadRef, KeptGeneration, MetadataPack
 from qsfs.format.keys import KeyRing
 from qsfs.format.pack import open_body
 from qsfs.format.rows import Row, decode_rows
 from qsfs.format.slots import Secret
 from qsfs.format.superblock import Superblock
-from qsfs.remote.control import Records
-from qsfs.remote.identity import Stranger, find_members
+from qsfs.remote.base import RETURNS_KEY, encode_local_head
 from qsfs.remote.image import Counting, packs_of
 from qsfs.remote.images import refuse_images
-from qsfs.remote.members import Candidate, Member, Members
+from qsfs.remote.members import Candidate
 from qsfs.remote.newest import describe_head
 from qsfs.remote.plain import plain_errors
+from qsfs.remote.readable import Wanted, readable, source_of
 from qsfs.remote.reader import PackReader
-from qsfs.remote.reasons import summary
 from qsfs.remote.rebuild import Rebuild, Tally
+from qsfs.remote.source import Source, find_source
 from qsfs.remote.stored import StoredPack
-from qsfs.remote.superblocks import find_superblock
-from qsfs.remote.survey import Found, Timing, find_newest
+from qsfs.remote.survey import Found, Timing
 from qsfs.store.limits import Limits
 
 DIRECTORY = "restoring"
@@ -59,69 +59,19 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class RestoreReport:
-    """What was restored.  `sentences` is what a person should read, `base` is now the local base."""
+    """What was restored.  `sentences` is what a person should read, `base` is now the local base.
+
+    `newest` is the newest generation, `kept` what it keeps and itself.
+    """
 
     superblock: Superblock
     base: HeadRef
-    head: Head
+    newest: HeadRef
+    kept: tuple[KeptGeneration, ...]
     withstands: int
     packs: int
     tally: Tally
     sentences: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """The newest generation (or the chosen one) on the backends, and the means to read it."""
-
-    superblock: Superblock
-    keys: KeyRing
-    members: Members
-    strangers: tuple[Stranger, ...]
-    problems: tuple[str, ...]
-    found: Found
-    sealed: SealedHead
-
-    def sentences(self) -> tuple[str, ...]:
-        """What was found where, for people."""
-        left_out = (f"Left out: {stranger.error}." for stranger in self.strangers)
-        return (*self.found.sentences(self.strangers), *self.problems, *left_out)
-
-
-async def find_source(
-    candidates: Sequence[Candidate],
-    *,
-    secret: Secret,
-    clock: Clock,
-    timing: Timing | None = None,
-    chosen: HeadRef | None = None,
-    deadline_seconds: float = 60.0,
-) -> Source:
-    """Reads superblock, identities and heads, and the newest head itself (or `chosen`).
-
-    Raises what `find_superblock` and `find_newest` raise, among them `KeyFileError`, `SplitHeads` (listing
-    the heads) and `QuorumUnavailable`.
-    """
-    timing = timing or Timing()
-    opened = await find_superblock(candidates, secret, attempt_seconds=timing.attempt)
-    members, strangers = await find_members(
-        candidates, opened.keys, clock, attempt_seconds=timing.attempt
-    )
-    records = Records(opened.keys)
-    found = await find_newest(
-        members,
-        records,
-        opened.superblock.code,
-        clock,
-        timing,
-        deadline_seconds=deadline_seconds,
-        chosen=chosen,
-    )
-    _add_silent(members, strangers, found.head, clock)
-    sealed = await _sealed(members, found, opened.keys, timing)
-    removed = (f"{opened.removed}.",) if opened.removed else ()
-    problems = (*removed, *(f"Superblock: {error}." for _, error in opened.problems))
-    return Source(opened.superblock, opened.keys, members, tuple(strangers), problems, found, sealed)
 
 
 async def restore(
@@ -134,18 +84,22 @@ async def restore(
     timing: Timing | None = None,
     force: bool = False,
     chosen: HeadRef | None = None,
+    wanted: Wanted | None = None,
     say: Say = lambda progress: None,
     deadline_seconds: float = 60.0,
 ) -> RestoreReport:
-    """Restores the newest generation (or `chosen`) into the cache directory `directory`.
+    """Restores the newest generation, or an older one that it keeps, into the cache directory `directory`.
 
+    The newest is that of the head that is `chosen`, if one is.  An older one becomes the newest when it
+    is taken over, not before; see `qsfs.remote.base`.
     The caller holds the directory's mount lock.  Refuses (`CacheError`) a directory that holds a
     file system.  Too few backends to rule out a newer generation is `QuorumUnavailable` unless
-    `force`; metadata that do not come within the deadline are `Unavailable`, with nothing changed.
+    `force`; metadata that do not come within the deadline are `Unavailable`, with nothing changed;
+    `NotFound` says that what is `wanted` is not kept.
     """
     refuse_used(directory)
     say(Progress("looking for the newest generation", 0, len(candidates)))
-    source = await find_source(
+    newest = await find_source(
         candidates,
         secret=secret,
         clock=clock,
@@ -153,23 +107,32 @@ async def restore(
         chosen=chosen,
         deadline_seconds=deadline_seconds,
     )
-    found = source.found
+    found = newest.found
     if found.judgement.withstands < 0 and not force:
         raise QuorumUnavailable(
-            f"{' '.join(found.sentences(source.strangers))} Bring more backends back, or restore with --force "
+            f"{' '.join(found.sentences(newest.strangers))} Bring more backends back, or restore with --force "
             "what may not be the newest"
         )
+    source = await source_of(newest, wanted or Wanted(), timing)
+    older = source.found.ref != found.ref
     packs, tally = await restore_into(
-        directory, source, limits, clock, say=say, deadline_seconds=deadline_seconds
+        directory,
+        source,
+        limits,
+        clock,
+        say=say,
+        deadline_seconds=deadline_seconds,
+        local={RETURNS_KEY: encode_local_head(newest.sealed, ours=False)} if older else None,
     )
     return RestoreReport(
         superblock=source.superblock,
-        base=found.ref,
-        head=found.head,
+        base=source.found.ref,
+        newest=found.ref,
+        kept=readable(found.head, found.ref),
         withstands=found.judgement.withstands,
         packs=packs,
         tally=tally,
-        sentences=(*source.sentences(), *_summary(found, tally)),
+        sentences=(*newest.sentences(), *_summary(source.found, tally)),
     )
 
 
@@ -182,11 +145,13 @@ async def restore_into(
     say: Say = lambda progress: None,
     deadline_seconds: float = 60.0,
     exact: bool = False,
+    local: Mapping[bytes, bytes] | None = None,
 ) -> tuple[int, Tally]:
     """Builds the store of `source` in `directory`; returns the metadata packs read, and what was found.
 
     All or nothing: the store is built in a directory below and takes its place by one rename.
-    `exact`: no file is put beside its name, since nobody will run with what is there.
+    `exact`: no file is put beside its name, since nobody will run with what is there.  `local`: rows of
+    LOCAL that the store is to have besides.
     """
     refuse_used(directory)
     building = directory / DIRECTORY
@@ -207,7 +172,7 @@ async def restore_into(
             done += rows
             trio.from_thread.run_sync(say, Progress("putting it in order", done, 0))
 
-        await trio.to_thread.run_sync(rebuild.finish, head, source.sealed, tick)
+        await trio.to_thread.run_sync(partial(rebuild.finish, head, source.sealed, tick, local=local))
     finally:
         rebuild.close()
     failpoints.hit("restore.complete")
@@ -253,42 +218,6 @@ def set_aside(directory: Path, clock: Clock) -> Path | None:
     except OSError as error:
         raise CacheError(f"{directory}: cannot be set aside in {aside}: {error.strerror}") from error
     return aside
-
-
-def _add_silent(members: Members, strangers: Sequence[Stranger], head: Head, clock: Clock) -> None:
-    """Backends of the fleet that did not say who they are may still do so while packs are read."""
-    entries = {(e.address, e.namespace): e for fleet in head.fleets for e in fleet.entries}
-    for stranger in strangers:
-        candidate = stranger.candidate
-        entry = entries.get((candidate.address, candidate.namespace))
-        if entry is None or isinstance(stranger.error, WrongBackend) or members.by_number(entry.number):
-            continue
-        member = Member(entry, candidate.data, candidate.control(entry.control_namespace), clock)
-        member.failed(stranger.error)
-        members.add(member)
-
-
-async def _sealed(members: Members, found: Found, keys: KeyRing, timing: Timing) -> SealedHead:
-    """The head's sealed bytes, from any backend that has them."""
-    ref = found.ref
-    key = head_key(keys.fsid, ref)
-    reasons: list[str] = []
-    named = {reading.number for reading in found.survey.readings.values() if ref in reading.heads}
-    for member in sorted(members, key=lambda member: (member.number not in named, member.number)):
-        control = member.control
-        try:
-            with trio.fail_after(timing.attempt):
-                value = await control.get(key)
-            if value is None:
-                raise NotFound(f"backend {control.name}: does not have it any more")
-            open_head(key, value, keys)
-        except trio.TooSlowError:
-            reasons.append(f"backend {control.name}: no answer in {timing.attempt:g} s")
-        except QsfsError as error:
-            reasons.append(str(error))
-        else:
-            return SealedHead(key, value, ref)
-    raise QuorumUnavailable(f"{describe_head(ref)} cannot be read any more: {summary(reasons)}")
 
 
 async def load(

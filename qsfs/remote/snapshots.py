@@ -20,7 +20,7 @@ MOST_SNAPSHOTS = 1000
 LONGEST_NAME = 64
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_MOST_LISTED = 10
+_MOST_LISTED = 20
 
 Pins = Mapping[HeadRef, tuple[str, ...]]
 
@@ -94,14 +94,17 @@ def find_generation(kept: Iterable[KeptGeneration], generation: int) -> KeptGene
     found = [entry for entry in entries if entry.head.generation == generation]
     if found:
         return found[-1]
-    numbers = ", ".join(map(str, sorted({entry.head.generation for entry in entries}))) or "none"
-    raise NotFound(f"generation {generation} is not kept; kept are: {numbers}")
+    if entries and generation > entries[-1].head.generation:
+        raise NotFound(f"generation {generation} is not there yet; the newest is {entries[-1].head.generation}")
+    there = list(dict.fromkeys(map(_described, entries)))
+    shown = ", ".join(["...", *there[-_MOST_LISTED:]] if len(there) > _MOST_LISTED else there) or "none"
+    raise NotFound(f"generation {generation} is not kept any more; kept are {shown}")
 
 
 def find_kept(kept: Iterable[KeptGeneration], which: str) -> KeptGeneration:
     """The kept generation that `which`, a snapshot's name or a generation's number, means; `NotFound`.
 
-    A head does not list itself: whoever means the newest generation too adds it to `kept`.
+    As those above it looks in `kept` alone, and a head does not list itself: see `readable.readable`.
     """
     if which.isascii() and which.isdigit():
         return find_generation(kept, int(which))
@@ -127,3 +130,7 @@ def without_names(pins: Pins, names: Iterable[str]) -> dict[HeadRef, tuple[str, 
 
 def _age(entry: KeptGeneration) -> HeadRef:
     return entry.head
+
+
+def _described(entry: KeptGeneration) -> str:
+    return f"{entry.head.generation}" + (f" ({', '.join(entry.pins)})" if entry.pins else "")

@@ -187,8 +187,9 @@ async def test_lost_metadata_end_the_drill(fs, scratch, expect_log):
 async def test_a_generation_that_is_not_kept_is_refused(fs, scratch):
     """Only what the newest head keeps may be drilled: the message lists it."""
     a_tree(fs)
-    with pytest.raises(NotFound, match="generation 9 is not kept"):
-        await run(fs, scratch, generation=9)
+    fs.publish(9)
+    with pytest.raises(NotFound, match="generation 8 is not kept any more; kept are 9"):
+        await run(fs, scratch, generation=8)
 
 
 async def test_a_kept_generation_is_read_as_it_was(fs, scratch):

@@ -21,7 +21,7 @@ from qsfs.fuse.generations import TAG_SHIFT
 from qsfs.remote.control import Records
 from qsfs.remote.images import image_directory, remove_others
 from qsfs.remote.readable import Published
-from qsfs.remote.restore import find_source
+from qsfs.remote.source import find_source
 from qsfs.remote.survey import Timing
 from qsfs.store.schema import PAGE
 from tests.remote.small_fs import LIMITS, SECRET, SmallFs, noise

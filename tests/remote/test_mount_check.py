@@ -61,6 +61,27 @@ def test_a_base_that_another_machine_published_needs_a_takeover_once():
         check_mount(restored, ref(6), NONE, takeover=True)
 
 
+def test_an_older_generation_is_no_ones_to_mount_before_a_takeover_has_made_it_the_newest():
+    """Neither while nothing happened nor after a takeover that died: what it sent is a head of another image."""
+    restored = LocalState(ref(5), False, returns=ref(3))
+    taken = ref(5, owner=B)
+    sent = LocalState(ref(5), False, sent=frozenset({taken}), returns=ref(3))
+    recorded = LocalState(ref(5), False, published=taken, returns=ref(3))
+    for local, newest in ((restored, ref(5)), (sent, taken), (recorded, taken)):
+        with pytest.raises(StaleCache, match=r"restored from generation 3 .* run `qsfs takeover`"):
+            check_mount(local, newest, NONE)
+        with pytest.raises(StaleCache, match="qsfs takeover"):
+            check_offline(local)
+        assert check_mount(local, newest, NONE, takeover=True) is not None
+
+
+def test_a_restore_of_an_older_generation_is_repeated_when_another_machine_has_published_since():
+    """As a restore of the newest: nothing was agreed to that leaves what came later."""
+    restored = LocalState(ref(5), False, returns=ref(3))
+    with pytest.raises(StaleCache, match=r"published since.*qsfs restore --set-aside --generation 3"):
+        check_mount(restored, ref(6), NONE, takeover=True)
+
+
 def test_no_local_state_asks_for_a_takeover():
     with pytest.raises(StaleCache, match=r"no local state.*qsfs takeover"):
         check_mount(LocalState(None, False), ref(5), NONE)

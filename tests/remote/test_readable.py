@@ -13,7 +13,8 @@ from qsfs.remote.control import Reading, Records
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.quorum import fleet_quorums
 from qsfs.remote.readable import Wanted, choose, look, owner_host, published_of, read_head, source_of
-from qsfs.remote.restore import find_source, restore_into
+from qsfs.remote.restore import restore_into
+from qsfs.remote.source import find_source
 from qsfs.remote.survey import Timing
 from qsfs.store.eviction import Evictor
 from qsfs.store.schema import PAGE, InodeFlag, Table, u64
@@ -53,7 +54,7 @@ async def test_what_is_not_kept_is_refused_with_what_is(fs):
         choose(newest, ref(9), Wanted(generation=5))
     with pytest.raises(NotFound, match="generation 10 is not there yet; the newest is 9"):
         choose(newest, ref(9), Wanted(generation=10))
-    with pytest.raises(NotFound, match='no snapshot is called "other"; there are mine'):
+    with pytest.raises(NotFound, match='no snapshot "other"; there are: mine'):
         choose(newest, ref(9), Wanted(snapshot="other"))
 
 

@@ -16,6 +16,7 @@ from qsfs.backend.limits import RateLimit, with_limits
 from qsfs.errors import (
     CacheError,
     Corrupt,
+    DataLost,
     FormatMismatch,
     KeyFileError,
     NotFound,
@@ -24,10 +25,13 @@ from qsfs.errors import (
     SplitHeads,
     Unavailable,
 )
+from qsfs.format.head import KeptGeneration
+from qsfs.format.shard import shard_key
 from qsfs.format.superblock import SUPERBLOCK_KEY
 from qsfs.remote import restore as restore_module
-from qsfs.remote.base import BASE_KEY, local_head
+from qsfs.remote.base import BASE_KEY, RETURNS_KEY, local_head
 from qsfs.remote.generation import GENERATION
+from qsfs.remote.readable import Wanted
 from qsfs.remote.rebuild import AsideFile
 from qsfs.remote.restore import restore, set_aside
 from qsfs.remote.survey import Timing
@@ -438,6 +442,31 @@ async def test_an_older_generation_is_restored_by_choice_only(fs, scratch):
     assert new.base.generation == 2 and new.tally.files == 3
     chosen = await fs.restore(scratch / "chosen", chosen=old)
     assert chosen.base == old and chosen.tally.files == 2
+
+
+async def test_an_older_generation_is_restored_where_the_newest_cannot_be_read(fs, scratch, expect_log):
+    """Of the newest only its head is read, and remembered: what is restored is no mount's before a takeover."""
+    await a_small_tree(fs)
+    fs.publish(generation=1)
+    old, packs = fs.sealed.ref, {pack.ref.pack_id for pack in fs.head.snapshot}
+    fs.write("later", b"x")
+    fs.commit()
+    fs.publish(generation=2, kept=(KeptGeneration(old, 5, ("mine",)),))
+    for listed in (pack for pack in fs.head.snapshot if pack.ref.pack_id not in packs):
+        for number, place in enumerate(listed.placement):
+            fs.world.data[place - 1].lose(shard_key(fs.keys.fsid, listed.ref.owner_epoch, listed.ref.pack_id, number))
+    expect_log("absent; it is read from others", logging.WARNING, count=6)
+    with pytest.raises(DataLost):
+        await fs.restore(scratch / "newest")
+    with pytest.raises(NotFound, match="mine"):
+        await fs.restore(scratch / "none", wanted=Wanted(snapshot="yours"))
+    for name, wanted in (("number", Wanted(generation=1)), ("name", Wanted(snapshot="mine"))):
+        report = await fs.restore(scratch / name, wanted=wanted)
+        assert (report.base, report.newest, report.tally.files) == (old, fs.sealed.ref, 2)
+        new = SmallFs(fs.world, scratch / name)
+        base, newest = (local_head(new.store, key, fs.keys) for key in (BASE_KEY, RETURNS_KEY))
+        assert base.sealed.ref == old and newest.sealed.ref == fs.sealed.ref and not newest.ours
+        new.close()
 
 
 async def test_split_heads_stop_and_list_both(fs, scratch):

@@ -48,8 +48,10 @@ def test_what_is_not_there_is_said_with_what_is():
     """Nobody is left to guess, and a number that is not kept is never rounded to one that is."""
     with pytest.raises(NotFound, match="middle, older, old"):
         find_kept(KEPT, "new")
-    with pytest.raises(NotFound, match="kept are: 4, 7, 9"):
+    with pytest.raises(NotFound, match=r"not kept any more; kept are 4 \(old, older\), 7, 7 \(middle\), 9$"):
         find_kept(KEPT, "5")
+    with pytest.raises(NotFound, match="generation 10 is not there yet; the newest is 9"):
+        find_kept(KEPT, "10")
     with pytest.raises(NotFound, match="none at all"):
         find_snapshot((), "x")
 

@@ -143,7 +143,7 @@ def test_a_generation_that_is_kept_may_be_chosen_and_others_are_refused(scratch:
             assert gone.returncode == 8
             assert f"generation {numbers[0]} is not kept any more; kept are {numbers[1]}, " in gone.stderr
             missing = two.run("mount", "--read-only", "--snapshot", "mine", code=None)
-            assert missing.returncode == 8 and 'no snapshot is called "mine"' in missing.stderr
+            assert missing.returncode == 8 and 'no snapshot "mine"' in missing.stderr
             assert two.run("mount", "--generation", "1", code=None).returncode == 2
             two.mount("--read-only", "--generation", str(numbers[2]))
             assert (two.mountpoint / "file").read_text() == "c"

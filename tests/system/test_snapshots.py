@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -141,6 +142,48 @@ def test_what_is_never_uploaded_is_not_lost_by_a_rollback_unsaid(scratch: Path, 
         said = fs.run("rollback", "first", "--yes", "--set-aside").stdout
         assert "1 files that are never uploaded (local_only) are empty" in said
         assert len(list(fs.directory.glob("*.aside-*/data.mdb"))) == 1
+def test_another_machine_goes_on_from_an_older_generation(scratch: Path, fleet: Servers) -> None:
+    """Restore, takeover, mount; nothing else mounts it before that, and what was the newest is a snapshot."""
+    with file_system(scratch, fleet, "older-elsewhere") as one:
+        store(one, "base", MIB)
+        (one.mountpoint / "unit_files").write_bytes(b"one")
+        generation = json.loads(one.run("--json", "snapshot", "create", "first").stdout)["generation"]
+        store(one, "later", MIB)
+        one.umount()
+        with one.another_machine(scratch / "two") as two:
+            assert "kept are" in two.run("restore", "--generation", "1", code=8).stderr
+            said = two.run("restore", "--generation", str(generation)).stdout
+            assert f"Restored generation {generation} " in said and "qsfs takeover" in said
+            for words in (("mount",), ("mount", "--offline"), ("rollback", "first", "--yes")):
+                refused = two.run(*words, code=11).stderr
+                assert f"restored from generation {generation} " in refused and "qsfs takeover" in refused
+            two.run("fsck")
+            taken = two.run("--json", "takeover").json()
+            assert taken["as"] == generation < taken["generation"]
+            two.mount()
+            assert files(two) == {"base", f"unit_files.restored-{taken['generation']}"}
+            check(two, "base")
+            store(two, "new", MIB)
+            assert names(two) == ["first", taken["left"]]
+            two.umount()
+            check_clean(two)
+
+
+def test_an_older_generation_does_not_replace_what_came_after_its_restore(scratch: Path, fleet: Servers) -> None:
+    """The machine that wrote it went on: nobody agreed to leave that, and it is said how to do so."""
+    with file_system(scratch, fleet, "older-late") as one:
+        store(one, "base", MIB)
+        one.run("snapshot", "create", "first")
+        store(one, "later", MIB)
+        one.sync()
+        with one.another_machine(scratch / "two") as two:
+            two.run("restore", "--snapshot", "first")
+            store(one, "latest", MIB)
+            one.umount()
+            refused = two.run("takeover", code=11).stderr
+            assert "published since" in refused and "--set-aside --generation" in refused
+            two.run("restore", "--set-aside", "--snapshot", "first")
+            two.run("takeover")
 
 
 def test_what_was_never_published_is_not_lost_by_a_rollback(scratch: Path, fleet: Servers) -> None:
@@ -318,3 +361,34 @@ def test_a_rollback_that_is_killed(scratch: Path, fleet: Servers, point: str, ro
         check(fs, "later")
         fs.umount()
         check_clean(fs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("point", "returned"), DEATHS, ids=[point for point, _ in DEATHS])
+def test_a_takeover_of_an_older_generation_that_is_killed(
+    scratch: Path, fleet: Servers, point: str, returned: bool
+) -> None:
+    """Before its one step nothing mounts what is there, after it a mount publishes it; and it can be repeated."""
+    with file_system(scratch, fleet, "killed-older-" + point.replace("=", "-").replace("@", "-")) as one:
+        store(one, "base", MIB)
+        one.run("snapshot", "create", "first")
+        store(one, "later", MIB)
+        one.umount()
+        with one.another_machine(scratch / "two") as two:
+            two.run("restore", "--snapshot", "first")
+            two.run("takeover", code=KILLED, QSFS_FAILPOINTS=point)
+            if not returned:
+                assert "qsfs takeover" in two.run("mount", code=11).stderr
+            two.run("takeover")
+            two.mount()
+            assert files(two) == {"base"}
+            check(two, "base")
+            two.sync()
+            left = [name for name in names(two) if name.startswith("before-rollback-")]
+            two.umount()
+            check_clean(two)
+            two.run("rollback", left[0], "--yes")
+            two.mount()
+            check(two, "later")
+            two.umount()
+            check_clean(two)
