@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ from qsfs.errors import BackendError
 from qsfs.filesystem.needs import NeedRoom
 from qsfs.filesystem.space import SpaceReport
 from qsfs.format.erasure import CodeParams
+from qsfs.remote.capacity import largest_share
 from qsfs.remote.members import ACTIVE, Member, Members
-from qsfs.remote.placement import largest_share
+from qsfs.remote.placement import group_of
 from qsfs.store.schema import BLOCK_SIZE, PAGE, Table
 from qsfs.store.store import NEXT_INODE, Store
 
@@ -76,20 +78,14 @@ class DaemonSpace:
     def report(self) -> SpaceReport:
         """Total and free bytes of application data; local data that are not uploaded count as used.
 
-        Free is what still finds a place: packs take a shard's room on n backends each.
+        Free is what still finds a place: packs take a shard's room on n backends each.  Used is what lies on
+        the backends, what is not deleted yet and what snapshots hold too.  A backend that never answered
+        counts as the average of those that did; while none has, the room is that of the cache.
         """
         k, n = self._code.k, self._code.n
-        free, used = [], 0
-        for member in self._members:
-            answer = self._answers.get(member.number)
-            if answer is None:
-                continue
-            sent = self._sent_bytes(member.name) - answer.sent_bytes
-            used += answer.info.data_bytes + sent
-            takes = member.entry.state == ACTIVE and not answer.info.locked
-            free.append(max(0, answer.info.free_bytes - sent) if takes else 0)
-        if free:
-            left = largest_share(free, min(n, len(free))) * k
+        groups, used = self._room()
+        if groups:
+            left = largest_share(groups, min(n, sum(map(len, groups)))) * k
             total = left + used * k // n
             free_bytes = max(0, left - self._waiting_bytes())
         else:
@@ -104,6 +100,26 @@ class DaemonSpace:
             files=files,
             free_files=max(0, _FILES - last),
         )
+
+    def _room(self) -> tuple[list[list[int]], int]:
+        """Free bytes of each backend, by group, and the bytes that lie on all of them; nothing if none answered."""
+        free: defaultdict[str, list[int]] = defaultdict(list)
+        unknown: list[str] = []
+        used = 0
+        for member in self._members:
+            takes = member.entry.state == ACTIVE
+            answer = self._answers.get(member.number)
+            if answer is None:
+                unknown += [group_of(member)] if takes else []
+                continue
+            sent = self._sent_bytes(member.name) - answer.sent_bytes
+            used += answer.info.data_bytes + sent
+            takes = takes and not answer.info.locked
+            free[group_of(member)].append(max(0, answer.info.free_bytes - sent) if takes else 0)
+        known = [room for group in free.values() for room in group]
+        for group in unknown if known else ():
+            free[group].append(sum(known) // len(known))
+        return list(free.values()), used
 
     def _waiting_bytes(self) -> int:
         """Bytes that are local and not uploaded, as an upper bound."""

@@ -145,21 +145,6 @@ def _choose(
     return chosen
 
 
-def largest_share(free: Collection[int], n: int) -> int:
-    """Bytes of each of the `n` shards that packs together can have in backends with so many `free` bytes.
-
-    No backend takes more than one shard of a pack, so what one has more than the others stays unused.
-    """
-    rest, total = sorted(free, reverse=True), sum(free)
-    for left in range(n, 0, -1):
-        share = total // left
-        largest = rest[n - left] if n - left < len(rest) else 0
-        if largest <= share:
-            return share
-        total -= largest
-    return 0
-
-
 def group_of(member: Member) -> str:
     """What the backend fails together with; one without a group is a group of its own."""
     return f"group {member.entry.group}" if member.entry.group else f"backend {member.number}"

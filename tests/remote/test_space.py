@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qsfs.daemon.space import DaemonSpace
 from qsfs.filesystem.space import SpaceReport
-from qsfs.remote.placement import largest_share
+from qsfs.remote.capacity import largest_share
+from qsfs.remote.members import Member
+from qsfs.remote.placement import assign, group_count, score
 from qsfs.store.schema import BLOCK_SIZE, PAGE
 from tests.remote.small_fs import SmallFs, noise
+from tests.remote.test_placement import entry
 
 MIB = 1 << 20
 K, M = 4, 2
@@ -29,7 +36,44 @@ def placed(free: list[int], n: int) -> int:
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=9), st.integers(1, 9))
 def test_the_room_is_that_of_the_packs_that_find_a_place(free: list[int], n: int) -> None:
-    assert largest_share(free, n) == placed(free, n)
+    assert largest_share([[room] for room in free], n) == placed(free, n)
+
+
+ROOMS = {
+    "two sizes": ([500] * 6 + [250] * 6, [""] * 12, 10),
+    "one is small": ([500] * 11 + [25], [""] * 12, 10),
+    "one is full": ([500] * 11 + [0], [""] * 12, 10),
+    "a small group": ([300] * 8 + [100] * 4, ["a"] * 4 + ["b"] * 4 + ["c"] * 4, 10),
+    "a group that is soon full": ([300] * 10 + [30] * 10, ["a"] * 10 + ["b"] * 10, 10),
+    "groups of all sizes": ([300, 500, 200, 400] * 4, ["a"] * 6 + ["b"] * 6 + ["c"] * 4, 10),
+    "as many as shards": ([90, 300, 300, 300, 300], [""] * 5, 5),
+}
+
+
+@pytest.mark.parametrize(("free", "groups", "n"), ROOMS.values(), ids=ROOMS)
+def test_packs_are_placed_in_the_room_that_is_shown(free: list[int], groups: list[str], n: int) -> None:
+    """By what places them: about so many, whatever backends and groups have in all."""
+    by_group: dict[str, list[int]] = {}
+    for number, (room, group) in enumerate(zip(free, groups, strict=True)):
+        by_group.setdefault(group or str(number), []).append(room)
+    shown = largest_share(list(by_group.values()), n)
+    assert 0.85 * shown <= placed_by_placement(free, groups, n) <= 1.05 * shown
+
+
+def placed_by_placement(free: list[int], groups: list[str], n: int) -> int:
+    """Packs of shards of one byte that `assign` finds n places for, the room of the last step known."""
+    left, packs, source = list(free), 0, random.Random(1)
+    members = [
+        cast("Member", SimpleNamespace(number=number, entry=entry(number, group)))
+        for number, group in enumerate(groups)
+    ]
+    while len(takers := [member for member in members if left[member.number]]) >= n:
+        pack = source.randbytes(16)
+        ranked = sorted(takers, key=lambda m: -score(pack, m.entry.identity, left[m.number]))
+        for member in assign(range(n), ranked, [], n=n, groups=group_count(members)).values():
+            left[member.number] -= 1
+        packs += 1
+    return packs
 
 
 class Asked:
@@ -76,6 +120,43 @@ async def test_a_backend_that_takes_nothing_has_no_room(tmp_path: Path, autojump
     after = await asked.report(again=True)
     assert after.free_bytes < before.free_bytes * 6.5 / 7
     assert 0.99 * K * 10 * MIB < after.free_bytes <= K * 10 * MIB
+    fs.close()
+
+
+async def test_a_full_backend_leaves_the_room_of_the_others(tmp_path: Path, autojump_clock) -> None:
+    """Also below n: then no pack finds its n places, however much the others have."""
+    fs = await SmallFs.make(tmp_path / "fs", 7, k=K, m=M)
+    for store in fs.world.data:
+        store.limit_bytes = 10 * MIB
+    asked = Asked(fs)
+    fs.world.data[0].limit_bytes = 1
+    assert 0.99 * K * 10 * MIB < (await asked.report(again=True)).free_bytes <= K * 10 * MIB
+    fs.world.data[1].limit_bytes = 1
+    full = await asked.report(again=True)
+    assert full.free_bytes <= K * PAGE and full.total_bytes >= full.free_bytes
+    fs.close()
+
+
+async def test_what_is_not_known_is_taken_from_what_is(tmp_path: Path, autojump_clock) -> None:
+    """No backend: the cache's own room.  Some: the others count as they do on average, so df is not of a few."""
+    fs = await SmallFs.make(tmp_path / "fs", 8, k=K, m=M)
+    for number, store in enumerate(fs.world.data):
+        store.limit_bytes = (10 + number % 2) * MIB
+    asked = Asked(fs)
+    limits = fs.store.limits
+    none = await asked.report()
+    assert limits.full_bytes - PAGE < none.total_bytes <= limits.full_bytes
+    assert 0 < none.free_bytes <= limits.full_bytes - fs.store.used_bytes
+    for backend in list(fs.backends.values())[2:]:
+        backend.down = True
+    some = await asked.report(again=True)
+    for backend in fs.backends.values():
+        backend.down = False
+    whole = await asked.report(again=True)
+    assert abs(some.free_bytes - whole.free_bytes) < 0.05 * whole.free_bytes
+    for backend in fs.backends.values():
+        backend.down = True
+    assert await asked.report(again=True) == whole, "who answered once is known"
     fs.close()
 
 
