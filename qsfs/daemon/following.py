@@ -3,8 +3,9 @@
 Each generation is an image of its own, built beside the one that is shown; then one assignment between two
 requests makes it the one that new path walks see.  An older image stays while something is open in it, and
 a little longer if the kernel still knows names in it (of a working directory too, which is then stale).
-All images together keep within the configured size: each has its share of it, and while older ones that
-are in use take all shares but one, the mount stays where it is, and says so.
+All images together keep within the configured size: each has its share of it, the template that they are
+copied from another, and while older ones that are in use take all others but one, the mount stays where it is, and
+says so.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from qsfs.remote.images import image_directory
 from qsfs.remote.readable import Published, owner_host, read_head
 from qsfs.remote.source import Source
 from qsfs.remote.survey import Timing
+from qsfs.remote.template import Template
 from qsfs.store.limits import Limits
 from qsfs.store.store import NEXT_INODE
 from qsfs.values import counted
@@ -36,6 +38,8 @@ _log = logging.getLogger(__name__)
 
 MOST_IMAGES = 4
 """Images that share the cache: the one shown, one that is being built, and older ones with open files."""
+SHARES = MOST_IMAGES + 1
+"""Into so many parts of one size the cache is divided: one is the template's."""
 
 _TICK_SECONDS = 1.0
 LINGER_SECONDS = 60.0
@@ -43,7 +47,7 @@ LINGER_SECONDS = 60.0
 
 It goes at once where its room is needed."""
 _REST = 9.0
-"""A move reads all metadata: after it, so many times its duration passes before the next."""
+"""A move may read all metadata: after it, so many times its duration passes before the next."""
 
 MakeImage = Callable[[Path, Source, int], Image]
 
@@ -65,11 +69,12 @@ class Follower:
         sightings: Sightings,
         timing: Timing,
         make: MakeImage,
+        template: Template,
         *,
         xattr: bool,
         deadline_seconds: float,
     ) -> None:
-        """`make` opens the image that lies in a directory, for a source and with a tag."""
+        """`make` opens the image that lies in a directory, for a source and with a tag; `template` builds them."""
         self.images = [first]
         self.held = ""
         self.error = ""
@@ -83,6 +88,7 @@ class Follower:
         self._sightings = sightings
         self._timing = timing
         self._make = make
+        self._template = template
         self._deadline = deadline_seconds
         self._next_tag = first.generation.tag + 1
         self._wake = trio.Event()
@@ -162,7 +168,9 @@ class Follower:
         place = image_directory(self._directory, newest.ref, self._limits.map_bytes)
         image = None
         try:
-            await build(place, source, self._limits, self._clock, deadline_seconds=self._deadline)
+            await build(
+                place, source, self._limits, self._clock, deadline_seconds=self._deadline, template=self._template
+            )
             image = self._make(place, source, self._next_tag)
             if image.store.counter(NEXT_INODE) >= MOST_INODES:
                 raise LimitExceeded(f"generation {head.generation} has more inodes than a mount that follows can show")

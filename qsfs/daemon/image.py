@@ -7,6 +7,7 @@ everything may be evicted, and what a crash loses is no loss.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from qsfs.daemon.keeper import Keeper
 from qsfs.daemon.paths import path_of
 from qsfs.daemon.space import DaemonSpace
 from qsfs.daemon.supervision import supervised
-from qsfs.errors import CacheError
+from qsfs.errors import CacheError, Corrupt, DataLost
 from qsfs.filesystem.contents import Contents
 from qsfs.filesystem.namespace import Namespace
 from qsfs.filesystem.needs import Need, NeedPages
@@ -31,39 +32,71 @@ from qsfs.fuse import loop
 from qsfs.fuse.generations import Generation
 from qsfs.fuse.operations import Operations
 from qsfs.fuse.state import ReadOnlyState
+from qsfs.remote.advance import NotAdvanced
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.reader import PackReader
 from qsfs.remote.restore import restore_into
 from qsfs.remote.source import Source
+from qsfs.remote.template import Template
 from qsfs.store.limits import Limits
 from qsfs.store.store import Store
+
+_log = logging.getLogger(__name__)
 
 _JOURNAL_BYTES = 1 << 20
 
 
-def image_limits(config: Config, images: int) -> Limits:
+def image_limits(config: Config, shares: int) -> Limits:
     """The bounds of each of so many images that share the configured size.  `CacheError` if that is too little."""
-    size = config.cache.size_bytes // images
+    size = config.cache.size_bytes // shares
     try:
         # Nothing is ever journaled or sent: both take what is the least.
         return Limits.of(dataclasses.replace(config.cache, size_bytes=size, journal_bytes=_JOURNAL_BYTES), 0)
     except CacheError as error:
-        if images == 1:
+        if shares == 1:
             raise
         raise CacheError(
-            f"[cache] size is too small for a mount that follows, which keeps up to {images} generations: {error}"
+            f"[cache] size is too small for a mount that follows, which divides it by {shares}: {error}"
         ) from error
 
 
-async def build(directory: Path, source: Source, limits: Limits, clock: Clock, *, deadline_seconds: float) -> None:
+async def build(
+    directory: Path,
+    source: Source,
+    limits: Limits,
+    clock: Clock,
+    *,
+    deadline_seconds: float,
+    template: Template | None = None,
+) -> None:
     """Builds the store of a generation in `directory`, unless an earlier mount has left it there whole.
 
+    With a `template` what it holds of the generation already is not read again, and it holds that one afterwards.
     Raises as `restore_into`, with nothing left behind that would be taken for an image.
     """
     if (directory / "data.mdb").exists():
         return
     await trio.to_thread.run_sync(partial(directory.mkdir, mode=0o700, parents=True, exist_ok=True))
+    if template is not None and await _moved(template, source, deadline_seconds):
+        await trio.to_thread.run_sync(template.copy_to, directory)
+        return
     await restore_into(directory, source, limits, clock, exact=True, deadline_seconds=deadline_seconds)
+    if template is not None:
+        try:
+            await trio.to_thread.run_sync(template.take, directory, source.found.head)
+        except CacheError as error:
+            _log.warning("the next move reads all metadata again: %s", error)
+            await trio.to_thread.run_sync(template.drop)
+
+
+async def _moved(template: Template, source: Source, deadline_seconds: float) -> bool:
+    """Whether the template holds the generation of `source` now; if not, a restore may still have it."""
+    try:
+        await template.move(source, deadline_seconds=deadline_seconds)
+    except (NotAdvanced, DataLost, Corrupt, CacheError) as error:
+        _log.debug("generation %d is restored whole: %s", source.found.ref.generation, error)
+        return False
+    return True
 
 
 class Image:

@@ -22,7 +22,7 @@ from qsfs.clock import Clock
 from qsfs.config import Config
 from qsfs.daemon import control, mountpoint
 from qsfs.daemon.connect import Links, links, read_secret
-from qsfs.daemon.following import MOST_IMAGES, Follower
+from qsfs.daemon.following import SHARES, Follower
 from qsfs.daemon.image import Image, build, image_limits
 from qsfs.daemon.lock import CacheLock
 from qsfs.daemon.notify import notify
@@ -47,11 +47,12 @@ from qsfs.format.erasure import Code
 from qsfs.format.slots import Secret
 from qsfs.fuse import session
 from qsfs.remote.control import Records
-from qsfs.remote.images import image_directory, refuse_writer, remove_others
+from qsfs.remote.images import image_directory, refuse_writer, remove_others, template_directory
 from qsfs.remote.readable import Published, Wanted, owner_host, source_of
 from qsfs.remote.reader import PackReader
 from qsfs.remote.source import Source, find_source
 from qsfs.remote.survey import Timing
+from qsfs.remote.template import Template
 from qsfs.store.limits import Limits
 from qsfs.store.schema import BLOCK_SIZE
 
@@ -91,6 +92,7 @@ class Reading:
         self.waiting_for = ""
         self.started_ns = clock.time_ns()
         self.follower: Follower | None = None
+        self._template: Template | None = None
         self.source: Source
         self.sightings: Sightings
         self._ready = ready
@@ -164,12 +166,17 @@ class Reading:
         finally:
             for opened in self.images:
                 opened.close()
+            if self._template is not None:
+                self._template.drop()
 
     # the generation
 
     async def _open(self, directory: Path, secret: Secret) -> Image:
         """Finds the wanted generation and opens its image; waits for backends as long as it takes."""
-        limits = image_limits(self.config, MOST_IMAGES if self.follow else 1)
+        limits = image_limits(self.config, SHARES if self.follow else 1)
+        if self.follow:
+            self._template = Template(template_directory(directory), limits.map_bytes)
+        make_store = partial(build, deadline_seconds=self.config.fetch.deadline_seconds, template=self._template)
         while True:
             try:
                 newest = await find_source(self._links.candidates, secret=secret, clock=self.clock, timing=self._timing)
@@ -177,7 +184,7 @@ class Reading:
                 source = await source_of(newest, self.wanted, self._timing)
                 place = image_directory(directory, source.found.ref, limits.map_bytes)
                 await trio.to_thread.run_sync(remove_others, directory, {place})
-                await build(place, source, limits, self.clock, deadline_seconds=self.config.fetch.deadline_seconds)
+                await make_store(place, source, limits, self.clock)
             except _WAITED_FOR as error:
                 self.wait_for(f"backends: {error}")
                 await trio.sleep(_AGAIN_SECONDS)
@@ -207,7 +214,9 @@ class Reading:
             # All of it can be had again: an image that another version left, or that is damaged, is built anew.
             _log.info("the image in %s cannot be used and is built anew: %s", place, error)
             await trio.to_thread.run_sync(remove_others, directory, ())
-            await build(place, source, limits, self.clock, deadline_seconds=self.config.fetch.deadline_seconds)
+            if self._template is not None:
+                await trio.to_thread.run_sync(self._template.drop)
+            await make_store(place, source, limits, self.clock)
             image = self._make(place, source, tag)
         image.host = host
         return image
@@ -227,6 +236,7 @@ class Reading:
         )
 
     def _follower(self, directory: Path, first: Image) -> Follower:
+        assert self._template is not None
         return Follower(
             first,
             self.source,
@@ -236,6 +246,7 @@ class Reading:
             self.sightings,
             self._timing,
             self._make,
+            self._template,
             xattr=self.config.mount.xattr,
             deadline_seconds=self.config.fetch.deadline_seconds,
         )

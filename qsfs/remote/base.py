@@ -16,13 +16,18 @@ from qsfs.errors import Corrupt
 from qsfs.format import schema
 from qsfs.format.head import Head, SealedHead, open_head, parse_head_key
 from qsfs.format.keys import KeyRing
-from qsfs.store.store import Store
+from qsfs.store.group import COMMIT_KEY, WRITE_NUMBER_KEY
+from qsfs.store.schema import plain_u64
+from qsfs.store.store import FSID_KEY, Store
 
 BASE_KEY = b"base-head"
 PUBLISHED_KEY = b"published-head"
 RETURNS_KEY = b"returns-from-head"
 NEWEST_KEYS = (PUBLISHED_KEY, RETURNS_KEY, BASE_KEY)
 """The first of these that there is names the newest head known here, and the fleets that it lists."""
+
+FIRST_COMMIT = 1
+"""The commit that a rebuilt store begins with; its own change marks carry it."""
 
 _SCHEMA = 1
 
@@ -59,6 +64,17 @@ def local_head(store: Store, name: bytes, keys: KeyRing) -> LocalHead | None:
     """
     row = store.local(name)
     return None if row is None else decode_local_head(row, keys)
+
+
+def base_rows(head: Head, sealed: SealedHead, *, ours: bool) -> dict[bytes, bytes]:
+    """The rows of LOCAL of a store that was built from `head`."""
+    return {
+        FSID_KEY: head.fsid,
+        COMMIT_KEY: plain_u64(FIRST_COMMIT),
+        # Truncations of the generation cut what was written up to its own number.
+        WRITE_NUMBER_KEY: plain_u64(head.write_number + 1),
+        BASE_KEY: encode_local_head(sealed, ours=ours),
+    }
 
 
 def record_base(store: Store, sealed: SealedHead, *, ours: bool) -> None:

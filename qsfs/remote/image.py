@@ -42,7 +42,11 @@ class Counting:
                 yield row
 
 
-def packs_of(head: Head) -> Iterator[tuple[MetadataPack, Counting]]:
+Listed = tuple[MetadataPack, Counting]
+"""A metadata pack, and which of its rows count."""
+
+
+def packs_of(head: Head) -> Iterator[Listed]:
     """The metadata packs of a generation in the order in which their rows are applied: later ones replace earlier."""
     ranges = ranges_of(head)
     starts = tuple(part.start for part in ranges)

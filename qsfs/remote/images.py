@@ -1,6 +1,7 @@
 """The images of read-only mounts in a cache directory: what is cached of generations that nobody owns here.
 
-They lie below `readers/`, each a store of its own, named after its head and size.  A cache directory holds
+They lie below `readers/`, each a store of its own, named after its head and size; `template` is that of the
+next one (`qsfs.remote.template`).  A cache directory holds
 them or the state of a writer, never both: a writer builds on nothing but its own state, and a reader
 touches nothing of a writer.
 """
@@ -15,6 +16,7 @@ from qsfs.errors import CacheError
 from qsfs.format.head import HeadRef
 
 DIRECTORY = "readers"
+_TEMPLATE = "template"
 _DATA = "data.mdb"
 _SPOOL = "spool"
 
@@ -47,6 +49,11 @@ def image_directory(directory: Path, ref: HeadRef, map_bytes: int) -> Path:
     """Where the image of head `ref` lies; one of another size is another image."""
     name = f"{ref.owner.epoch:x}-{ref.generation:x}-{ref.digest.hex()[:32]}-{map_bytes:x}"
     return directory / DIRECTORY / name
+
+
+def template_directory(directory: Path) -> Path:
+    """Where the template of a mount that follows lies, while it runs."""
+    return directory / DIRECTORY / _TEMPLATE
 
 
 def remove_others(directory: Path, keep: Container[Path]) -> None:

@@ -21,11 +21,10 @@ from qsfs.errors import CacheError, Corrupt, FormatMismatch
 from qsfs.format.head import Head, MetadataPack, SealedHead
 from qsfs.format.pack import PackKind
 from qsfs.format.rows import Row
-from qsfs.remote.base import BASE_KEY, encode_local_head
+from qsfs.remote.base import FIRST_COMMIT, base_rows
 from qsfs.remote.generation import GENERATION
 from qsfs.remote.packing import row_of
 from qsfs.store.environment import Environment
-from qsfs.store.group import COMMIT_KEY, WRITE_NUMBER_KEY
 from qsfs.store.schema import (
     BLOCK_SIZE,
     PAGE,
@@ -44,13 +43,11 @@ from qsfs.store.schema import (
     u64,
     u64_pair,
 )
-from qsfs.store.store import FSID_KEY, NEXT_INODE, NEXT_PACK
+from qsfs.store.store import NEXT_INODE, NEXT_PACK
 
 STEP_ROWS = 20_000
 _LONGEST_KEY = 511
 _LONGEST_NAME = 255
-FIRST_COMMIT = 1
-"""The commit that a rebuilt store begins with; its own change marks carry it."""
 _NO_MORE = 1 << 64
 
 Tick = Callable[[int], None]
@@ -81,7 +78,8 @@ class Tally:
 class Rebuild:
     """A store being built.  All calls block: use them in worker threads, one at a time.
 
-    With `exact` files stay under their names whose policy is to be put beside (`restore_aside`).
+    With `exact` it is for reading only: files stay under their names whose policy is to be put beside
+    (`restore_aside`), and nothing is prepared for a next generation.
     """
 
     def __init__(self, directory: Path, map_bytes: int, now_ns: int) -> None:
@@ -157,17 +155,12 @@ class Rebuild:
         waiting = self._entries(tick)
         self._put_aside(waiting, head.generation)
         next_pack = self._packs(head, live, tick)
-        self._counters(head, highest, next_pack)
+        if not self.exact:
+            self._counters(head, highest, next_pack)
         failpoints.hit("restore.derived")
         with self._write() as txn:
-            rows = self._tables[Table.LOCAL]
-            txn.put(FSID_KEY, head.fsid, db=rows)
-            txn.put(COMMIT_KEY, plain_u64(FIRST_COMMIT), db=rows)
-            # Truncations of the generation cut what was written up to its own number.
-            txn.put(WRITE_NUMBER_KEY, plain_u64(head.write_number + 1), db=rows)
-            txn.put(BASE_KEY, encode_local_head(sealed, ours=ours), db=rows)
-            for name, value in (local or {}).items():
-                txn.put(name, value, db=rows)
+            for name, value in {**base_rows(head, sealed, ours=ours), **(local or {})}.items():
+                txn.put(name, value, db=self._tables[Table.LOCAL])
         self._environment.flush()
 
     def _inodes(self, live: defaultdict[int, int], tick: Tick) -> int:
@@ -272,7 +265,7 @@ class Rebuild:
 
     def _packs(self, head: Head, live: defaultdict[int, int], tick: Tick) -> int:
         """Sets live bytes as counted and adds the head's own packs; returns the highest pack number."""
-        listed = {pack.ref.pack_id: pack for pack in _listed(head)}
+        listed = {} if self.exact else {pack.ref.pack_id: pack for pack in _listed(head)}
         highest = max(live, default=0)
         for rows in self._steps(Table.PACKS, tick):
             with self._write() as txn:

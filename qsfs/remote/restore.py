@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,14 @@ from qsfs import failpoints
 from qsfs.clock import Clock
 from qsfs.errors import CacheError, Corrupt, QuorumUnavailable, Unavailable
 from qsfs.format.erasure import Code
-from qsfs.format.head import HeadRef, KeptGeneration, MetadataPack
+from qsfs.format.head import HeadRef, KeptGeneration
 from qsfs.format.keys import KeyRing
 from qsfs.format.pack import open_body
 from qsfs.format.rows import Row, decode_rows
 from qsfs.format.slots import Secret
 from qsfs.format.superblock import Superblock
 from qsfs.remote.base import RETURNS_KEY, encode_local_head
-from qsfs.remote.image import Counting, packs_of
+from qsfs.remote.image import Listed, packs_of
 from qsfs.remote.images import refuse_images
 from qsfs.remote.members import Candidate
 from qsfs.remote.newest import describe_head
@@ -223,14 +223,33 @@ def set_aside(directory: Path, clock: Clock) -> Path | None:
 async def load(
     rebuild: Rebuild,
     reader: PackReader,
-    listed: Sequence[tuple[MetadataPack, Counting]],
+    listed: Sequence[Listed],
     say: Say,
     deadline_seconds: float,
 ) -> None:
-    """Reads the metadata packs, a few at a time, and applies them in order.
+    """Reads the metadata packs and applies them in order.  Raises what `read_in_order` and `Rebuild.load` raise."""
+    done = 0
 
-    Raises `Unavailable` for one that does not come within the deadline, though no rate holds it up, and what
-    `Rebuild.load` raises.
+    async def apply(item: Listed, body: bytes) -> None:
+        nonlocal done
+        await trio.to_thread.run_sync(lambda: rebuild.load(counted_rows(reader.keys, item, body)))
+        done += 1
+        say(Progress("reading metadata", done, len(listed)))
+
+    say(Progress("reading metadata", 0, len(listed)))
+    await read_in_order(reader, listed, apply, deadline_seconds)
+
+
+async def read_in_order(
+    reader: PackReader,
+    listed: Sequence[Listed],
+    use: Callable[[Listed, bytes], Awaitable[None]],
+    deadline_seconds: float,
+) -> None:
+    """Reads metadata packs, a few at a time, and calls `use` with each and its verified body, in order.
+
+    Raises `Unavailable` for one that does not come within the deadline, though no rate holds it up, and
+    `DataLost` for one that cannot.
     """
     bodies: dict[int, bytes] = {}
     arrived = trio.Condition()
@@ -256,39 +275,29 @@ async def load(
             bodies[index] = body
             arrived.notify_all()
 
-    packs = [StoredPack.of_metadata(pack, reader.code) for pack, _ in listed]
-
     async def fetch_all(nursery: trio.Nursery) -> None:
-        for index, pack in enumerate(packs):
+        for index, (pack, _) in enumerate(listed):
             await slots.acquire()
-            nursery.start_soon(fetch, index, pack)
+            nursery.start_soon(fetch, index, StoredPack.of_metadata(pack, reader.code))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(fetch_all, nursery)
-        for index, (pack, (entry, counting)) in enumerate(zip(packs, listed, strict=True)):
-            say(Progress("reading metadata", index, len(packs)))
+        for index, item in enumerate(listed):
             async with arrived:
                 while index not in bodies:
                     await arrived.wait()
-            body = bodies.pop(index)
-            await trio.to_thread.run_sync(_apply, rebuild, reader.keys, pack, entry.chunks, body, counting)
-            del body
+            await use(item, bodies.pop(index))
             slots.release()
 
 
-def _apply(
-    rebuild: Rebuild, keys: KeyRing, pack: StoredPack, chunks: int, body: bytes, counting: Counting
-) -> None:
-    """Applies the rows of one verified pack that count."""
+def counted_rows(keys: KeyRing, item: Listed, body: bytes) -> Iterator[Row]:
+    """The rows of a verified pack that count.  Raises `Corrupt` if it does not hold what its head says."""
+    pack, counting = item
     plain = [data for _, data in open_body(keys, pack.ref, body)]
-    if len(plain) != chunks:
-        raise Corrupt(f"metadata pack {pack.name}: holds {len(plain)} chunks, its head says {chunks}")
-
-    def rows() -> Iterator[Row]:
-        for chunk in plain:
-            yield from decode_rows(chunk)
-
-    rebuild.load(counting.of(rows()))
+    if len(plain) != pack.chunks:
+        name = pack.ref.pack_id.hex()
+        raise Corrupt(f"metadata pack {name}: holds {len(plain)} chunks, its head says {pack.chunks}")
+    yield from counting.of(row for chunk in plain for row in decode_rows(chunk))
 
 
 def make_empty(building: Path) -> None:

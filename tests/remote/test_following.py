@@ -12,17 +12,18 @@ import trio
 
 from qsfs.config import Config
 from qsfs.daemon import following
-from qsfs.daemon.following import MOST_IMAGES, Follower
+from qsfs.daemon.following import MOST_IMAGES, SHARES, Follower
 from qsfs.daemon.image import Image, build
 from qsfs.daemon.sightings import Sightings
 from qsfs.errors import Unavailable
 from qsfs.format.head import KeptGeneration
 from qsfs.fuse.generations import TAG_SHIFT
 from qsfs.remote.control import Records
-from qsfs.remote.images import image_directory, remove_others
+from qsfs.remote.images import image_directory, remove_others, template_directory
 from qsfs.remote.readable import Published
 from qsfs.remote.source import find_source
 from qsfs.remote.survey import Timing
+from qsfs.remote.template import Template
 from qsfs.store.schema import PAGE
 from tests.remote.small_fs import LIMITS, SECRET, SmallFs, noise
 
@@ -65,9 +66,10 @@ class Machines:
 
         place = image_directory(self.directory, source.found.ref, LIMITS.map_bytes)
         await build(place, source, LIMITS, self.fs.clock, deadline_seconds=5.0)
+        template = Template(template_directory(self.directory), LIMITS.map_bytes)
         self.follower = Follower(
             make(place, source, 1), source, self.directory, LIMITS, self.fs.clock, self.sightings, TIMING, make,
-            xattr=False, deadline_seconds=5.0,
+            template, xattr=False, deadline_seconds=5.0,
         )  # fmt: skip
         self.operations = self.follower.operations
 
@@ -180,7 +182,7 @@ async def test_what_is_only_known_makes_room_and_what_is_open_does_not(machines,
             moved = await both.step(both.nursery)
             assert moved == min(generation + 1, MOST_IMAGES)
         assert "open files of older generations (1, 2, 3)" in both.follower.held
-        assert len(list((both.directory / "readers").iterdir())) == MOST_IMAGES
+        assert len(list((both.directory / "readers").iterdir())) == SHARES
         inode, handle = handles[0]
         assert len(await both.operations.read(handle, 0, PAGE)) == PAGE
         await both.operations.release(handle)
