@@ -11,8 +11,9 @@ from qsfs.daemon.lock import CacheLock
 from qsfs.daemon.secret import read_secret
 from qsfs.errors import CacheError
 from qsfs.format.slots import Secret
+from qsfs.remote.aside import set_aside
 from qsfs.remote.readable import Wanted
-from qsfs.remote.restore import Progress, RestoreReport, restore, set_aside
+from qsfs.remote.restore import Progress, RestoreReport, restore
 from qsfs.store.limits import Limits
 
 

@@ -54,10 +54,10 @@ from qsfs.fuse import loop, session
 from qsfs.fuse.interfaces import Durability
 from qsfs.fuse.operations import Operations
 from qsfs.fuse.state import MountState
+from qsfs.remote.aside import DIRECTORY
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.images import refuse_images
 from qsfs.remote.reader import PackReader
-from qsfs.remote.restore import DIRECTORY
 from qsfs.store.limits import Limits
 from qsfs.store.schema import BLOCK_SIZE, InodeFlag
 from qsfs.store.store import Store

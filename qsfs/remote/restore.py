@@ -7,7 +7,6 @@ has done nothing, and begins again.  Contents stay remote.  Nothing on the backe
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ from qsfs.format.pack import open_body
 from qsfs.format.rows import Row, decode_rows
 from qsfs.format.slots import Secret
 from qsfs.format.superblock import Superblock
+from qsfs.remote.aside import DATA, DIRECTORY, flush_directory, refuse_used
 from qsfs.remote.base import RETURNS_KEY, encode_local_head
 from qsfs.remote.image import Listed, packs_of
-from qsfs.remote.images import refuse_images
 from qsfs.remote.members import Candidate
 from qsfs.remote.newest import describe_head
 from qsfs.remote.plain import plain_errors
@@ -40,9 +39,6 @@ from qsfs.remote.stored import StoredPack
 from qsfs.remote.survey import Found, Timing
 from qsfs.store.limits import Limits
 
-DIRECTORY = "restoring"
-DATA = "data.mdb"
-_SPOOL = "spool"
 _AHEAD = 4
 
 Say = Callable[["Progress"], None]
@@ -181,45 +177,6 @@ async def restore_into(
     return len(listed), rebuild.tally
 
 
-def refuse_used(directory: Path) -> None:
-    """Raises `CacheError` if a cache directory holds a file system, or heads that were not recorded."""
-    refuse_images(directory)
-    if (directory / DATA).exists():
-        raise CacheError(
-            f"{directory}: holds the local state of a file system already; 'qsfs mount' uses it, 'qsfs "
-            "restore --set-aside' moves it beside and restores"
-        )
-    spool = directory / _SPOOL
-    if spool.is_dir() and any(spool.iterdir()):
-        raise CacheError(
-            f"{directory}: the spool holds what a former mount was sending; 'qsfs restore --set-aside' moves "
-            "it beside"
-        )
-
-
-def set_aside(directory: Path, clock: Clock) -> Path | None:
-    """Moves the whole state of a cache directory beside it; returns where, or None if there is none.
-
-    The caller holds the mount lock, whose file stays.  Raises `CacheError`.
-    """
-    moved = [path for path in sorted(directory.iterdir()) if path.name not in ("mount.lock", DIRECTORY)]
-    if not moved:
-        return None
-    aside = directory.with_name(f"{directory.name}.aside-{clock.time_ns() // 1_000_000_000}")
-    try:
-        aside.mkdir(mode=0o700)
-        # Before anything lies only there.
-        flush_directory(aside.parent)
-        # The store goes last: until then the directory counts as in use.
-        for path in sorted(moved, key=lambda path: path.name == DATA):
-            path.rename(aside / path.name)
-        flush_directory(aside)
-        flush_directory(directory)
-    except OSError as error:
-        raise CacheError(f"{directory}: cannot be set aside in {aside}: {error.strerror}") from error
-    return aside
-
-
 async def load(
     rebuild: Rebuild,
     reader: PackReader,
@@ -324,15 +281,6 @@ def put_in_place(building: Path, directory: Path) -> None:
         shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise CacheError(f"{directory}: the store cannot be put in place: {error.strerror}") from error
-
-
-def flush_directory(directory: Path) -> None:
-    """Makes the names in a directory durable.  Blocks; raises `OSError`."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _summary(found: Found, tally: Tally) -> Iterator[str]:

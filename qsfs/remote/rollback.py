@@ -28,6 +28,7 @@ from qsfs.errors import BackendError, CacheError, Corrupt, FormatMismatch
 from qsfs.format.erasure import Code
 from qsfs.format.head import Head, HeadRef, KeptGeneration, SealedHead
 from qsfs.format.keys import KeyRing
+from qsfs.remote.aside import DATA, DIRECTORY, flush_directory
 from qsfs.remote.base import FIRST_COMMIT, PUBLISHED_KEY, encode_local_head
 from qsfs.remote.image import packs_of
 from qsfs.remote.members import Members
@@ -38,7 +39,7 @@ from qsfs.remote.readable import read_head
 from qsfs.remote.reader import PackReader
 from qsfs.remote.reasons import summary
 from qsfs.remote.rebuild import Rebuild, Tally
-from qsfs.remote.restore import DATA, DIRECTORY, Progress, Say, flush_directory, load, make_empty, put_in_place
+from qsfs.remote.restore import Progress, Say, load, make_empty, put_in_place
 from qsfs.remote.spool import Spool
 from qsfs.remote.survey import Timing
 from qsfs.store.environment import Environment

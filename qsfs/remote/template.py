@@ -20,12 +20,13 @@ from qsfs.errors import CacheError
 from qsfs.format.erasure import Code
 from qsfs.format.head import Head
 from qsfs.remote.advance import Advance, ByPosition, NotAdvanced
+from qsfs.remote.aside import DATA, DIRECTORY
 from qsfs.remote.base import base_rows
 from qsfs.remote.difference import Difference, bytes_of, difference
 from qsfs.remote.image import Listed, packs_of
 from qsfs.remote.plain import plain_errors
 from qsfs.remote.reader import PackReader
-from qsfs.remote.restore import DATA, DIRECTORY, counted_rows, make_empty, put_in_place, read_in_order
+from qsfs.remote.restore import counted_rows, make_empty, put_in_place, read_in_order
 from qsfs.remote.source import Source
 from qsfs.store.environment import Environment
 from qsfs.store.schema import BLOCK_SIZE, SCHEMA_VERSION, Table

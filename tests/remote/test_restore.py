@@ -28,12 +28,13 @@ from qsfs.errors import (
 from qsfs.format.head import KeptGeneration
 from qsfs.format.shard import shard_key
 from qsfs.format.superblock import SUPERBLOCK_KEY
-from qsfs.remote import restore as restore_module
+from qsfs.remote import aside as aside_module
+from qsfs.remote.aside import set_aside
 from qsfs.remote.base import BASE_KEY, RETURNS_KEY, local_head
 from qsfs.remote.generation import GENERATION
 from qsfs.remote.readable import Wanted
 from qsfs.remote.rebuild import AsideFile
-from qsfs.remote.restore import restore, set_aside
+from qsfs.remote.restore import restore
 from qsfs.remote.survey import Timing
 from qsfs.store.schema import (
     PAGE,
@@ -377,12 +378,44 @@ async def test_a_directory_with_a_file_system_is_refused_and_can_be_set_aside(fs
         await fs.restore(scratch / "new")
     assert (scratch / "new" / "data.mdb").read_bytes() == before
     flushed = []
-    monkeypatch.setattr(restore_module, "flush_directory", flushed.append)
+    monkeypatch.setattr(aside_module, "flush_directory", flushed.append)
     aside = set_aside(scratch / "new", fs.clock)
-    assert flushed == [scratch, aside, scratch / "new"], "where it lies is durable before where it lay"
+    assert flushed == [scratch, *2 * [aside, scratch / "new"]], "where it lies is durable before where it lay"
     monkeypatch.undo()
     assert aside is not None and (aside / "data.mdb").read_bytes() == before
     await fs.restore(scratch / "new")
+
+
+async def test_setting_aside_is_one_rename_and_what_follows_is_finished_later(fs, scratch):
+    """Whoever dies in between leaves no store without its journal: the directory holds none, and refuses another."""
+    await a_small_tree(fs)
+    fs.publish()
+    directory = scratch / "new"
+    await fs.restore(directory)
+    for name in ("journal.0", "journal.1"):
+        (directory / name).write_bytes(b"synced")
+    (directory / "spool").mkdir()
+    (directory / "mount.lock").write_bytes(b"")
+    state = {path.name: path.is_file() and path.read_bytes() for path in directory.iterdir()}
+    del state["mount.lock"]
+
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    failpoints.arm("aside.store", die)
+    with pytest.raises(KeyboardInterrupt):
+        set_aside(directory, fs.clock)
+    failpoints.disarm_all()
+    assert not (directory / "data.mdb").exists() and (directory / "journal.0").read_bytes() == b"synced"
+    with pytest.raises(CacheError, match="set-aside' goes on"):
+        await fs.restore(directory)
+    fs.clock.time_ns = lambda: 10**18
+    aside = set_aside(directory, fs.clock)
+    assert aside is not None and [path.name for path in directory.iterdir()] == ["mount.lock"]
+    assert {path.name: path.is_file() and path.read_bytes() for path in aside.iterdir()} == state
+    await fs.restore(directory)
+    other = set_aside(directory, fs.clock)
+    assert other not in (None, aside) and len(list(scratch.glob("new.aside-*"))) == 2
 
 
 async def test_a_spool_that_holds_heads_is_refused(fs, scratch):
