@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--set-aside",
         action="store_true",
-        help="first move the local state that is there beside the cache directory; nothing is deleted",
+        help="move the local state that is there beside the cache directory; nothing is deleted",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--generation", type=int, metavar="G", help="this generation (default: the newest)")

@@ -30,7 +30,8 @@ async def restore_file_system(
     """Restores what `config`'s backends hold; raises as `restore` does.
 
     `secret` opens it (default: the configured one); `wanted` is what is restored (default: the newest generation).
-    With `aside`, local state that is there is first moved beside the cache directory.  The directory
+    With `aside`, local state that is there is moved beside the cache directory, once it is known what
+    takes its place.  The directory
     is made if it is missing: a lost machine has none.
     """
     directory = config.cache.directory
@@ -39,12 +40,15 @@ async def restore_file_system(
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise CacheError(f"{directory}: cannot be made: {error.strerror}") from error
+
+    def clear() -> None:
+        moved = set_aside(directory, clock)
+        if moved is not None:
+            progress(f"the local state that was here is in {moved} now")
+
     limits = Limits.of(config.cache, config.flush.spool_bytes)
     lock = CacheLock(directory)
     try:
-        moved = set_aside(directory, clock) if aside else None
-        if moved is not None:
-            progress(f"the local state that was here is in {moved} now")
         found = links(config, clock)
         try:
             return await restore(
@@ -55,6 +59,7 @@ async def restore_file_system(
                 clock=clock,
                 wanted=wanted,
                 force=force,
+                clear=clear if aside else None,
                 say=Told(progress).say,
             )
         finally:

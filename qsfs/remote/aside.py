@@ -30,8 +30,7 @@ def refuse_used(directory: Path) -> None:
     spool = directory / _SPOOL
     if spool.is_dir() and any(spool.iterdir()):
         raise CacheError(
-            f"{directory}: the spool holds what a former mount was sending; 'qsfs restore --set-aside' moves "
-            "it beside"
+            f"{directory}: the spool holds what a former mount was sending; 'qsfs restore --set-aside' moves it beside"
         )
     if any((directory / name).exists() for name in _JOURNALS):
         raise CacheError(

@@ -81,6 +81,7 @@ async def restore(
     force: bool = False,
     chosen: HeadRef | None = None,
     wanted: Wanted | None = None,
+    clear: Callable[[], None] | None = None,
     say: Say = lambda progress: None,
     deadline_seconds: float = 60.0,
 ) -> RestoreReport:
@@ -89,11 +90,12 @@ async def restore(
     The newest is that of the head that is `chosen`, if one is.  An older one becomes the newest when it
     is taken over, not before; see `qsfs.remote.base`.
     The caller holds the directory's mount lock.  Refuses (`CacheError`) a directory that holds a
-    file system.  Too few backends to rule out a newer generation is `QuorumUnavailable` unless
-    `force`; metadata that do not come within the deadline are `Unavailable`, with nothing changed;
-    `NotFound` says that what is `wanted` is not kept.
+    file system, unless `clear` empties it, which is called once the generation is found.  Too few
+    backends to rule out a newer generation is `QuorumUnavailable` unless `force`, and `NotFound` says that what is
+    `wanted` is not kept.  Metadata that do not come within the deadline are `Unavailable`: nothing is built then.
     """
-    refuse_used(directory)
+    if clear is None:
+        refuse_used(directory)
     say(Progress("looking for the newest generation", 0, len(candidates)))
     newest = await find_source(
         candidates,
@@ -110,6 +112,8 @@ async def restore(
             "what may not be the newest"
         )
     source = await source_of(newest, wanted or Wanted(), timing)
+    if clear is not None:
+        await trio.to_thread.run_sync(clear)
     older = source.found.ref != found.ref
     packs, tally = await restore_into(
         directory,

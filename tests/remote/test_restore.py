@@ -13,6 +13,7 @@ import trio
 
 from qsfs import failpoints
 from qsfs.backend.limits import RateLimit, with_limits
+from qsfs.clock import FixedClock
 from qsfs.errors import (
     CacheError,
     Corrupt,
@@ -384,6 +385,26 @@ async def test_a_directory_with_a_file_system_is_refused_and_can_be_set_aside(fs
     monkeypatch.undo()
     assert aside is not None and (aside / "data.mdb").read_bytes() == before
     await fs.restore(scratch / "new")
+
+
+async def test_nothing_is_set_aside_for_what_is_not_there(fs, scratch):
+    """Neither for a wrong number nor for too few backends: the next takeover would restore the newest."""
+    await a_small_tree(fs)
+    fs.publish(generation=2)
+    directory = scratch / "new"
+    await fs.restore(directory)
+    cleared = []
+
+    def clear() -> None:
+        cleared.append(set_aside(directory, FixedClock(1)))
+
+    with pytest.raises(NotFound):
+        await fs.restore(directory, wanted=Wanted(generation=1), clear=clear)
+    with pytest.raises(QuorumUnavailable):
+        await fs.restore(directory, candidates=fs.candidates(silent=(1, 2, 3, 4, 5, 6)), clear=clear)
+    assert not cleared and (directory / "data.mdb").exists()
+    await fs.restore(directory, wanted=Wanted(generation=2), clear=clear)
+    assert len(cleared) == 1 and (cleared[0] / "data.mdb").exists() and (directory / "data.mdb").exists()
 
 
 async def test_setting_aside_is_one_rename_and_what_follows_is_finished_later(fs, scratch):
