@@ -136,9 +136,9 @@ def packs_hold(history: Stage, life: Life) -> None:
             if place < 0:
                 continue
             key = shard_key(world.keys.fsid, row.owner_epoch, row.pack_id, number)
-            stored = world.data[place - 1].peek(key)
-            if place in cluster.liars:
+            if cluster.server_of[place] in cluster.liars:
                 continue
+            stored = cluster.server(place).peek(key)
             assert stored is not None, f"pack {row.pack_id.hex()}: shard {number} is not on {place}"
             open_shard(stored, world.keys, key=key)
             intact += 1

@@ -48,6 +48,7 @@ LIMITS = Limits(
     full_bytes=18 << 20,
 )
 MARKER = b"user.version"
+HEADS = "qsfs-heads"
 FAULTS = ("down", "full", "flap", "slow", "hang", "fail", "fail_after", "lose", "old", "flip", "truncate")
 CODES = ((2, 1, 4), (2, 1, 5), (2, 2, 6), (3, 2, 7))
 """(k, m, backends) of the file systems that histories are lived on."""
@@ -106,10 +107,13 @@ class Cluster:
         shared = chance.random() < 0.3
         template, self._files = _template(self.k, self.m, count, shared)
         self.world = self._copy(template)
-        self.numbers = [entry.number for entry in self.world.fleet.entries]
+        self.server_of = {entry.number: entry.number for entry in self.world.fleet.entries}
+        self.spare = 2
+        self._add_spare()
+        self.numbers = list(range(1, count + self.spare + 1))
         self.quorum = fence_quorum(count, self.m, 1)
         tolerated = min(-(-self.m // 2), self.quorum.may_be_stale)
-        self.liars = frozenset(chance.sample(self.numbers, chance.randint(0, tolerated)))
+        self.liars = frozenset(chance.sample(self.numbers[:count], chance.randint(0, tolerated)))
         self.faulty = set(self.liars)
         self.faults = {number: Faults(seed=seed * 100 + number) for number in self.numbers}
         self.saw_head: Callable[[Any, Head, HeadRef], None] = lambda host, head, ref: None
@@ -118,6 +122,26 @@ class Cluster:
         self.deleted_by: dict[str, set[bytes]] = {}
         self.pace = chance.choice((0.0, 0.01, 0.3))
         self._images: dict[int, tuple[MemoryStore, MemoryStore]] = {}
+
+    def _add_spare(self) -> None:
+        """Servers that no fleet has yet."""
+        world = self.world
+        for number in range(len(world.data) + 1, len(world.data) + self.spare + 1):
+            store = MemoryStore(f"host{number}:9900/qsfs", clock=world.clock, page_entries=4)
+            world.data.append(store)
+            if not world.shared:
+                heads = MemoryStore(f"host{number}:9900/{HEADS}", clock=world.clock, page_entries=4)
+                world.control.append(heads)
+
+    def learn(self, head: Head) -> None:
+        """Takes note of which entries of a fleet are which servers."""
+        for fleet in head.fleets:
+            for entry in fleet.entries:
+                self.server_of[entry.number] = int(entry.address.partition(":")[0].removeprefix("host"))
+
+    def server(self, entry: int) -> MemoryStore:
+        """The data namespace of an entry of a fleet."""
+        return self.world.data[self.server_of[entry] - 1]
 
     @staticmethod
     def _copy(template: World) -> World:
@@ -145,14 +169,16 @@ class Cluster:
     def links(self, host: Any) -> Links:
         """New connections of one machine to all backends; its `cut_off` says which of them it does not reach."""
         candidates = []
-        for entry, data, control in zip(self.world.fleet.entries, self.world.data, self.world.control, strict=True):
-            connect = functools.partial(self._connect, host, entry.number)
+        for number in self.numbers:
+            data, control = self._stores(number)
+            connect = functools.partial(self._connect, host, number)
             candidates.append(
                 Candidate(
-                    entry.address,
-                    entry.namespace,
+                    f"host{number}:9900",
+                    "qsfs",
                     connect(data),
                     lambda _, connect=connect, control=control: connect(control),
+                    control_namespace="" if self.world.shared else HEADS,
                 )
             )
         return Links(candidates, [], {}, RateLimit(), RateLimit())

@@ -12,6 +12,7 @@ from qsfs.errors import SplitHeads
 from qsfs.store.schema import PAGE
 from tests.simulation import checks
 from tests.simulation.engine import HOST, Trace, thaw
+from tests.simulation.fleets import Configuration
 from tests.simulation.machine import Life
 from tests.simulation.points import POINTS
 from tests.simulation.stage import Stage
@@ -30,6 +31,7 @@ class History(Stage):
         self.crashes = self.chance.random() < 0.8
         self.retention = self.chance.choice((0.0, 3.0, 30.0))
         self.snapshots = 0
+        self.configuration = Configuration(self.cluster)
 
     # running
 
@@ -62,6 +64,7 @@ class History(Stage):
             self._take_over: 0.7,
             self._roll_back: 0.5,
             self._clone: 0.15,
+            self._change_fleet: 0.5,
         }
         step = self.chance.choices(list(kinds), list(kinds.values()))[0]
         self.ledger.counts[step.__name__.strip("_")] += 1
@@ -209,6 +212,21 @@ class History(Stage):
         twin = self.clone(self.chance.choice(self.machines))
         self.mount(twin)
         await self.wait_for(twin, 20)
+
+    async def _change_fleet(self) -> None:
+        """The configuration changes, and some mount applies it."""
+        life = self._writable()
+        if life is None:
+            return
+        if self.chance.random() < 0.8:
+            self.trace.note(self.configuration.change())
+
+        async def apply() -> None:
+            changed = await self.configuration.apply(life)
+            self.trace.note(f"{life.name} changed the fleet: {changed}")
+            self.ledger.counts["fleets"] += 1
+
+        await self.in_life(life, apply)
 
     # what goes wrong
 

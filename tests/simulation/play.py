@@ -11,6 +11,7 @@ from qsfs import failpoints
 from tests.simulation import checks, engine
 from tests.simulation.cluster import prepare
 from tests.simulation.engine import HOST, Trace
+from tests.simulation.fleets import Configuration
 from tests.simulation.machine import Life, Machine
 from tests.simulation.points import POINTS
 from tests.simulation.stage import Stage
@@ -37,7 +38,14 @@ class Play(Stage):
                     failpoints.arm(name, lambda name=name: self._came_by(name))  # type: ignore[misc]
                 self.begin()
                 first, second = self.machines[0], self.new_machine()
-                scenes = (self._flush, self._complete, self._go_on_after_a_power_cut, self._renew, self._go_back)
+                scenes = (
+                    self._flush,
+                    self._complete,
+                    self._go_on_after_a_power_cut,
+                    self._renew,
+                    self._change_fleet,
+                    self._go_back,
+                )
                 for scene in scenes:
                     if not self.died:
                         await scene(first)
@@ -110,8 +118,9 @@ class Play(Stage):
 
     async def _go_on_after_a_power_cut(self, machine: Machine) -> None:
         """What the journal has is replayed."""
-        await self._write(machine, 3)
         life = await self._up(machine)
+        await life.committer.commit()
+        await self.applications.create(life, "journaled")
         await self.fsync(life)
         life.cut_power()
         await life.ended.wait()
@@ -135,6 +144,35 @@ class Play(Stage):
             await self.applications.read(life, name, 0, size)
 
         await self.in_life(life, read, 60)
+
+    async def _change_fleet(self, machine: Machine) -> None:
+        """A server joins, one is emptied, one is lost."""
+        configuration = Configuration(self.cluster)
+        configuration.listed += self.cluster.numbers[-self.cluster.spare :]
+        await self._apply(machine, configuration)
+        await self._write(machine, 3)
+        await self._publish(machine)
+        configuration.drained.add(1)
+        await self._apply(machine, configuration)
+        await trio.sleep(120)
+        configuration.listed.remove(2)
+        self.cluster.faults[2].down = True
+        self.cluster.faulty.add(2)
+        await trio.sleep(120)
+        await self._apply(machine, configuration, 2)
+        await trio.sleep(120)
+        self.cluster.heal()
+        await self._publish(machine)
+
+    async def _apply(self, machine: Machine, configuration: Configuration, lost: int = 0) -> None:
+        """Once, and again where the machine died meanwhile."""
+        for _ in range(2):
+            if not self.died or machine.writable is None:
+                life = await self._up(machine)
+                await self.in_life(life, lambda: self._applied(configuration, life, lost), 300)  # noqa: B023
+
+    async def _applied(self, configuration: Configuration, life: Life, lost: int) -> None:
+        self.trace.note(await configuration.apply(life, lost))
 
     async def _go_back(self, machine: Machine) -> None:
         """A rollback to a generation that is kept."""

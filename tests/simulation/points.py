@@ -14,10 +14,12 @@ ELSEWHERE = {
     "format.prepared": "tests/remote/test_format_fs.py",
     "fuse.write": "tests/system/test_crash_points.py",
     "fuse.fsync": "tests/system/test_crash_points.py",
+    "snapshot.cut": "tests/system/test_snapshots.py",
+    "stray.deleted.one": "tests/remote/test_strays.py",
     "superblock.stored": "tests/system/test_keys.py",
     "superblock.spread": "tests/system/test_keys.py",
 }
-"""Steps of what no history does (formatting, requests of the kernel, changes of keys), and the tests that die there."""
+"""Steps of what no history does (formatting, requests of the kernel, changes of keys, scans for strays), and who dies there."""
 
 
 def all_points() -> list[str]:

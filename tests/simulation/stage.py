@@ -124,6 +124,7 @@ class Stage:
         assert len(self.machines) > 1, f"{life.name}, alone, is refused: {error}"
 
     def _saw_head(self, host: Life, head: Head, ref: HeadRef) -> None:
+        self.cluster.learn(head)
         self.ledger.saw_head(head, ref, host.cuts.get(head.write_number))
 
     def _watched(self, publish: Callable[..., Awaitable[Published | NotYet]]) -> object:
