@@ -45,6 +45,8 @@ _FEW_MARKS = 1000
 _POLL_SECONDS = 0.5
 _RETRY_SECONDS = 5.0
 _MOVE_STEPS = 256
+_HOLD_SECONDS = 2.0
+"""How long a cut waits for packs that are on their way, whose pages it would upload once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,10 +272,11 @@ class Flusher:
             serial = self._started = self._started + 1
             self.phase = "committing"
             self._limits.cut()
-            await context.committer.commit()
-            self.phase = "sealing"
-            begin = context.clock.monotonic()
-            cut = await generations.seal(order)
+            async with self._precopier.held(0.0 if context.uploader.hurried() else _HOLD_SECONDS):
+                await context.committer.commit()
+                self.phase = "sealing"
+                begin = context.clock.monotonic()
+                cut = await generations.seal(order)
             if not isinstance(cut, NoCut):
                 self._pace.sealed(cut.bytes, context.clock.monotonic() - begin)
                 self.pinning.cut_sealed(asked)

@@ -172,6 +172,8 @@ class Generations:
             raise
         if isinstance(cut, NoCut):
             await context.in_thread(lambda: spool.drop_packs(order.generation))
+        else:
+            self.cut = cut
         return cut
 
     # publishing

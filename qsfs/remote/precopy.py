@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -56,6 +57,9 @@ class PreCopier:
         self._position = b""
         self._in_flight = PageVersions()
         self._recorded: deque[tuple[int, _Pages]] = deque()
+        self._held = 0
+        self._under_way = 0
+        self._ended = trio.Event()
         self._idle_seconds = max(quiet_seconds, LEAST_IDLE_SECONDS)
         self._wake = trio.Event()
 
@@ -64,6 +68,22 @@ class PreCopier:
         if why and not self.pressed:
             self._wake.set()
         self.pressed, self.orphans_too = why, orphans_too
+
+    @asynccontextmanager
+    async def held(self, seconds: float) -> AsyncIterator[None]:
+        """Begins no pack in the block, and waits up to `seconds` at its start for those that are under way.
+
+        What is not committed clean when a cut seals it is uploaded twice.
+        """
+        self._held += 1
+        try:
+            with trio.move_on_after(seconds):
+                while self._under_way:
+                    await self._ended.wait()
+            yield
+        finally:
+            self._held -= 1
+            self._wake.set()
 
     async def run(self) -> None:
         """Goes round the dirty pages until cancelled."""
@@ -77,20 +97,27 @@ class PreCopier:
     async def _pass(self, nursery: trio.Nursery) -> bool:
         """Reads and sends at most one pack; whether there was one."""
         context = self._context
-        if not context.uploader.enough_backends():
+        if self._held or not context.uploader.enough_backends():
             return False
         await context.packs.acquire()
         handed_over = False
+        self._under_way += 1
         try:
-            runs = await self._collect()
+            runs = () if self._held else await self._collect()
             if runs:
                 self._mark(runs)
                 nursery.start_soon(self._send, runs)
                 handed_over = True
         finally:
             if not handed_over:
-                context.packs.release()
+                self._end()
         return handed_over
+
+    def _end(self) -> None:
+        self._context.packs.release()
+        self._under_way -= 1
+        self._ended.set()
+        self._ended = trio.Event()
 
     async def _collect(self) -> tuple[DirtyRun, ...]:
         """The runs of the next pack, read in as many transactions as it takes."""
@@ -179,7 +206,7 @@ class PreCopier:
             self.problem = str(error)
         finally:
             self._unmark(pages)
-            context.packs.release()
+            self._end()
 
     def _record(self, number: int, sealing: PackSealing, upload: Upload) -> None:
         context = self._context

@@ -125,6 +125,23 @@ async def test_what_was_uploaded_ahead_is_not_uploaded_again_before_that_is_comm
         await until(lambda: flusher.uploaded_ahead == 80 * PAGE)
 
 
+async def test_a_cut_waits_for_packs_that_are_on_their_way_and_does_not_send_their_pages_again(
+    world: World, machine: FlushMachine, clock
+):
+    async with flushing(machine, quiet_seconds=1.0, cut_seconds=3600) as flusher:
+        for backend in machine.backends:
+            backend.delay = lambda call: 1.0 if call == "set" else 0.0
+        content = b"".join(page(letter) for letter in "abcdefghijklmnop" * 3)
+        machine.write(machine.create("a"), 0, content)
+        await machine.committer.commit()
+        await until(lambda: flusher._precopier._under_way)
+        await flusher.sync()
+        rows = [row for row in pack_rows(machine).values() if row.kind == 1]
+        assert sum(row.live for row in rows) == len(content) and all(row.live for row in rows)
+        assert flusher.uploaded_ahead > 0 and not flusher._precopier.garbage
+        assert restore(world).files == {"a": content}
+
+
 async def test_what_an_earlier_mount_uploaded_ahead_is_exposed_until_a_head_names_it(
     machine: FlushMachine, clock
 ):
