@@ -213,6 +213,8 @@ def _claims(fleet: Fleet, configured: Sequence[Configured], lost: Set[int], plan
                     f"{one.name} has lost the identity of entry {entry.number}: it was emptied or made anew. If what "
                     f"it held is gone for good, 'qsfs fleet apply --lost {entry.number}' takes it up as a new backend"
                 )
+            elif one.shown is Shown.SILENCE:
+                plan.notes.append(f"{one.name} stays entry {entry.number}, and does not answer now: {one.problem}")
             elif one.shown is Shown.DAMAGE:
                 plan.notes.append(f"{one.name} stays entry {entry.number}, though: {one.problem}")
     return claimed

@@ -75,6 +75,7 @@ def test_what_does_not_answer_stays_if_it_is_known_and_is_not_added_if_not():
     plan = plan_change(fleet(), [*ones(1, 2, 3, 4), *silent])
     assert set(states(plan)) == {1, 2, 3, 4, 5} and not plan.added
     assert plan.refusals == ["host6:9900/qsfs cannot be added: host6: refused"]
+    assert len(plan.notes) == 1 and "host5:9900/qsfs stays entry 5" in plan.notes[0]
 
 
 def test_an_entry_is_known_by_its_identity_wherever_it_is_now():

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from qsfs.daemon.control import ask
 from tests.support.backends import HOST, Servers
-from tests.support.daemon import FileSystem
-from tests.system.fleet import QUICK, check, cold, dead, eventually, status, store, up
+from tests.support.daemon import PATIENCE, FileSystem
+from tests.system.fleet import QUICK, Inside, check, cold, dead, eventually, status, store, up
 
 pytestmark = pytest.mark.mount
 
@@ -28,7 +29,12 @@ def backend(fs: FileSystem, index: int, **settings: Any) -> dict[str, Any]:
 
 
 def listed(fs: FileSystem) -> dict[int, dict[str, Any]]:
-    return {entry["number"]: entry for entry in fs.run("--json", "fleet", "list").json()["backends"]}
+    """What `fleet list` shows of a mount, without the cost of a command."""
+    return {entry["number"]: entry for entry in ask(fs.cache, "fleet", timeout=PATIENCE)["backends"]}
+
+
+def unmounted(fs: FileSystem) -> dict[int, str]:
+    return {entry["number"]: entry["state"] for entry in fs.run("--json", "fleet", "list").json()["backends"]}
 
 
 class Load:
@@ -49,7 +55,7 @@ class Load:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(0.1):
+        while not self._stop.wait(0.1) and len(self.names) < 30:
             self.names.append(store(self._fs, f"load-{len(self.names)}", 192 * KIB))
 
 
@@ -94,4 +100,37 @@ def test_two_are_added_and_one_drained_under_load_then_it_and_m_others_are_lost(
                     check(fs, name)
         eventually(lambda: up(fs, 9), "all backends of the fleet are up again")
         fs.umount()
-        assert set(listed(fs)) == set(range(2, 11)), "also without a mount"
+        assert set(unmounted(fs)) == set(range(2, 11)), "also without a mount"
+
+
+def test_a_takeover_ends_the_change_that_died_between_its_heads(scratch: Path, fleet: Servers) -> None:
+    """The daemon is killed when the head that names both fleets is out; the machine is lost as well."""
+    with FileSystem(scratch, shards=(2, 1), servers=fleet, count=5, namespace="halfway", settings=QUICK) as fs:
+        fs.format()
+        fs.mount(failpoints="fleet.ordered>flush.recorded=kill")
+        store(fs, "before", 300 * KIB)
+        fs.set({"backend": [*configured(fs)[1:], backend(fs, 5), backend(fs, 6)]})
+        assert "the daemon ended before it answered" in fs.run("fleet", "apply", code=16).stderr
+        fs.wait_dead()
+        assert unmounted(fs) == {1: "draining", **dict.fromkeys(range(2, 6), "active"), 6: "joining", 7: "joining"}
+        cold(fs)
+        eventually(lambda: not ask(fs.cache, "fleet", timeout=PATIENCE)["changing"], "the change is ended")
+        assert {number: entry["state"] for number, entry in listed(fs).items()} == {
+            1: "draining", **dict.fromkeys(range(2, 8), "active")
+        }  # fmt: skip
+        check(fs, "before")
+        store(fs, "after", 300 * KIB)
+        with dead(fleet, [5]):
+            assert fs.sync()["class"] == "full"
+            check(fs, "after")
+        # A disk that was replaced under the same address: noticed, and taken up as a new one when told.
+        for namespace in ("halfway", "halfway.control"):
+            with Inside(fleet, 2, "") as inside:
+                inside.call("NSDEL", namespace)
+        fs.expect(r"emptied or swapped since it was asked last")
+        said = fs.run("fleet", "apply").stdout
+        assert "stays entry 3" in said
+        done = fs.run("--json", "fleet", "apply", "--lost", "3").json()
+        assert done["changed"] and 8 in listed(fs) and 3 not in listed(fs)
+        eventually(lambda: not status(fs)["flush"]["packs_not_full"], "every pack is full")
+        fs.umount()
