@@ -9,15 +9,18 @@ takes over, and the old owner goes on to delete what it had permission for.
 from __future__ import annotations
 
 import copy
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 
+from qsfs.backend.contract import ScanEntry, ScanPage
 from qsfs.errors import BackendUnavailable
 from qsfs.format.head import Head, HeadRef, KeptGeneration, Owner, SealedHead, head_key, open_head, seal_head
 from qsfs.format.rows import decode_rows
-from qsfs.format.shard import parse_shard_key
+from qsfs.format.shard import parse_shard_key, shard_key
 from qsfs.remote.base import PUBLISHED_KEY, encode_local_head
 from qsfs.remote.dead_packs import DeadPackCollector
 from qsfs.remote.generation import GENERATION
@@ -45,6 +48,7 @@ class CollectingHistory(FlushHistory):
         self.machines = 1
         self.dead: DeadPackCollector
         self.strays: StrayCollector
+        self.honest: Callable[..., Awaitable[ScanPage]]
         self.late: set[bytes] = set()
         self.permitted: set[bytes] = set()
 
@@ -119,14 +123,31 @@ class CollectingHistory(FlushHistory):
         self.machine.clock.advance(AGAIN_SECONDS)
         for backend in self.machine.backends:
             backend.gate = self.fail_at_times
+        liar = self.random.choice(self.machine.backends)
+        self.honest = liar.scan
+        liar.scan = self.random.choice((self.scan_nothing, self.scan_others, self.honest))  # type: ignore[method-assign]
         if self.random.random() < 0.5:
             self.strays.scan_now()
         for _ in range(self.random.randrange(60)):
             await self.strays.work()
+        liar.scan = self.honest  # type: ignore[method-assign]
         for backend in self.machine.backends:
             backend.gate = lambda call, key: None
         self.check_newest()
         self.check_local()
+
+    async def scan_nothing(self, cursor: bytes | None = None) -> ScanPage:
+        """A backend that hides what it holds."""
+        await trio.lowlevel.checkpoint()
+        return ScanPage(None, ())
+
+    async def scan_others(self, cursor: bytes | None = None) -> ScanPage:
+        """A backend that lists what only others hold, and what nobody does."""
+        page = await self.honest(cursor)
+        keys = [key for store in self.world.data for key in list(store.keys())]
+        keys = self.random.sample(keys, min(5, len(keys)))
+        keys.append(shard_key(self.world.keys.fsid, 1, self.random.randbytes(16), 0))
+        return replace(page, entries=(*page.entries, *(ScanEntry(key, 100, 0) for key in keys)))
 
     async def settle(self) -> None:
         """A last mount, without crashes or pins: what no row names goes, and no generation lacks anything."""

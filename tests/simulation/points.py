@@ -18,6 +18,7 @@ ELSEWHERE = {
     "stray.deleted.one": "tests/remote/test_strays.py",
     "superblock.stored": "tests/system/test_keys.py",
     "superblock.spread": "tests/system/test_keys.py",
+    "stray.deleted.one": "tests/remote/test_strays.py",
 }
 """Steps of what no history does (formatting, requests of the kernel, changes of keys, scans for strays), and who dies there."""
 
