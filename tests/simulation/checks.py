@@ -14,6 +14,7 @@ from qsfs.errors import SplitHeads
 from qsfs.format.extent import PackKind
 from qsfs.format.head import Head, HeadRef, head_key, open_head
 from qsfs.format.shard import open_shard, shard_key
+from qsfs.remote.base import BASE_KEY, local_head
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.image import packs_of
 from qsfs.remote.reader import PackReader
@@ -83,7 +84,9 @@ async def restored(history: Stage, name: str) -> Life | None:
         await _read_all(history, life)
         history.trace.note(f"restored version {held} of {report.base.generation}")
         assert store is life.store
-        life.restored = report.head  # type: ignore[attr-defined]
+        base = local_head(store, BASE_KEY, cluster.world.keys)
+        assert base is not None
+        life.restored = base.head  # type: ignore[attr-defined]
         done = True
         await trio.sleep_forever()
 

@@ -49,8 +49,12 @@ def test_a_copy_of_the_machine_deletes_nothing_of_the_one_that_owns(scratch: Pat
 
 
 def test_an_owner_that_stood_still_deletes_nothing_after_a_takeover(scratch: Path, expect_log) -> None:
-    """A stands still for hours with permission to delete; B takes over and pins; A goes on: what B keeps stays."""
+    """A stands still for hours with permission to delete; B takes over and pins; A goes on: what B keeps stays.
+
+    What A had uploaded and named in no head are strays to B, whose retention time is over by then.
+    """
     expect_log("has taken over")
+    expect_log("acknowledged it and has lost it", optional=True)
 
     async def story(stage: Directed) -> None:
         life = await stage.up(stage.first)
