@@ -242,3 +242,55 @@ async def test_a_damaged_page_is_left_where_it_lies(world: World, machine: Flush
         await flusher.sync()
         assert in_start_packs(machine, number) == set(SCATTERED) - {bad}
         assert restore(world).files["a.lmdb"] == content
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_happens_meanwhile_every_byte_is_the_right_one(
+    world: World, machine: FlushMachine, clock, monkeypatch: pytest.MonkeyPatch, seed: int
+):
+    """Starts, writes, truncations, evictions and generations while packs are written all the time, slowly."""
+    monkeypatch.setattr(start_packs, "LEAST_PAGES", 1)
+    monkeypatch.setattr(start_packs, "MOST_FETCHED", 0.0)
+    monkeypatch.setattr(start_packs, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(start_packs, "_LEAST_SECONDS", 0.0)
+    chosen = random.Random(seed)
+    machine.opened = lambda: machine.store.start.begin(60.0, 1 << 20)
+    async with flushing(machine, cut_seconds=10.0, quiet_seconds=0.5) as flusher:
+        slow = [0.0]
+        for backend in machine.backends:
+            backend.delay = lambda call: chosen.uniform(0, slow[0]) if call == "set" else 0.0
+        number = machine.create("a.lmdb", flags=InodeFlag.ATOMIC_SYNC)
+        content = bytearray(200 * PAGE)
+        machine.extend(number, 200)
+        for _ in range(60):
+            what = chosen.choice(["write", "write", "write", "start", "start", "truncate", "evict", "commit", "sync"])
+            first = chosen.randrange(200)
+            if what == "write":
+                data = chosen.randbytes(min(chosen.choice([1, 3, 40]), 200 - first) * PAGE)
+                machine.write(number, first, data)
+                content[first * PAGE : first * PAGE + len(data)] = data
+            elif what == "truncate":
+                machine.truncate(number, first, later=chosen.random() < 0.5)
+                machine.extend(number, 200)
+                content[first * PAGE :] = bytes((200 - first) * PAGE)
+                if chosen.random() < 0.5:
+                    machine.store.work_off_truncations(1 << 20)
+            elif what == "start":
+                read(machine, number, chosen.sample(range(200), chosen.choice([5, 40, 120])))
+                slow[0] = 50.0
+                await trio.sleep(1.5)
+                slow[0] = 0.0
+            elif what == "evict":
+                machine.evict(number)
+            elif what == "commit":
+                await machine.committer.commit()
+            else:
+                await flusher.sync()
+                assert restore(world).files["a.lmdb"] == content
+            await trio.sleep(chosen.choice([0, 0.3, 3.0, 10.0]))
+            if chosen.random() < 0.3:
+                assert machine.content(number) == content
+        await flusher.sync()
+        assert machine.content(number) == content
+        assert restore(world).files["a.lmdb"] == content
+        assert packed(flusher), "else nothing was tried"
