@@ -18,9 +18,11 @@ ELSEWHERE = {
     "stray.deleted.one": "tests/remote/test_strays.py",
     "superblock.stored": "tests/system/test_keys.py",
     "superblock.spread": "tests/system/test_keys.py",
-    "stray.deleted.one": "tests/remote/test_strays.py",
+    "start.pack.written": "tests/remote/test_start_packs.py",
+    "start.pack.recorded": "tests/remote/test_start_packs.py",
 }
-"""Steps of what no history does (formatting, requests of the kernel, changes of keys, scans for strays), and who dies there."""
+"""Steps of what no history does (formatting, requests of the kernel, changes of keys, starts, scans for strays), and
+the tests that die there."""
 
 
 def all_points() -> list[str]:
