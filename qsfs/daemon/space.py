@@ -114,8 +114,8 @@ class DaemonSpace:
                 continue
             sent = self._sent_bytes(member.name) - answer.sent_bytes
             used += answer.info.data_bytes + sent
-            takes = takes and not answer.info.locked
-            free[group_of(member)].append(max(0, answer.info.free_bytes - sent) if takes else 0)
+            if takes:
+                free[group_of(member)].append(0 if answer.info.locked else max(0, answer.info.free_bytes - sent))
         known = [room for group in free.values() for room in group]
         for group in unknown if known else ():
             free[group].append(sum(known) // len(known))

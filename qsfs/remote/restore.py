@@ -19,7 +19,7 @@ from qsfs import failpoints
 from qsfs.clock import Clock
 from qsfs.errors import CacheError, Corrupt, QuorumUnavailable, Unavailable
 from qsfs.format.erasure import Code
-from qsfs.format.head import HeadRef, KeptGeneration
+from qsfs.format.head import Head, HeadRef, KeptGeneration
 from qsfs.format.keys import KeyRing
 from qsfs.format.pack import open_body
 from qsfs.format.rows import Row, decode_rows
@@ -55,13 +55,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class RestoreReport:
-    """What was restored.  `sentences` is what a person should read, `base` is now the local base.
+    """What was restored.  `sentences` is what a person should read, `base` names `head`, which is now the local base.
 
     `newest` is the newest generation, `kept` what it keeps and itself.
     """
 
     superblock: Superblock
     base: HeadRef
+    head: Head
     newest: HeadRef
     kept: tuple[KeptGeneration, ...]
     withstands: int
@@ -127,6 +128,7 @@ async def restore(
     return RestoreReport(
         superblock=source.superblock,
         base=source.found.ref,
+        head=source.found.head,
         newest=found.ref,
         kept=readable(found.head, found.ref),
         withstands=found.judgement.withstands,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,6 +120,10 @@ async def test_a_backend_that_takes_nothing_has_no_room(tmp_path: Path, autojump
     fs.world.data[0].locked = True
     after = await asked.report(again=True)
     assert after.free_bytes < before.free_bytes * 6.5 / 7
+    fs.world.data[0].locked = False
+    draining = next(iter(fs.members))
+    draining.entry = dataclasses.replace(draining.entry, state="draining")
+    assert (await asked.report(again=True)).free_bytes == after.free_bytes
     assert 0.99 * K * 10 * MIB < after.free_bytes <= K * 10 * MIB
     fs.close()
 

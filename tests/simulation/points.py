@@ -20,9 +20,12 @@ ELSEWHERE = {
     "superblock.spread": "tests/system/test_keys.py",
     "start.pack.written": "tests/remote/test_start_packs.py",
     "start.pack.recorded": "tests/remote/test_start_packs.py",
+    "aside.store": "tests/remote/test_restore.py",
+    "template.applied": "tests/remote/test_template.py",
+    "template.copied": "tests/remote/test_template.py",
 }
-"""Steps of what no history does (formatting, requests of the kernel, changes of keys, starts, scans for strays), and
-the tests that die there."""
+"""Steps of what no history does (formatting, requests of the kernel, changes of keys, starts, readers, scans for
+strays), and the tests that die there."""
 
 
 def all_points() -> list[str]:
