@@ -198,6 +198,7 @@ class StrayCollector:
         except QsfsError as error:
             self._cannot_judge(error)
             return False
+        self.problem = ""
         epoch = self._owner_epoch()
         for stray in due:
             if stray.pack_id in unnamed and stray.owner_epoch <= epoch:

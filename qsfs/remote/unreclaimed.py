@@ -4,12 +4,12 @@ A 0-db tells the bytes of live values and the free bytes of its disk, and nobody
 files take.  So this is counted by who deletes, for each backend by its identity, since this local store began; it
 is a lower bound: what another machine deleted, or shards of abandoned cuts, are not in it.
 
-Such space comes back only with the namespace (NSDEL).  A namespace is not moved by qsfs: the fleet entry in
-every head names address, namespace and identity, and the superblock, the identity and the heads' own namespace
-lie beside the data.  To put another namespace in its place is a change of the fleet like any other (a backend
-that is added, one that is drained), which takes two heads and a place for the entry's shards meanwhile.  A move behind
-the back of the fleet would leave restores and other mounts, which know backends by those heads alone, with a namespace
-that is gone.
+Such space comes back only with the namespace (NSDEL).  A namespace is not moved by itself: the fleet entry in every
+head names address, namespace and identity, and so does the configuration; superblock, identity and perhaps the
+heads lie in it beside the data.  A move behind the back of the fleet would leave restores, readers and other
+mounts, which know backends by those alone, with a namespace that is gone, and pack rows of kept generations with
+a place that is another.  So it is a change of the fleet like any other (`fleet_change`): a fresh namespace is added,
+the old one drained and retired, then deleted by its operator.
 """
 
 from __future__ import annotations
