@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 MARKED_BYTES = 32 << 20
 """Bytes of pages that are on their way at a time: they cannot be evicted, and the next cut has to take them."""
 _LONGEST_SECONDS = 600.0
+_HEADS = 2
+"""Heads after which nothing that was marked before is still to be uploaded: the cut of the first may be under way."""
 _READ_SECONDS = 60.0
 _A_STEP = 64
 """Extents between two looks at whether the open group is full."""
@@ -39,11 +41,12 @@ _A_STEP = 64
 
 @dataclass(frozen=True, slots=True)
 class _Marked:
-    """A pack whose pages were marked: how many bytes, and until when they are waited for."""
+    """A pack whose pages were marked: how many bytes, until when they are waited for, and until which head."""
 
     choice: Choice
     size: int
     until: float
+    heads: int
 
 
 class Rewriter:
@@ -71,6 +74,7 @@ class Rewriter:
         limits = context.store.limits
         self._most_bytes = min(most_bytes, MARKED_BYTES, (limits.high_bytes - limits.low_bytes) // 2)
         self._marked: dict[int, _Marked] = {}
+        self._heads = 0
         self._candidates = Candidates(
             lambda number: pack_row(context.store, number), pack_bytes=context.sealer.pack_bytes, share=share
         )
@@ -78,6 +82,10 @@ class Rewriter:
     def take_over(self, thin: Iterable[int]) -> None:
         """Takes in the packs of which little lived when the mount began."""
         self._candidates.thinned(dict.fromkeys(thin, 1.0), self._context.clock.monotonic())
+
+    def published(self) -> None:
+        """Takes note that a head was published."""
+        self._heads += 1
 
     def report(self) -> dict[str, int]:
         """How many packs are thin and small, how many were rewritten, and the bytes of their pages."""
@@ -118,7 +126,7 @@ class Rewriter:
             if row is None or not row.live:
                 self.rewritten_packs += 1
                 self._candidates.gone(number)
-            elif now < marked.until:
+            elif now < marked.until or self._heads < marked.heads:
                 continue
             elif marked.choice.small:
                 self._candidates.tried(marked.choice, now)
@@ -147,7 +155,7 @@ class Rewriter:
         if not choice.small or not marked:
             self._candidates.tried(choice, now)
         if marked:
-            self._marked[number] = _Marked(choice, marked * PAGE, now + _LONGEST_SECONDS)
+            self._marked[number] = _Marked(choice, marked * PAGE, now + _LONGEST_SECONDS, self._heads + _HEADS)
 
     async def _is_thin(self, choice: Choice, entries: Sequence[ExtentEntry]) -> bool:
         """Whether as little lives of a pack as was thought: its row counts plain bytes, its index knows sealed ones."""

@@ -152,6 +152,7 @@ class Upkeep:
         self._abandoned = view.given_up
         self.dead.published(view.dead, ref, head, before)
         self.strays.published(view.strays)
+        self.rewriter.published()
         self._head_at = self._context.clock.monotonic()
 
     @property

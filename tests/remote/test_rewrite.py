@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Collection
 import pytest
 import trio
 
+from qsfs.backend.limits import RateLimit, with_limits
 from qsfs.errors import Unavailable
-from qsfs.remote import rewrite_choice
+from qsfs.remote import rewrite, rewrite_choice
 from qsfs.remote.flush import Flusher
 from qsfs.remote.stored import StoredPack
 from qsfs.store.schema import BLOCK_PAGES, PAGE, Table, u64_pair
@@ -128,6 +129,24 @@ async def test_the_next_mount_finds_what_is_thin(world: World, machine: FlushMac
     async with flushing(machine, retention_seconds=RETENTION) as flusher:
         await pass_time(machine, flusher, 30)
         assert thin(machine) == []
+        assert machine.content(number) == content
+
+
+async def test_what_is_not_uploaded_yet_is_on_its_way_however_long_that_takes(
+    world: World, machine: FlushMachine, clock, monkeypatch
+):
+    """Else a line that is busy for hours fills the cache with pages that only wait for it."""
+    monkeypatch.setattr(rewrite, "MARKED_BYTES", 8 * PAGE)
+    limit = RateLimit(1_000_000)
+    machine.backends = [with_limits(backend, upload=limit) for backend in machine.backends]  # type: ignore[misc]
+    async with thinned(machine, evicted=False) as (flusher, number, content):
+        limit.charge(5_000_000_000)
+        await until(lambda: flusher.status()["rewrite"]["rewritten_bytes"])
+        marked = flusher.status()["rewrite"]["rewritten_bytes"]
+        await trio.sleep(1500)
+        assert flusher.status()["rewrite"]["rewritten_bytes"] == marked < PAGES // 4 * PAGE
+        limit.rate = 0
+        await until(lambda: flusher.status()["rewrite"]["rewritten_bytes"] > marked)
         assert machine.content(number) == content
 
 
