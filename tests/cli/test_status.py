@@ -53,7 +53,7 @@ def status(**fields: Any) -> dict[str, Any]:
             "waiting": [],
             "pressure": "",
             "packs_not_full": 0,
-            "dead": {"packs": 0, "bytes": 0, "strays": {"packs": 0, "bytes": 0}},
+            "dead": {"packs": 0, "bytes": 0, "strays": {"packs": 0, "bytes": 0}, "unreclaimed": []},
             "packs_not_looked_at": 0,
             "next_look_seconds": None,
             "last_error": "",
