@@ -26,6 +26,8 @@ class Play(Stage):
     def __init__(self, root: Path, where: Where | None) -> None:
         super().__init__(3, root, Trace(), (2, 2, 6))
         self.cluster.liars = frozenset()
+        # A rollback brings rows of packs back that died and were deleted since; nobody needs them.
+        self.allowed_log = "lacks shards and could not be completed"
         self.hits: Counter[str] = Counter()
         self.died = False
         self._where = where
@@ -96,7 +98,10 @@ class Play(Stage):
 
     async def _flush(self, machine: Machine) -> None:
         """Pages that leave ahead of the cut, and those that the cut seals."""
-        await self._write(machine, 14)
+        await self._write(machine, 8)
+        life = await self._up(machine)
+        await self.applications.create(life, "ahead")
+        await self.applications.write(life, "ahead", 0, b"ahead of a cut. " * 256 * 24)
         await trio.sleep(12)
         await self._write(machine, 6)
         await self._publish(machine)
@@ -111,17 +116,17 @@ class Play(Stage):
         await self.sync(life, 1)
         for number in (1, 2):
             self.cluster.faults[number].down = False
-        await trio.sleep(60)
+        await trio.sleep(25)
         self.cluster.heal()
         await self._publish(machine)
-        await trio.sleep(60)
+        await trio.sleep(25)
 
     async def _go_on_after_a_power_cut(self, machine: Machine) -> None:
         """What the journal has is replayed."""
         life = await self._up(machine)
         await life.committer.commit()
         await self.applications.create(life, "journaled")
-        await self.fsync(life)
+        await self.fsync(life, 10)
         life.cut_power()
         await life.ended.wait()
         await self._write(machine, 2)
@@ -154,13 +159,13 @@ class Play(Stage):
         await self._publish(machine)
         configuration.drained.add(1)
         await self._apply(machine, configuration)
-        await trio.sleep(120)
+        await trio.sleep(30)
         configuration.listed.remove(2)
         self.cluster.faults[2].down = True
         self.cluster.faulty.add(2)
-        await trio.sleep(120)
+        await trio.sleep(30)
         await self._apply(machine, configuration, 2)
-        await trio.sleep(120)
+        await trio.sleep(30)
         self.cluster.heal()
         await self._publish(machine)
 

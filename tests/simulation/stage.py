@@ -193,7 +193,7 @@ class Stage:
 
         await self.in_life(life, sync, seconds)
 
-    async def fsync(self, life: Life) -> None:
+    async def fsync(self, life: Life, seconds: float | None = None) -> None:
         """Makes everything durable locally, by the journal or a commit."""
         version = life.version
         names = self.ledger.versions[version].files
@@ -204,7 +204,7 @@ class Stage:
             life.machine.durable = max(life.machine.durable, version)
             self.trace.note(f"{life.name} fsynced version {version}")
 
-        await self.in_life(life, fsync)
+        await self.in_life(life, fsync, seconds)
 
     async def take_over(self, machine: Machine, seconds: float) -> None:
         """Restores on a machine whose disk is empty, owns and mounts; waits for that at most so long."""
