@@ -146,7 +146,9 @@ def packs_hold(history: Stage, life: Life) -> None:
             open_shard(stored, world.keys, key=key)
             intact += 1
         stored_shards = sum(place >= 0 for place in row.placement)
-        assert stored_shards >= cluster.k + -(-cluster.m // 2), f"pack {row.pack_id.hex()} was never written"
+        # A second look takes note of what liars have lost since.
+        written = cluster.k + -(-cluster.m // 2) - len(cluster.liars)
+        assert stored_shards >= written, f"pack {row.pack_id.hex()} was never written"
         assert intact >= cluster.k, f"pack {row.pack_id.hex()}: {intact} shards are left"
 
 
@@ -154,10 +156,15 @@ def kept_generations(history: Stage, life: Life) -> None:
     """Each generation that the newest head keeps restores exactly."""
     world = history.cluster.world
     head: Head = life.restored  # type: ignore[attr-defined]
+    published = {ref for _, ref in history.ledger.published}
     for entry in head.kept:
         key = head_key(world.keys.fsid, entry.head)
         old = _head(history, key)
-        assert old is not None, f"kept head {entry.head} is on no honest backend"
+        if old is None:
+            # An owner keeps the head that it found, be that one that its mount sent and no quorum took.
+            unpublished = entry.head not in published and not entry.pins
+            assert unpublished, f"kept head {entry.head} is on no honest backend"
+            continue
         image = restore(_honest(history), old)
         version = history.ledger.version_of[entry.head]
         named = {pack.ref.pack_id for pack, _ in packs_of(old)}
