@@ -20,6 +20,10 @@ MOST_FILES = 6
 MOST_PAGES = 40
 
 
+class _RemovedMeanwhile(Exception):
+    """Another program removed the file while this one waited."""
+
+
 class Applications:
     """Those of all machines."""
 
@@ -70,6 +74,8 @@ class Applications:
             except Need:
                 await life.committer.room()
                 continue
+            except _RemovedMeanwhile:
+                return
             life.version = self._ledger.add(life.version, files)
             life.namespace.set_xattr(ROOT_INODE, MARKER, str(life.version).encode())
             return
@@ -82,6 +88,11 @@ class Applications:
         inode = life.namespace.lookup(ROOT_INODE, name.encode())
         assert inode is not None, f"{life.name}: {name} is gone"
         return inode
+
+    def _inode(self, life: Life, name: str) -> Inode:
+        if name not in self._files(life):
+            raise _RemovedMeanwhile
+        return self.inode(life, name)
 
     async def create(self, life: Life, name: str) -> None:
         """Makes an empty file."""
@@ -102,7 +113,7 @@ class Applications:
         await self._do(life, lambda: self._wrote(life, name, offset, data))
 
     def _wrote(self, life: Life, name: str, offset: int, data: bytes) -> Files:
-        life.contents.write(self.inode(life, name), offset, data)
+        life.contents.write(self._inode(life, name), offset, data)
         files = self._files(life)
         content = bytearray(files[name].ljust(offset, b"\0"))
         content[offset : offset + len(data)] = data
@@ -113,7 +124,7 @@ class Applications:
         await self._do(life, lambda: self._truncated(life, name, size))
 
     def _truncated(self, life: Life, name: str, size: int) -> Files:
-        life.contents.truncate(self.inode(life, name), size)
+        life.contents.truncate(self._inode(life, name), size)
         files = self._files(life)
         return files | {name: files[name][:size].ljust(size, b"\0")}
 
@@ -122,6 +133,7 @@ class Applications:
         await self._do(life, lambda: self._unlink(life, name))
 
     def _unlink(self, life: Life, name: str) -> Files:
+        self._inode(life, name)
         life.namespace.unlink(ROOT_INODE, name.encode())
         life.namespace.references.collect()
         files = self._files(life)
@@ -129,6 +141,7 @@ class Applications:
         return files
 
     def _rename(self, life: Life, name: str, other: str) -> Files:
+        self._inode(life, name)
         life.namespace.rename(ROOT_INODE, name.encode(), ROOT_INODE, other.encode())
         life.namespace.references.collect()
         files = self._files(life)

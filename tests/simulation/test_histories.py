@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ def simulate(*arguments: object) -> str:
 @pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
 def test_no_history_breaks_a_promise(first: int) -> None:
     """Invariants 3, 4, 5, 6, 8 and 10, over flush, publish, collect, takeover, rollback and restore."""
-    simulate("--first", first, "--count", BLOCK)
+    half = BLOCK // 2
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda begin: simulate("--first", begin, "--count", half), (first, first + half)))
 
 
 @pytest.mark.slow
