@@ -376,6 +376,7 @@ class Flusher:
 
         Raises as `sync`.
         """
+        self._upkeep.want_head()
         await self.sync()
         return await self._upkeep.collect()
 

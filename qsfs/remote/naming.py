@@ -101,20 +101,20 @@ class Naming:
         position: bytes | None = b""
         while position is not None:
             start = position
-            ids, position = await self._context.in_thread(lambda: self._some_rows(start))  # noqa: B023
-            found |= self._note(ids, wanted)
+            some, position = await self._context.in_thread(lambda: self._some_rows(start, wanted))  # noqa: B023
+            found |= some
         return found
 
-    def _some_rows(self, start: bytes) -> tuple[list[bytes], bytes | None]:
+    def _some_rows(self, start: bytes, wanted: set[bytes]) -> tuple[set[bytes], bytes | None]:
         context = self._context
-        ids = []
+        found: set[bytes] = set()
         until = context.clock.monotonic() + _STEP_SECONDS
         with CommittedState(context.store.environment, context.clock) as state:
             for key, row in state.view.scan(Table.PACKS, start, None):
-                ids.append(PackRow.decode(bytes(row)).pack_id)
+                found |= self._note((PackRow.decode(bytes(row)).pack_id,), wanted)
                 if context.clock.monotonic() >= until:
-                    return ids, key + b"\0"
-        return ids, None
+                    return found, key + b"\0"
+        return found, None
 
     # generations
 
@@ -139,19 +139,19 @@ class Naming:
         found: set[bytes] = set()
         for pack, counting in packs_of(head):
             if pack.ref.pack_id not in read and _may_hold_packs(counting):
-                found |= self._note(await self._rows(pack), wanted)
+                found |= await self._rows(pack, wanted)
                 read.add(pack.ref.pack_id)
         return found
 
-    async def _rows(self, pack: MetadataPack) -> list[bytes]:
-        """The ids in all rows of packs that a metadata pack has."""
+    async def _rows(self, pack: MetadataPack, wanted: set[bytes]) -> set[bytes]:
+        """Those of `wanted` that are in rows of packs of a metadata pack."""
         context = self._context
         params = context.sealer.code.params
         stored = StoredPack.of_metadata(pack, params)
         with trio.move_on_after(_READ_SECONDS):
             payloads = await self._reader.shards(stored, range(params.k))
             body = b"".join(payloads[number] for number in range(params.k))
-            return await context.in_thread(lambda: list(self._ids(pack, body)))
+            return await context.in_thread(lambda: self._note(self._ids(pack, body), wanted))
         raise Unavailable(f"metadata pack {stored.name} did not come within {_READ_SECONDS:g} s")
 
     def _ids(self, pack: MetadataPack, body: bytes) -> Iterator[bytes]:
@@ -164,6 +164,7 @@ class Naming:
                     yield PackRow.decode(row).pack_id
 
     def _note(self, ids: Iterable[bytes], wanted: set[bytes]) -> set[bytes]:
+        """Those of `ids` that are wanted; on a worker thread, which one judgement at a time has."""
         found = set()
         for pack_id in ids:
             self.seen(pack_id)

@@ -21,7 +21,8 @@ from qsfs.backend.contract import ScanEntry, ScanPage
 from qsfs.clock import Clock
 from qsfs.errors import BackendError, BackendRefused, BackendUnavailable, QsfsError
 from qsfs.format import schema
-from qsfs.format.shard import parse_shard_key
+from qsfs.format.shard import OVERHEAD, parse_shard_key
+from qsfs.format.units import MAX_SHARD
 from qsfs.remote.members import Member, Members, State
 from qsfs.remote.strays import MOST_PLACES, Place
 
@@ -131,9 +132,10 @@ class Scanner:
 
     def restart(self) -> None:
         """Has every backend walked from the begin, also where that is not due."""
-        for number, walk in self.walks.items():
-            if not walk.under_way:
-                self.walks[number] = replace(walk, ended=-math.inf)
+        for walks in (self.walks, self._reached):
+            for number, walk in walks.items():
+                if not walk.under_way:
+                    walks[number] = replace(walk, ended=-math.inf)
 
     def due(self, now: float) -> list[Member]:
         """The backends that have a page to give, in their turn; `now` is running time."""
@@ -199,7 +201,9 @@ class Scanner:
             found = self.candidates.setdefault(named.pack_id, Candidate(named.owner_epoch))
             # One id under two epochs is no pack of ours; the shards of the first are looked at.
             if found.owner_epoch == named.owner_epoch and len(found.places) < MOST_PLACES:
-                found.places.append(Place(member.number, named.number, entry.size))
+                # A backend may say any size.
+                size = min(max(entry.size, 0), MAX_SHARD + OVERHEAD)
+                found.places.append(Place(member.number, named.number, size))
 
     def round_over(self, now: float) -> bool:
         """Whether what was met should be dealt with before the next page."""

@@ -29,7 +29,8 @@ from qsfs.store.schema import Table
 
 _log = logging.getLogger(__name__)
 
-PACKS_AT_ONCE = 16
+PACKS_AT_ONCE = 256
+"""How many are judged together: each judgement reads all that may name a pack."""
 AGAIN_SECONDS = 60.0
 """When a judgement that could not be made, or a deletion that some backend did not answer, is tried again."""
 SIEVE_SECONDS = 6 * 3600.0
@@ -249,8 +250,8 @@ class StrayCollector:
 
     @property
     def waits_for_a_head(self) -> bool:
-        """Whether the time of any stray is over, and only a head is missing."""
-        return self._ready() and self.strays.waits_for_a_head(self._running.seconds)
+        """Whether only a head is missing: to begin with at all, or to delete what has waited long enough."""
+        return not self._ready() or self.strays.waits_for_a_head(self._running.seconds)
 
     def report(self) -> dict[str, Any]:
         """What is known of strays, and of each backend when its last scan ended (wall time, ns; 0: not yet)."""

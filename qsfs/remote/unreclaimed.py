@@ -38,7 +38,7 @@ class Unreclaimed:
     def add(self, member: Member, size: int) -> None:
         """Takes note of `size` bytes that a backend has deleted, with the next commit."""
         if size:
-            row = [_SCHEMA, member.entry.identity, self.bytes(member) + size]
+            row = [_SCHEMA, member.entry.identity, min(self.bytes(member) + size, schema.U64)]
             self._store.set_local(deleted_key(member.number), schema.pack(row))
 
     def bytes(self, member: Member) -> int:

@@ -8,6 +8,7 @@ pages become evictable.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -164,6 +165,10 @@ class Upkeep:
         if self._context.clock.monotonic() - self._head_at < HEAD_SECONDS:
             return False
         return self.dead.waits_for_a_head or self.strays.waits_for_a_head
+
+    def want_head(self) -> None:
+        """Has a head that something waits for made with the next cut, however long ago the last one was."""
+        self._head_at = -math.inf
 
     async def collect(self) -> dict[str, Any]:
         """Deletes what may go, and has backends scanned anew; what was deleted, and what waits for what."""

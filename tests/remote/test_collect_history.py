@@ -107,6 +107,7 @@ class CollectingHistory(FlushHistory):
             if self.random.random() < 0.7:
                 await self.dead._settle()
                 self.permitted = {dead.pack_id for dead in self.dead.graveyard.permitted(1 << 20)}
+                self.permitted |= {stray.pack_id for stray in self.strays.strays.permitted(1 << 20)}
         if self.random.random() < 0.3:
             self.forget_late()
 

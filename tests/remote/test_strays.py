@@ -15,7 +15,8 @@ from qsfs.backend.contract import ScanEntry, ScanPage
 from qsfs.backend.memory import MemoryStore
 from qsfs.errors import BackendUnavailable
 from qsfs.format.head import HeadRef, head_key, open_head
-from qsfs.format.shard import parse_shard_key, shard_key
+from qsfs.format.shard import OVERHEAD, parse_shard_key, shard_key
+from qsfs.format.units import MAX_SHARD
 from qsfs.remote import naming as naming_module
 from qsfs.remote import scanning, strays, upkeep
 from qsfs.remote.base import BASE_KEY, encode_local_head
@@ -413,6 +414,50 @@ async def test_a_file_system_at_rest_gets_the_heads_that_deletions_need_and_no_m
         before = flusher.generations.base.head.generation
         await trio.sleep(800)
         assert flusher.generations.base.head.generation == before
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["by itself", "qsfs collect"])
+async def test_a_mount_that_finds_nothing_to_write_deletes_strays_too(
+    world: World, machine: FlushMachine, clock: MockClock, monkeypatch: pytest.MonkeyPatch, asked: bool
+):
+    """An archive that is only read: the head without which nothing is scanned comes though nothing has changed."""
+    monkeypatch.setattr(upkeep, "HEAD_SECONDS", 40.0 if not asked else 1e9)
+    async with flushing(machine, retention_seconds=RETENTION) as flusher:
+        machine.write(machine.create("a"), 0, b"x" * PAGE * 40)
+        await flusher.sync()
+    stray = plant_stray(world, 1)
+    async with flushing(machine, retention_seconds=RETENTION) as flusher:
+        for _ in range(4):
+            await trio.sleep(2 * RETENTION + 100)
+            if asked:
+                await flusher.collect()
+        assert stray not in stored_packs(world)
+
+
+async def test_a_backend_that_lies_about_sizes_costs_nothing_but_a_wrong_figure(
+    world: World, machine: FlushMachine, clock: MockClock
+):
+    """Neither flushing nor what is told of other backends ends by it."""
+    liar = machine.backends[0]
+    honest = liar.scan
+
+    async def scan(cursor: bytes | None = None) -> ScanPage:
+        page = await honest(cursor)
+        sizes = (2**70, -5)
+        entries = [dataclasses.replace(entry, size=sizes[n % 2]) for n, entry in enumerate(page.entries)]
+        return ScanPage(page.cursor, tuple(entries))
+
+    liar.scan = scan  # type: ignore[method-assign]
+    async with flushing(machine, retention_seconds=RETENTION) as flusher:
+        await flusher.sync()
+        planted = {plant_stray(world, number) for number in range(1, 9)}
+        await go_on(machine, flusher, 8)
+        await flusher.collect()
+        await go_on(machine, flusher, 3)
+        assert not planted & stored_packs(world)
+        told_of = {entry["backend"]: entry["bytes"] for entry in flusher.dead_packs()["unreclaimed"]}
+        assert 0 < told_of[liar.name] <= 8 * (MAX_SHARD + OVERHEAD)
+        await flusher.sync()
 
 
 async def test_what_was_met_by_mistake_is_looked_at_again_before_anything_is_deleted(
