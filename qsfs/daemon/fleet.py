@@ -24,6 +24,7 @@ from qsfs.remote.fleet_plan import (
     Shown,
     check_losses,
     check_plan,
+    found_empty,
     lost_entries,
     name_of,
     plan_change,
@@ -158,12 +159,12 @@ class _Applying:
             lost=self._lost,
             packs_left=packs_left,
             answering=answering,
-            held_back=held_back(self._service.store, self._generations.kept),
+            held_back=held_back(self._service.store, self._generations.kept) or self._flusher.drainer.held_back,
         )
         here = {one.number for one in configured if one.shown is Shown.IDENTITY}
         check_plan(plan, self._code, answering | here)
         self._check_promises(plan)
-        await self._check_losses(plan)
+        await self._check_losses(plan, configured)
         if dry_run:
             return self._answer(plan, done=False)
         if plan.refusals:
@@ -274,15 +275,19 @@ class _Applying:
         broken = broken_by_fleet([plan.imagined()], self._code, promises)
         (plan.notes if before else plan.refusals).extend(broken)
 
-    async def _check_losses(self, plan: FleetPlan) -> None:
-        """Refuses to give up backends without which a pack could not be read any more."""
+    async def _check_losses(self, plan: FleetPlan, configured: Sequence[Configured]) -> None:
+        """Refuses to give up backends without which a pack could not be read any more.
+
+        What rows place on a backend that was just found empty is not there.
+        """
         if not plan.lost:
             return
         environment, clock = self._service.store.environment, self._service.clock
         await self._flusher.context.committer.commit()
         known = read_known(environment, self._service.opened.keys)
         numbers = frozenset(entry.number for entry in plan.lost)
-        losses = [Loss("", frozenset()), Loss("", numbers)]
+        empty = found_empty(self._before, configured)
+        losses = [Loss("", empty), Loss("", numbers | empty)]
         table = await read_table(environment, clock, Known((self._before,), known.packs), self._code, losses)
         now, after = table.outcomes
         check_losses(plan, now, after, self._code.k)

@@ -22,8 +22,10 @@ from qsfs.remote.complete import Completer
 from qsfs.remote.context import FlushContext
 from qsfs.store.environment import Environment
 from qsfs.store.packs import pack_row, set_placement
-from qsfs.store.schema import PackRow, Table, split_u64
+from qsfs.store.schema import PackRow, PackState, Table, split_u64
 from qsfs.store.snapshot import CommittedState
+from qsfs.store.store import NEXT_PACK
+from qsfs.values import counted
 
 _log = logging.getLogger(__name__)
 
@@ -41,9 +43,12 @@ _ROUND_SECONDS = 0.8
 class Placed:
     """What a look at all pack rows found: packs with shards on draining backends, and on none of the fleet.
 
-    `packs` counts the former by backend.  Of each kind the first `MOST_QUEUED` are listed.
+    `packs` counts the former by backend.  Of each kind the first `MOST_QUEUED` are listed.  `unproven` counts those
+    up to number `upto` that were not looked at a second time where they lie now.
     """
 
+    upto: int = 0
+    unproven: int = 0
     packs: Counter[int] = field(default_factory=Counter)
     draining: list[int] = field(default_factory=list)
     outside: list[int] = field(default_factory=list)
@@ -52,6 +57,8 @@ class Placed:
         """Adds a row."""
         places = {place for place in row.placement if place >= 0}
         leaving = places & draining
+        if draining and number <= self.upto and not row.state & PackState.LOOKED and not row.unnamed_since_ns:
+            self.unproven += 1
         if leaving and not row.unnamed_since_ns:
             self.packs.update(leaving)
             if len(self.draining) < MOST_QUEUED:
@@ -84,10 +91,13 @@ class Drainer:
         self._fleets = fleets
         self._seen: tuple[Fleet, ...] = ()
         self._left: Counter[int] | None = None
+        self._emptied: frozenset[int] = frozenset()
+        self._upto = 0
+        self._unproven = 0
         self._queue: list[int] = []
         self._moved = False
         self._again_at = 0.0
-        self._late_at = 0.0
+        self._late_at = math.inf
 
     @property
     def leaving(self) -> frozenset[int]:
@@ -101,6 +111,19 @@ class Drainer:
         if self._left is None or self._seen != self._fleets():
             return None
         return {number: self._left[number] for number in sorted(self.leaving)}
+
+    @property
+    def held_back(self) -> str:
+        """Why no backend may be retired as empty, by the last look, or "": what was moved may not be there yet.
+
+        An acknowledgement of a 0-db is a page cache; the copies that were left are given up last.
+        """
+        if not self._unproven:
+            return ""
+        return (
+            f"{counted(self._unproven, 'pack')} may have been moved and were not looked at a second time yet; that "
+            "takes [cache] second_look_seconds once they are full"
+        )
 
     def report(self) -> dict[str, object]:
         """For `status`: packs left by backend (None: not known yet), and what was done since the mount began."""
@@ -125,7 +148,8 @@ class Drainer:
         rest = not self._queue and self._left is not None and self._left.total() > 0
         if changed or now >= self._late_at or (rest and (self._moved or now >= self._again_at)):
             await self._look()
-            self._late_at = now + LATE_SECONDS if changed else self._late_at if now < self._late_at else math.inf
+            if not changed and now >= self._late_at:
+                self._late_at = math.inf
         until = context.clock.monotonic() + _ROUND_SECONDS
         while self._queue and context.uploader.enough_backends() and context.clock.monotonic() < until:
             await self._move(self._queue.pop())
@@ -135,20 +159,26 @@ class Drainer:
         if not fleets:
             return
         named = frozenset(entry.number for fleet in fleets for entry in fleet.entries)
+        if self.leaving != self._emptied:
+            # What is sealed from now on has no place on them.
+            self._emptied, self._upto = self.leaving, context.store.counter(NEXT_PACK)
         while True:
             placed = await self._read(named)
             await self._forget(placed.outside, named)
             if len(placed.outside) < MOST_QUEUED:
                 break
             await context.committer.commit()
+        if fleets != self._seen:
+            self._late_at = context.clock.monotonic() + LATE_SECONDS
         self._seen = fleets
         self._left = placed.packs
+        self._unproven = placed.unproven
         self._queue = placed.draining[::-1]
         self._moved = False
         self._again_at = context.clock.monotonic() + AGAIN_SECONDS
 
     async def _read(self, named: Set[int]) -> Placed:
-        context, draining, placed = self._context, self.leaving, Placed()
+        context, draining, placed = self._context, self.leaving, Placed(self._upto)
         position: bytes | None = b""
         while position is not None:
             start = position

@@ -187,6 +187,13 @@ def check_losses(plan: FleetPlan, now: Outcome, after: Outcome, k: int) -> None:
     )
 
 
+def found_empty(fleet: Fleet, configured: Sequence[Configured]) -> frozenset[int]:
+    """The entries at whose place something answers that has lost what they carried, and that are nowhere else."""
+    there = {one.number for one in configured if one.shown is Shown.IDENTITY}
+    emptied = {one.name for one in configured if one.shown is Shown.NOTHING}
+    return frozenset(e.number for e in fleet.entries if name_of(e) in emptied and e.number not in there)
+
+
 def _claims(fleet: Fleet, configured: Sequence[Configured], lost: Set[int], plan: FleetPlan) -> dict[int, Configured]:
     """Which entry each configured backend is; those that are new, or cannot be told, go into the plan."""
     by_name = {name_of(entry): entry for entry in fleet.entries}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -98,20 +99,24 @@ async def prepare_new(members: Sequence[Member], carried: Carried, keys: KeyRing
     """Makes backends ready that `try_new` has tried.  All of them must answer; the identity comes last."""
     by_space = {id(member.control): member for member in members}
 
-    async def bring_records(control: Backend) -> None:
+    async def clear(control: Backend) -> None:
         for space in dict.fromkeys((by_space[id(control)].data, control)):
             await space.delete(tombstone_key(keys.fsid))
-        for key, value in carried.records:
-            await control.set(key, value)
 
-    await everywhere([member.control for member in members], bring_records, SECONDS)
+    async def bring(control: Backend, key: bytes, value: bytes) -> None:
+        await control.set(key, value)
+
+    controls = [member.control for member in members]
+    await everywhere(controls, clear, SECONDS)
+    for key, value in carried.records:
+        await everywhere(controls, partial(bring, key=key, value=value), SECONDS)
     failpoints.hit("join.records")
 
     async def mark(control: Backend) -> None:
         member = by_space[id(control)]
         await write_identity(member.entry, member.data, member.control, keys, clock)
 
-    await everywhere([member.control for member in members], mark, SECONDS)
+    await everywhere(controls, mark, SECONDS)
     failpoints.hit("join.marked")
     async with trio.open_nursery() as nursery:
         for member in members:

@@ -264,6 +264,9 @@ class Members:
         identity.  Members that no fleet names take no shards any more, and may still hold some.
         """
         entries = {entry.number: entry for fleet in fleets for entry in fleet.entries}
+        for number in entries.keys() - {entry.number for fleet in (*fleets,)[-1:] for entry in fleet.entries}:
+            # It leaves with the next head: what is stored now must not count on it.
+            entries[number] = replace(entries[number], state=DRAINING)
         for member in self._members.values():
             if member.number not in entries and member.entry.state != JOINING:
                 member.entry = replace(member.entry, state=OUTSIDE)

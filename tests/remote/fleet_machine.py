@@ -214,7 +214,8 @@ class FleetMachine(FlushMachine):
             lost={entry.number for entry in fleet.entries if entry.address.partition(":")[0] in lost},
             packs_left=await self.flusher.drainer.count(),
             answering=answering,
-            held_back=held_back(self.store, self.flusher.generations.kept),  # type: ignore[union-attr]
+            held_back=held_back(self.store, self.flusher.generations.kept)  # type: ignore[union-attr]
+            or self.flusher.drainer.held_back,
         )
         check_plan(plan, self.world.code, answering)
         return plan

@@ -18,10 +18,14 @@ from qsfs.format.head import parse_head_key
 from qsfs.format.identity import identity_key, open_identity, open_tombstone, tombstone_key
 from qsfs.format.owner import parse_owner_key
 from qsfs.format.superblock import SUPERBLOCK_KEY
+from qsfs.remote.draining import LATE_SECONDS
 from qsfs.remote.fleet_change import held_back
+from qsfs.remote.fleet_plan import FleetPlan
 from qsfs.remote.identity import find_members, write_identity
 from qsfs.remote.members import Candidate, State
 from qsfs.remote.rollback import LEFT_BEHIND
+from qsfs.store.packs import set_placement
+from qsfs.store.schema import PackState
 from tests.remote.fleet_machine import FleetMachine, Site, dying, make_site
 from tests.remote.flush_machine import crash, newest_head, restore
 from tests.remote.flushing import pack_rows, page, until
@@ -100,6 +104,19 @@ async def test_no_shard_goes_to_a_backend_that_no_head_names_yet(site: Site, mac
         await flusher.sync()
 
 
+async def retired(machine: FleetMachine) -> FleetPlan:
+    """What `fleet apply` does once it retires something; until then it says that second looks are waited for."""
+    there = set(pack_rows(machine))
+    plan = await machine.apply()
+    assert not plan.retired
+    while not plan.retired:
+        assert any("not looked at a second time yet" in note for note in plan.notes)
+        await trio.sleep(30)
+        plan = await machine.apply()
+    assert all(row.state & PackState.LOOKED for number, row in pack_rows(machine).items() if number in there)
+    return plan
+
+
 async def test_a_draining_backend_takes_nothing_is_emptied_and_retired(site: Site, machine: FleetMachine, clock):
     async with machine.flushing() as flusher:
         machine.write(machine.create("a"), 0, page("a") * 200)
@@ -116,7 +133,7 @@ async def test_a_draining_backend_takes_nothing_is_emptied_and_retired(site: Sit
         assert not (await machine.apply(drain=("host1",))).changes, "while it is configured it stays"
 
         machine.configured = site.names[1:]
-        plan = await machine.apply()
+        plan = await retired(machine)
         assert [entry.number for entry in plan.retired] == [1] and numbers(machine) == [2, 3, 4, 5, 6, 7]
         keys = machine.world.keys
         stone = tombstone_key(keys.fsid)
@@ -139,7 +156,55 @@ async def test_one_that_is_not_configured_drains_before_it_is_retired(site: Site
         held = await machine.plan()
         assert not held.retired and any("not retired yet" in note for note in held.notes)
         await until(lambda: flusher.drainer.left == {1: 0})
-        assert (await machine.apply()).retired
+        assert (await retired(machine)).retired
+
+
+async def test_nothing_is_retired_for_acknowledgements_that_a_backend_may_lose(
+    site: Site, machine: FleetMachine, clock, expect_log
+):
+    """What was moved is found where it went before the copies that were left may go; a restart counts anew."""
+    expect_log("acknowledged it and has lost it")
+    async with machine.flushing() as flusher:
+        machine.write(machine.create("a"), 0, page("a") * 200)
+        await flusher.sync()
+        await until(lambda: not flusher.context.ledger.looks)
+        machine.configured = site.names
+        await machine.apply(drain=("host1",))
+        await until(lambda: flusher.drainer.left == {1: 0})
+        for name in ("host6", "host7"):
+            for key in shards(site, name):
+                site.data(name).lose(key)
+    async with machine.flushing() as flusher:
+        machine.configured = site.names[1:]
+        await until(lambda: flusher.drainer.left == {1: 0})
+        plan = await retired(machine)
+        assert flusher.status()["shards_found_missing"] and not flusher.context.ledger.incomplete
+        assert [entry.number for entry in plan.retired] == [1]
+        await flusher.sync()
+    for name in ("host1", "host2"):
+        site.data(name).clear()
+    assert restore(site.everything).files == {"a": page("a") * 200}
+
+
+async def test_a_shard_that_is_recorded_late_on_a_backend_that_left_is_made_again(
+    site: Site, machine: FleetMachine, clock
+):
+    """An upload was under way when the fleet changed; whoever asks for the fleet meanwhile."""
+    async with machine.flushing() as flusher:
+        machine.write(machine.create("a"), 0, page("a") * 200)
+        await flusher.sync()
+        machine.configured = site.names
+        await machine.apply()
+        machine.down("host1")
+        machine.configured = site.names[1:]
+        await trio.sleep(2 * LATE_SECONDS)
+        await machine.apply(lost=("host1",))
+        await flusher.drainer.count()
+        await until(lambda: flusher.drainer.forgotten_shards and not flusher.context.ledger.incomplete)
+        number, row = next(iter(pack_rows(machine).items()))
+        set_placement(machine.store, number, (1, *row.placement[1:]), machine.clock.time_ns())
+        await trio.sleep(2 * LATE_SECONDS)
+        assert all(1 not in row.placement and -1 not in row.placement for row in pack_rows(machine).values())
 
 
 async def test_a_draining_one_that_does_not_answer_is_emptied_from_the_others(site: Site, machine: FleetMachine, clock):

@@ -15,6 +15,7 @@ from qsfs.remote.fleet_plan import (
     Shown,
     check_losses,
     check_plan,
+    found_empty,
     lost_entries,
     new_entry,
     plan_change,
@@ -173,6 +174,12 @@ def test_giving_up_backends_without_which_packs_are_lost_is_refused_and_names_th
     gone.add(b"d" * 16, 1, (-1, -1, 4))
     check_losses(plan, *gone.outcomes, CODE.k)  # type: ignore[misc]
     assert not plan.refusals
+
+
+def test_what_answers_without_its_identity_holds_nothing_of_what_rows_say():
+    """Emptied under the same address; but one that shows its identity elsewhere has only moved."""
+    configured = [one(1), fresh(2), fresh(3, Shown.SILENCE), one(4, address="elsewhere:1"), fresh(4), fresh(9)]
+    assert found_empty(fleet(), configured) == {2}
 
 
 def test_a_shortage_names_the_fleet_and_its_backends_that_are_missing():

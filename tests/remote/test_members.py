@@ -174,6 +174,17 @@ def test_the_newest_head_says_what_the_entries_are(world):
     assert all_members.by_number(2).entry.identity == world.fleet.entries[1].identity
 
 
+def test_what_leaves_with_the_next_head_takes_nothing_for_whoever_finds_the_change(world):
+    """A takeover in the middle: what is stored there would be one shard short once the fleet has changed."""
+    all_members = Members([member(world, 1)[0], member(world, 2)[0]])
+    for one in all_members:
+        one.identified = True
+    all_members.adopt([Fleet(1, world.fleet.entries), Fleet(2, world.fleet.entries[1:])])
+    assert [one.writable for one in all_members] == [False, True]
+    all_members.adopt([Fleet(1, world.fleet.entries)])
+    assert all(one.writable for one in all_members)
+
+
 async def test_every_configured_backend_is_asked_who_it_is(autojump_clock, world):
     found, strangers = await find_members(candidates(world), world.keys, world.clock)
     assert [one.entry.identity for one in found] == [entry.identity for entry in world.fleet.entries]

@@ -57,7 +57,7 @@ class Configuration:
             lost={entry for entry, server in self._cluster.server_of.items() if server == lost},
             packs_left=await flusher.drainer.count(),
             answering=answering,
-            held_back=held_back(store, generations.kept),
+            held_back=held_back(store, generations.kept) or flusher.drainer.held_back,
         )
         check_plan(plan, self._cluster.world.code, answering)
         if plan.refusals or not plan.changes:

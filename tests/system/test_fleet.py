@@ -73,6 +73,9 @@ def test_two_are_added_and_one_drained_under_load_then_it_and_m_others_are_lost(
         fs.set({"backend": [*backends, backend(fs, 8, group="new"), backend(fs, 9, group="new")]})
         plan = fs.run("--json", "fleet", "apply", "--dry-run").json()
         assert len(plan["changes"]) == 3 and not plan["changed"] and not plan["refusals"], plan
+        lost = [word for number in range(1, 6) for word in ("--lost", str(number))]
+        refusals = fs.run("--json", "fleet", "apply", "--dry-run", *lost, code=None).json()["refusals"]
+        assert any("could not be read any more" in refusal for refusal in refusals), refusals
         assert set(listed(fs)) == set(range(1, 9)), "a dry run changes nothing"
         with Load(fs) as load:
             done = fs.run("--json", "fleet", "apply").json()
