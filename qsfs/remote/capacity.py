@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+_RESIDUE = 1 << 16
+"""What is left of rounding is no more than the share divided by this; nor is more than that worth a step."""
+
 
 def largest_share(free: Collection[Sequence[int]], n: int) -> int:
     """Bytes of each of the `n` shards that packs together can have in backends with so many `free` bytes, by group.
@@ -20,10 +23,10 @@ def largest_share(free: Collection[Sequence[int]], n: int) -> int:
         while sum(min(len(group), bound) for group in rest) < n:
             bound += 1
         step = _step(rest, bound, n)
-        if step == 0:
+        if step <= share // _RESIDUE:
             break
         share += step
-        rest = [_without(group, step, bound) for group in rest]
+        rest = [_without(group, step, bound, share // _RESIDUE) for group in rest]
     return share
 
 
@@ -39,9 +42,12 @@ def _step(rest: Sequence[Sequence[int]], bound: int, n: int) -> int:
     return low
 
 
-def _without(group: Sequence[int], share: int, bound: int) -> list[int]:
-    """What backends of a group still have after such a share, each having given by what it had."""
+def _without(group: Sequence[int], share: int, bound: int, residue: int) -> list[int]:
+    """What backends of a group still have after such a share, each having given by what it had.
+
+    Rounded against them, and without what is no more than a residue: so a step that takes anything ends some.
+    """
     had = sum(min(room, share) for room in group)
     given = min(had, bound * share)
-    left = (room - min(room, share) * given // had for room in group)
-    return [room for room in left if room > 0]
+    left = (room + -min(room, share) * given // had for room in group)
+    return [room for room in left if room > residue]

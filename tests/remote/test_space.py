@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from unittest import mock
 
 import pytest
 import trio
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from qsfs.daemon.space import DaemonSpace
 from qsfs.filesystem.space import SpaceReport
+from qsfs.remote import capacity
 from qsfs.remote.capacity import largest_share
 from qsfs.remote.members import Member
 from qsfs.remote.placement import assign, group_count, score
@@ -38,6 +40,26 @@ def placed(free: list[int], n: int) -> int:
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=9), st.integers(1, 9))
 def test_the_room_is_that_of_the_packs_that_find_a_place(free: list[int], n: int) -> None:
     assert largest_share([[room] for room in free], n) == placed(free, n)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 1 << 40), min_size=1, max_size=8), min_size=1, max_size=6),
+    st.integers(1, 20),
+    st.integers(0, 40),
+)
+def test_each_step_fills_some_backend_however_unequal_groups_are(
+    groups: list[list[int]], n: int, bits: int
+) -> None:
+    """`df` is answered between two requests: it may take no more steps than there are backends."""
+    rooms = [[room >> bits for room in group] for group in groups]
+    with mock.patch.object(capacity, "_step", wraps=capacity._step) as step:
+        share = largest_share(rooms, n)
+    assert step.call_count <= sum(map(len, rooms)) + 1
+    assert n * share <= sum(map(sum, rooms))
+
+
+def test_rooms_of_which_rounding_left_a_byte_end() -> None:
+    assert largest_share([[474, 33, 509, 70], [611, 58, 165, 588, 372, 209, 131]], 6) > 400
 
 
 ROOMS = {
