@@ -132,8 +132,8 @@ def _create(config: Config, args: argparse.Namespace) -> int:
     check_name(args.name)
     if args.freeze is None:
         control.require_running(cache)
-        require_handed_over(config.filesystem.mountpoint)
         with waits_told(cache):
+            require_handed_over(config.filesystem.mountpoint)
             made = control.ask(cache, "snapshot-create", name=args.name)
     else:
         made = _create_held(config, args)
@@ -157,8 +157,8 @@ def _create_held(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     refuse_own(directory, [os.getpid(), control.ask(cache, "status", timeout=30)["process"]])
     check_new(args.name, [entry["name"] for entry in control.ask(cache, "snapshot-list", timeout=30)])
     # What is dirty now need not be uploaded while they are held.
-    require_handed_over(mountpoint)
     with waits_told(cache):
+        require_handed_over(mountpoint)
         control.ask(cache, "sync")
     ticket = secrets.token_hex(8)
     try:

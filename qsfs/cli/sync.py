@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
     config = Config.load(args.config)
     within = None if args.timeout is None else max(args.timeout, _LEAST_HAND_OVER_SECONDS)
     control.require_running(config.cache.directory)
-    require_handed_over(config.filesystem.mountpoint, within)
     with waits_told(config.cache.directory):
+        require_handed_over(config.filesystem.mountpoint, within)
         wanted = {"class": args.durability, "seconds": args.timeout}
         result = control.ask(
             config.cache.directory, "sync", **{key: value for key, value in wanted.items() if value is not None}

@@ -26,6 +26,7 @@ from qsfs.filesystem.contents import Contents
 from qsfs.format.head import Head, HeadRef, KeptGeneration
 from qsfs.format.keys import KeyRing
 from qsfs.format.slots import Secret
+from qsfs.remote.aside import drop_second_names
 from qsfs.remote.base import BASE_KEY, NEWEST_KEYS, local_head
 from qsfs.remote.generation import GENERATION
 from qsfs.remote.mount_check import require_returned
@@ -113,6 +114,7 @@ class _Work:
 
     async def run(self) -> RollbackReport:
         directory = self._config.cache.directory
+        drop_second_names(directory)
         self._store: Store | None = Store(directory, self._limits, self._clock)
         found = links(self._config, self._clock)
         try:

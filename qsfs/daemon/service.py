@@ -54,7 +54,7 @@ from qsfs.fuse import loop, session
 from qsfs.fuse.interfaces import Durability
 from qsfs.fuse.operations import Operations
 from qsfs.fuse.state import MountState
-from qsfs.remote.aside import DIRECTORY
+from qsfs.remote.aside import DIRECTORY, drop_second_names
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.images import refuse_images
 from qsfs.remote.reader import PackReader
@@ -151,6 +151,7 @@ class Service:
             )
         # What a restore or rollback that was killed has left would count against the cache's size.
         shutil.rmtree(config.cache.directory / DIRECTORY, ignore_errors=True)
+        drop_second_names(config.cache.directory)
         self._secret = secret
         self.store = Store(config.cache.directory, limits, self.clock)
         most = int(config.cache.start_share * limits.full_bytes) // BLOCK_SIZE

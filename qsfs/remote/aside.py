@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 
@@ -76,6 +77,22 @@ def _begun(directory: Path, names: Collection[str]) -> Path | None:
     if last is None or any((last / name).exists() for name in names):
         return None
     return last
+
+
+def drop_second_names(directory: Path) -> None:
+    """Takes away what beside a cache directory is another name of its own store: it could be opened twice.
+
+    A rollback that ended before it had replaced the store leaves such a one.  The caller holds the mount lock, and
+    has not opened the store.
+    """
+    for aside in directory.parent.glob(f"{directory.name}.aside-*"):
+        drop_second_name(directory, aside)
+
+
+def drop_second_name(directory: Path, aside: Path) -> None:
+    """Takes `aside` away if what it has is the store of `directory`."""
+    if (directory / DATA).exists() and (aside / DATA).exists() and (directory / DATA).samefile(aside / DATA):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def flush_directory(directory: Path) -> None:

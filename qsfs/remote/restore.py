@@ -91,7 +91,7 @@ async def restore(
     The newest is that of the head that is `chosen`, if one is.  An older one becomes the newest when it
     is taken over, not before; see `qsfs.remote.base`.
     The caller holds the directory's mount lock.  Refuses (`CacheError`) a directory that holds a
-    file system, unless `clear` empties it, which is called once the generation is found.  Too few
+    file system, unless `clear` empties it, which is called once the store is built.  Too few
     backends to rule out a newer generation is `QuorumUnavailable` unless `force`, and `NotFound` says that what is
     `wanted` is not kept.  Metadata that do not come within the deadline are `Unavailable`: nothing is built then.
     """
@@ -113,8 +113,6 @@ async def restore(
             "what may not be the newest"
         )
     source = await source_of(newest, wanted or Wanted(), timing)
-    if clear is not None:
-        await trio.to_thread.run_sync(clear)
     older = source.found.ref != found.ref
     packs, tally = await restore_into(
         directory,
@@ -123,6 +121,7 @@ async def restore(
         clock,
         say=say,
         deadline_seconds=deadline_seconds,
+        clear=clear,
         local={RETURNS_KEY: encode_local_head(newest.sealed, ours=False)} if older else None,
     )
     return RestoreReport(
@@ -147,15 +146,18 @@ async def restore_into(
     say: Say = lambda progress: None,
     deadline_seconds: float = 60.0,
     exact: bool = False,
+    clear: Callable[[], None] | None = None,
     local: Mapping[bytes, bytes] | None = None,
 ) -> tuple[int, Tally]:
     """Builds the store of `source` in `directory`; returns the metadata packs read, and what was found.
 
     All or nothing: the store is built in a directory below and takes its place by one rename.
-    `exact`: no file is put beside its name, since nobody will run with what is there.  `local`: rows of
+    `exact`: no file is put beside its name, since nobody will run with what is there.  `clear` empties the
+    directory before that, but for what is built; without it a directory in use is refused.  `local`: rows of
     LOCAL that the store is to have besides.
     """
-    refuse_used(directory)
+    if clear is None:
+        refuse_used(directory)
     building = directory / DIRECTORY
     await trio.to_thread.run_sync(make_empty, building)
     head = source.found.head
@@ -178,6 +180,9 @@ async def restore_into(
     finally:
         rebuild.close()
     failpoints.hit("restore.complete")
+    if clear is not None:
+        await trio.to_thread.run_sync(clear)
+        refuse_used(directory)
     await trio.to_thread.run_sync(put_in_place, building, directory)
     say(Progress("restored", len(listed), len(listed)))
     return len(listed), rebuild.tally

@@ -28,7 +28,7 @@ from qsfs.errors import BackendError, CacheError, Corrupt, FormatMismatch
 from qsfs.format.erasure import Code
 from qsfs.format.head import Head, HeadRef, KeptGeneration, SealedHead
 from qsfs.format.keys import KeyRing
-from qsfs.remote.aside import DATA, DIRECTORY, flush_directory
+from qsfs.remote.aside import DATA, DIRECTORY, drop_second_name, flush_directory
 from qsfs.remote.base import FIRST_COMMIT, PUBLISHED_KEY, encode_local_head
 from qsfs.remote.image import packs_of
 from qsfs.remote.members import Members
@@ -281,7 +281,7 @@ class Rollback:
             put_in_place(self.directory / DIRECTORY, self.directory)
         except CacheError:
             if self.aside is not None:
-                _drop_aside(self.directory, self.aside)
+                drop_second_name(self.directory, self.aside)
             raise
         failpoints.hit("rollback.replaced")
 
@@ -301,12 +301,3 @@ def _link_aside(directory: Path, aside: Path) -> None:
             raise
     except OSError as error:
         raise CacheError(f"{directory}: cannot be set aside in {aside}: {error.strerror}") from error
-
-
-def _drop_aside(directory: Path, aside: Path) -> None:
-    """Takes the second names away again, unless the store behind them is no more what `directory` has.
-
-    With two names one store could be opened twice.
-    """
-    if (directory / DATA).exists() and (directory / DATA).samefile(aside / DATA):
-        shutil.rmtree(aside, ignore_errors=True)

@@ -30,7 +30,8 @@ from qsfs.format.head import KeptGeneration
 from qsfs.format.shard import shard_key
 from qsfs.format.superblock import SUPERBLOCK_KEY
 from qsfs.remote import aside as aside_module
-from qsfs.remote.aside import set_aside
+from qsfs.remote import restore as restore_module
+from qsfs.remote.aside import drop_second_names, set_aside
 from qsfs.remote.base import BASE_KEY, RETURNS_KEY, local_head
 from qsfs.remote.generation import GENERATION
 from qsfs.remote.readable import Wanted
@@ -405,6 +406,39 @@ async def test_nothing_is_set_aside_for_what_is_not_there(fs, scratch):
     assert not cleared and (directory / "data.mdb").exists()
     await fs.restore(directory, wanted=Wanted(generation=2), clear=clear)
     assert len(cleared) == 1 and (cleared[0] / "data.mdb").exists() and (directory / "data.mdb").exists()
+
+
+async def test_nothing_is_set_aside_before_the_store_is_built(fs, scratch, monkeypatch):
+    """Metadata that do not come leave a machine with what it had, fsynced and not published yet perhaps."""
+    await a_small_tree(fs)
+    fs.publish(generation=2)
+    directory = scratch / "new"
+    await fs.restore(directory)
+    cleared = []
+
+    async def silent(*_: object) -> None:
+        raise Unavailable("metadata pack 1 is not here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(restore_module, "load", silent)
+        with pytest.raises(Unavailable):
+            await fs.restore(directory, clear=lambda: cleared.append(set_aside(directory, FixedClock(1))))
+    assert not cleared and (directory / "data.mdb").exists()
+
+
+def test_a_second_name_of_the_store_goes_and_another_store_stays(scratch):
+    """One that a rollback left that died before it had replaced the store; never what was really set aside."""
+    directory, names = scratch / "cache", ("data.mdb", "journal.0")
+    for path in (directory, scratch / "cache.aside-1", scratch / "cache.aside-2"):
+        path.mkdir()
+    for name in names:
+        (directory / name).write_text("live")
+        (scratch / "cache.aside-1" / name).hardlink_to(directory / name)
+        (scratch / "cache.aside-2" / name).write_text("of before")
+    drop_second_names(directory)
+    assert sorted(path.name for path in scratch.iterdir()) == ["cache", "cache.aside-2"]
+    assert all((directory / name).read_text() == "live" for name in names)
+    drop_second_names(scratch / "none")
 
 
 async def test_setting_aside_is_one_rename_and_what_follows_is_finished_later(fs, scratch):
