@@ -26,12 +26,12 @@ from qsfs.remote.members import OUTSIDE, Members, State
 from qsfs.remote.mount_check import check_offline, offline_warning
 from qsfs.remote.packing import Sealer
 from qsfs.remote.placement import FreeSpace
+from qsfs.remote.pressure import more_will_be_evictable
 from qsfs.remote.quorum import assess
 from qsfs.remote.reader import PackReader
 from qsfs.remote.snapshots import Snapshot, snapshots_of
 from qsfs.remote.spool import Spool
 from qsfs.remote.upload import Uploader
-from qsfs.store.schema import Table
 from qsfs.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -192,8 +192,9 @@ class Flushing:
         flusher = self.flusher
         if flusher is None or self.fenced is not None or self.failure:
             return False
-        rest = self._store.layers.view.count(Table.DIRTY) + len(self._ledger.looks)
-        return (rest > 0 or not flusher.knows_packs) and flusher.context.uploader.enough_backends()
+        if not flusher.context.uploader.enough_backends():
+            return False
+        return not flusher.knows_packs or more_will_be_evictable(self._store, self._ledger)
 
     @property
     def _fleet(self) -> Fleet | None:

@@ -7,10 +7,24 @@ from collections.abc import Callable
 
 from qsfs.remote.context import FlushContext
 from qsfs.remote.exposure import Exposure
+from qsfs.remote.ledger import Ledger
 from qsfs.remote.precopy import PreCopier
 from qsfs.store.schema import BLOCK_SIZE, Table
+from qsfs.store.store import Store
 
 _log = logging.getLogger(__name__)
+
+
+def more_will_be_evictable(store: Store, ledger: Ledger) -> bool:
+    """Whether pages that cannot be evicted yet become so with uploads, second looks and commits alone.
+
+    What is not committed counts: data turn dirty with it, and eviction tries again once it knows of packs.
+    """
+    layers = store.layers
+    if layers.view.count(Table.DIRTY) or ledger.looks:
+        return True
+    groups = (layers.open, layers.committing)
+    return any(group.filled_blocks or group.rows[Table.PACKS] for group in groups if group is not None)
 
 
 class Pressure:

@@ -222,7 +222,8 @@ class Life:
 
 
 class Machine:
-    """A directory and what runs on it.  `durable` is the newest version that its disk is known to hold."""
+    """A directory and what runs on it.  `durable` is the newest version that its disk is known to hold; while a
+    rollback is under way it may hold `or_else` in its place."""
 
     def __init__(self, cluster: Cluster, name: str, root: Path, seed: int) -> None:
         self.cluster = cluster
@@ -232,6 +233,7 @@ class Machine:
         self.lives = self.copies = 0
         self.life: Life | None = None
         self.durable = 1
+        self.or_else: int | None = None
         self.takes_over = False
         self.group_seconds = 5.0
         self.second_look_seconds = 20.0
@@ -270,6 +272,7 @@ class Machine:
         twin = Machine(self.cluster, name, self.root, 0)
         twin.clock = copy.copy(self.clock)
         twin.clock._random = copy.deepcopy(self.clock._random)
+        twin.or_else = self.or_else
         twin.durable, twin.opened, twin.takes_over = self.durable, self.opened, self.takes_over
         twin.flush, twin.group_seconds = self.flush, self.group_seconds
         copy_directory(self.directory, twin.directory)

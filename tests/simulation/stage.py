@@ -112,10 +112,10 @@ class Stage:
         machine = life.machine
         assert version in self.ledger.versions, f"{life.name}: version {version} was never written"
         life.version = version
-        assert self.ledger.descends(version, machine.durable), (
+        assert version == machine.or_else or self.ledger.descends(version, machine.durable), (
             f"{life.name}: version {version} does not hold {machine.durable}, which was durable"
         )
-        machine.durable = version
+        machine.durable, machine.or_else = version, None
         self.applications.check_local(life)
         return version
 
@@ -123,7 +123,8 @@ class Stage:
         """A machine that is the only one there ever was is never told that another one was here."""
         # What it was to roll back to may have been let go of by the head with which it came to own.
         let_go = isinstance(error, NotFound) and "is not kept any more" in str(error)
-        assert let_go or len(self.machines) > 1, f"{life.name}, alone, is refused: {error}"
+        others = any(machine.lives for machine in self.machines if machine is not life.machine)
+        assert let_go or others, f"{life.name}, alone, is refused: {error}"
 
     def _saw_head(self, host: Life, head: Head, ref: HeadRef) -> None:
         self.cluster.learn(head)
@@ -232,7 +233,7 @@ class Stage:
             self.trace.note(f"{life.name} rolled back to version {version}")
             self.ledger.acknowledge(report.base, version)
             self.ledger.counts["rolled back"] += 1
-            machine.durable = version
+            machine.durable, machine.or_else = version, None
 
         self.trace.note(f"{machine.name} rolls back to generation {target.head.generation}")
         Life(machine).start(self.nursery, work, Life.mount)
@@ -240,7 +241,7 @@ class Stage:
 
     def _may_change(self, machine: Machine, version: int) -> None:
         """Until a rollback has ended the disk may hold the old state or the new."""
-        machine.durable = 1
+        machine.or_else = version
 
     def _said(self, life: Life) -> Callable[[str], None]:
         return lambda line: self.trace.event(f"{life.name}: {line}")
