@@ -11,7 +11,15 @@ from qsfs.daemon.connect import Opened
 from qsfs.daemon.host import host_name
 from qsfs.errors import Fenced, QuorumUnavailable
 from qsfs.format.fleet import Fleet
-from qsfs.remote.base import BASE_KEY, NEWEST_KEYS, PUBLISHED_KEY, RETURNS_KEY, local_head, record_published
+from qsfs.remote.base import (
+    BASE_KEY,
+    NEWEST_KEYS,
+    PUBLISHED_KEY,
+    RETURNS_KEY,
+    LocalHead,
+    local_head,
+    record_published,
+)
 from qsfs.remote.members import Members
 from qsfs.remote.mount_check import LocalState, accept_for_mount
 from qsfs.remote.ownership import Ownership, OwnUnfinished, own
@@ -38,6 +46,12 @@ def local_state(store: Store, spool: Spool, opened: Opened) -> LocalState:
         sent=frozenset(spool.heads),
         returns=returns,
     )
+
+
+def restored_head(store: Store, opened: Opened) -> LocalHead | None:
+    """The head that a restore found to be the newest; None where this machine has published since."""
+    found = local_head(store, RETURNS_KEY, opened.keys) or local_head(store, BASE_KEY, opened.keys)
+    return None if found is None or found.ours else found
 
 
 def local_fleets(store: Store, opened: Opened) -> tuple[Fleet, ...]:
@@ -80,6 +94,7 @@ async def own_when_possible(
             accept=accept_for_mount(lambda: local_state(store, spool, opened), takeover=takeover),
             store_before_send=store_before_send or spool.store_head,
             fleets=local_fleets(store, opened),
+            restored=restored_head(store, opened) if takeover else None,
             deadline_seconds=seconds,
             on_fenced=on_fenced,
         )

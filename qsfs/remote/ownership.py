@@ -18,11 +18,12 @@ from qsfs.errors import Fenced, NotFound, QuorumUnavailable
 from qsfs.format.erasure import CodeParams
 from qsfs.format.head import Fleet, Head, HeadRef, Owner, OwnerRecord, seal_owner_record
 from qsfs.format.units import ID_SIZE
+from qsfs.remote.base import LocalHead
 from qsfs.remote.control import Reading, Records
 from qsfs.remote.fencing import fenced, unclear
 from qsfs.remote.kept import kept_of_first
 from qsfs.remote.members import Members
-from qsfs.remote.newest import Judgement, judge, largest_owner, uncounted
+from qsfs.remote.newest import Descent, Judgement, Line, judge, largest_owner, uncounted
 from qsfs.remote.publish import NotYet, Publisher, StoreBeforeSend
 from qsfs.remote.quorum import FleetQuorum, describe_shortage, fleet_quorums, reached
 from qsfs.remote.quorum_write import QuorumWrite
@@ -84,6 +85,7 @@ async def own(
     accept: Accept,
     store_before_send: StoreBeforeSend,
     fleets: tuple[Fleet, ...] = (),
+    restored: LocalHead | None = None,
     timing: Timing | None = None,
     deadline_seconds: float = 60.0,
     on_fenced: Callable[[Fenced], None] = lambda _: None,
@@ -91,8 +93,10 @@ async def own(
     """Makes this mount the owner, or raises and leaves it not being one.
 
     `accept` is asked before anything is written, and again about what was found once the owner record
-    was; `fleets` are those of the local base, by which is counted until a head is found.  `host` is
-    shown to others.  `nursery` is where late backends, and later heads, go on.
+    was; `fleets` are those of the local base, by which is counted until a head is found.  `restored` is the
+    head that a restore has read here: it is found too, whoever has it answers now or not, unless the backends
+    show one that it does not descend from.  `host` is shown to others.  `nursery` is where late backends, and
+    later heads, go on.
 
     Raises `QuorumUnavailable` (too few backends answered before the deadline: nobody is worse off, try
     again, by its own `again` if it is `OwnUnfinished`), `NotFound` (a quorum answered and none has a head),
@@ -108,6 +112,7 @@ async def own(
         nursery,
         host,
         accept,
+        restored,
         timing or Timing(),
         trio.current_time() + deadline_seconds,
     )
@@ -176,6 +181,7 @@ class _Attempt:
     nursery: trio.Nursery
     host: str
     accept: Accept
+    restored: LocalHead | None
     timing: Timing
     deadline: float
 
@@ -234,11 +240,23 @@ class _Attempt:
         return await self._judged((*found.readings, *write.survey.readings.values()))
 
     async def _judged(self, readings: tuple[Reading, ...]) -> _Newest:
-        ref = max(ref for reading in readings for ref in reading.heads)
+        ref = self._or_restored(max(ref for reading in readings for ref in reading.heads))
         head = await fetch_head(self.members, readings, ref, self.records, self.timing)
         self.members.adopt(head.fleets)
         self.accept(head, judge(readings, ref, fleet_quorums(head.fleets, self.code), self.records.facts))
         return _Newest(head, ref, readings)
+
+    def _or_restored(self, ref: HeadRef) -> HeadRef:
+        """The restored head in the place of one that it descends from.
+
+        It may have been sent and never published: then perhaps one backend has it, and may be slow now.
+        """
+        restored = self.restored
+        if restored is None:
+            return ref
+        self.records.learn(restored.sealed, restored.head)
+        descent = Line(restored.sealed.ref, self.records.facts).descends_from(ref)
+        return restored.sealed.ref if restored.sealed.ref > ref and descent is Descent.YES else ref
 
     def _allows(self, reading: Reading, owner: Owner) -> str | None:
         error = fenced(reading, owner=owner, written=(), published=None, records=self.records)

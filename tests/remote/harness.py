@@ -16,6 +16,7 @@ from qsfs.errors import BackendUnavailable
 from qsfs.format.erasure import CodeParams
 from qsfs.format.head import Fleet, FleetEntry, Head, HeadRef, KeptGeneration, Owner, SealedHead, seal_head
 from qsfs.format.keys import KeyRing, MasterKey
+from qsfs.remote.base import LocalHead
 from qsfs.remote.control import Records
 from qsfs.remote.identity import write_identity
 from qsfs.remote.kept import kept_with
@@ -244,6 +245,7 @@ class Machine:
         nursery: trio.Nursery,
         *,
         accept: Callable[[Head, Judgement], None] = lambda head, judgement: None,
+        restored: LocalHead | None = None,
         deadline: float = 30.0,
     ) -> Ownership:
         """Owns; every newest head is accepted unless told otherwise."""
@@ -257,6 +259,7 @@ class Machine:
             accept=accept,
             store_before_send=self.store,
             fleets=(self.world.fleet,),
+            restored=restored,
             timing=self.timing,
             deadline_seconds=deadline,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import trio
 
@@ -10,8 +12,9 @@ from qsfs.errors import Fenced, FormatMismatch, NotFound, QuorumUnavailable, Spl
 from qsfs.format import seal as seal_module
 from qsfs.format.head import Head, Owner, parse_head_key
 from qsfs.format.owner import OwnerRecord, owner_key, parse_owner_key, seal_owner_record
+from qsfs.remote.base import LocalHead
 from qsfs.remote.mount_check import LocalState, accept_for_mount
-from qsfs.remote.newest import Judgement
+from qsfs.remote.newest import Judgement, describe_head
 from qsfs.remote.ownership import OwnUnfinished
 from qsfs.remote.publish import Published
 from tests.remote.harness import FSID, Machine, World, keys_of, make_head, make_world, plant
@@ -296,6 +299,46 @@ async def test_a_takeover_stops_at_two_lines_of_heads(autojump_clock, nursery):
     local = LocalState(newest, False)
     with pytest.raises(SplitHeads):
         await Machine(world).own(nursery, accept=accept_for_mount(lambda: local, takeover=True))
+    assert not any(parse_owner_key(key) for key in written(world))
+
+
+async def test_a_takeover_goes_on_from_the_head_that_was_restored_though_nobody_who_has_it_answers(
+    autojump_clock, nursery
+):
+    """It was sent to one backend, whose answer the restore had; an older one on all others is no newer generation."""
+    world = await make_world(4)
+    older = plant(world, make_head(world, OLD, 7))
+    head = make_head(world, OLD, 8, older.ref)
+    sealed = plant(world, head, (4,))
+    machine = Machine(world)
+    machine.cut_off(4)
+    local = LocalState(sealed.ref, False)
+    ownership = await machine.own(
+        nursery,
+        accept=accept_for_mount(lambda: local, takeover=True),
+        restored=LocalHead(sealed, head, ours=False),
+    )
+    assert ownership.first.predecessor == sealed.ref
+    assert ownership.first.generation == 8
+
+
+@pytest.mark.parametrize("generation", [7, 8, 9])
+async def test_a_takeover_is_refused_where_the_backends_show_another_line(autojump_clock, nursery, generation):
+    """Older, as old or newer than what was restored: it does not descend from that, so something may be lost."""
+    world = await make_world(4)
+    older = plant(world, make_head(world, OLD, 7), (4,))
+    head = make_head(world, OLD, 8, older.ref)
+    sealed = plant(world, head, (4,))
+    other = plant(world, make_head(world, OLD, generation, counters={"by": 2}), (1, 2, 3))
+    machine = Machine(world)
+    machine.cut_off(4)
+    local = LocalState(sealed.ref, False)
+    with pytest.raises(StaleCache, match=re.escape(describe_head(other.ref))):
+        await machine.own(
+            nursery,
+            accept=accept_for_mount(lambda: local, takeover=True),
+            restored=LocalHead(sealed, head, ours=False),
+        )
     assert not any(parse_owner_key(key) for key in written(world))
 
 
