@@ -153,6 +153,7 @@ def _exposure(found: dict[str, Any]) -> list[str]:
         out.append(f"last generation: {flush['generation']}, {age(since)} old; flushing is {flush['phase']}")
         if flush["packs_not_full"]:
             out.append(f"{flush['packs_not_full']} packs are not full yet")
+        out += _drain(flush["drain"]["packs_left"] or {}, found.get("backends") or ())
         if flush["dead"]["packs"]:
             size = format_size(flush["dead"]["bytes"])
             out.append(f"dead on the backends: {size}; 'qsfs collect --dry-run' tells more")
@@ -168,6 +169,21 @@ def _exposure(found: dict[str, Any]) -> list[str]:
     oldest = found["cache"]["oldest_uncovered_seconds"]
     if oldest is not None:
         out.append(f"oldest write of an atomic-sync file without a sync: {age(oldest)}")
+    return out
+
+
+def _drain(packs_left: dict[str, int], backends: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each backend that is being emptied: how far that is, and what to do once nothing is left."""
+    from qsfs.values import counted
+
+    names = {str(backend["number"]): backend["name"] for backend in backends}
+    out = []
+    for number, left in packs_left.items():
+        what = f"backend {names.get(number, number)} is being emptied: "
+        if left:
+            out.append(f"{what}{counted(left, 'pack')} left")
+        else:
+            out.append(f"{what}nothing is left; once it is not configured any more 'qsfs fleet apply' lets it go")
     return out
 
 

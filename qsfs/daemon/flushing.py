@@ -15,6 +15,7 @@ from qsfs.daemon.connect import Opened
 from qsfs.daemon.owning import local_state, own_when_possible
 from qsfs.daemon.status import backends_of
 from qsfs.errors import DeadlineExceeded, Fenced, QsfsBug, QsfsError, SplitHeads, StaleCache
+from qsfs.format.erasure import Code
 from qsfs.format.fleet import Fleet
 from qsfs.format.head import Head
 from qsfs.remote.base import BASE_KEY, local_head
@@ -32,6 +33,7 @@ from qsfs.remote.reader import PackReader
 from qsfs.remote.snapshots import Snapshot, snapshots_of
 from qsfs.remote.spool import Spool
 from qsfs.remote.upload import Uploader
+from qsfs.remote.worker_turn import WorkerTurn
 from qsfs.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -125,11 +127,16 @@ class Flushing:
         await self._committer.commit()
         code = opened.superblock.code
         free = FreeSpace(self.members, self._clock)
+        turn = WorkerTurn()
         context = FlushContext(
             store=store,
             committer=self._committer,
             sealer=Sealer(
-                opened.keys, opened.code, owned.owner.epoch, self._clock, self._config.compression_level
+                opened.keys,
+                Code(code, around=turn.given_up),
+                owned.owner.epoch,
+                self._clock,
+                self._config.compression_level,
             ),
             uploader=Uploader(
                 self.members,
@@ -142,6 +149,7 @@ class Flushing:
             spool=self._spool,
             ledger=self._ledger,
             clock=self._clock,
+            turn=turn,
         )
         context.uploader.hurried = lambda: bool(self.hurried())
         flusher = Flusher(

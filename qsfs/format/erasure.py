@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -95,9 +96,15 @@ _CODECS: dict[str, Callable[[int, int], Codec]] = {"zfec": ZfecCodec, isal.NAME:
 class Code:
     """Encodes and decodes with one set of parameters.  Safe to share between threads."""
 
-    def __init__(self, params: CodeParams) -> None:
-        """Raises `FormatMismatch` if the codec has no such code, `DependencyMissing` where it is not installed."""
+    def __init__(
+        self, params: CodeParams, *, around: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        """All arithmetic, which releases the interpreter lock, is done within what `around` gives.
+
+        Raises `FormatMismatch` if the codec has no such code, `DependencyMissing` where it is not installed.
+        """
         self.params = params
+        self._around = around
         self._codec = _CODECS[params.codec](params.k, params.n)
 
     def encode(self, data: Sequence[Buffer]) -> list[bytes]:
@@ -116,7 +123,8 @@ class Code:
         self._require(shards, numbers)
         if numbers[-1] < k:
             return [bytes(shard) for shard in shards]
-        return self._codec.decode(dict(zip(numbers, shards, strict=True)))
+        with self._around():
+            return self._codec.decode(dict(zip(numbers, shards, strict=True)))
 
     def rebuild(self, have: Mapping[int, Buffer], wanted: Iterable[int]) -> dict[int, bytes]:
         """The shards whose numbers are `wanted`, given at least k shards."""
@@ -162,7 +170,10 @@ class Code:
 
     def _encode(self, data: Sequence[Buffer], numbers: Iterable[int]) -> list[bytes]:
         wanted = list(numbers)
-        return self._codec.encode(data, wanted) if wanted else []
+        if not wanted:
+            return []
+        with self._around():
+            return self._codec.encode(data, wanted)
 
     def _require(self, shards: Sequence[Buffer], numbers: Sequence[int]) -> None:
         k, n = self.params.k, self.params.n

@@ -14,6 +14,7 @@ from qsfs.remote.ledger import Ledger
 from qsfs.remote.packing import Sealer
 from qsfs.remote.spool import Spool
 from qsfs.remote.upload import Upload, Uploader
+from qsfs.remote.worker_turn import WorkerTurn
 from qsfs.store.packs import add_pack, pack_row, set_placement
 from qsfs.store.schema import PackRow
 from qsfs.store.store import Store
@@ -47,7 +48,7 @@ class Committer(Protocol):
 class FlushContext:
     """Shared by pre-copy, cuts, full snapshots and what completes packs.
 
-    `packs` bounds the packs in memory, `limiter` the worker threads that seal and encode.
+    `packs` bounds the packs in memory, `limiter` the worker threads that seal and encode, of which one has the `turn`.
     """
 
     store: Store
@@ -58,11 +59,17 @@ class FlushContext:
     ledger: Ledger
     clock: Clock
     limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(THREADS))
+    turn: WorkerTurn = field(default_factory=WorkerTurn)
     packs: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(PACKS_IN_FLIGHT))
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Runs `work` on one of the worker threads.  A caller that is cancelled waits for its end."""
-        return await trio.to_thread.run_sync(work, limiter=self.limiter)
+        """Runs `work` on one of the worker threads, in its turn.  A caller that is cancelled waits for its end."""
+
+        def in_turn() -> T:
+            with self.turn:
+                return work()
+
+        return await trio.to_thread.run_sync(in_turn, limiter=self.limiter)
 
     def add_pack(self, number: int, row: PackRow, upload: Upload | None) -> None:
         """Records a written pack in the open group; shards that come in late are recorded when they do."""

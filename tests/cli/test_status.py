@@ -53,6 +53,7 @@ def status(**fields: Any) -> dict[str, Any]:
             "waiting": [],
             "pressure": "",
             "packs_not_full": 0,
+            "drain": {"packs_left": {}, "moved_packs": 0, "forgotten_shards": 0},
             "dead": {"packs": 0, "bytes": 0, "strays": {"packs": 0, "bytes": 0}, "unreclaimed": []},
             "packs_not_looked_at": 0,
             "next_look_seconds": None,
@@ -99,6 +100,17 @@ def test_exposure_is_told_by_class_with_its_age_and_what_it_is_lost_with():
     assert "written  1.0 MiB     6 s  this machine" in table
     assert "full     3.0 MiB   3 min  more than 2 shards of a pack" in table
     assert "2 packs are not full yet" in shown
+
+
+def test_backends_that_are_being_emptied_are_told_with_how_far_that_is():
+    """Nothing before it was looked at; a backend that is no member any more by its number."""
+    drain = status()["flush"]["drain"]
+    assert not any("emptied" in line for line in lines(status(flush=flush(drain=drain | {"packs_left": None}))))
+    shown = lines(status(flush=flush(drain=drain | {"packs_left": {"2": 7, "3": 0, "9": 1}})))
+    emptied = [line for line in shown if "emptied" in line]
+    assert emptied[0] == "backend 10.0.0.2:9900/qsfs is being emptied: 7 packs left"
+    assert "10.0.0.3" in emptied[1] and "fleet apply" in emptied[1]
+    assert emptied[2] == "backend 9 is being emptied: 1 pack left"
 
 
 def test_nothing_passes_for_full_before_it_was_looked_at():
