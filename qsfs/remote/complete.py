@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Set
+import math
+from collections.abc import Callable, Iterator, Set
 
 import trio
 
@@ -19,6 +20,7 @@ _log = logging.getLogger(__name__)
 PACK_SECONDS = 300.0
 """How long one attempt at a pack may take."""
 _RETRY_SECONDS = 60.0
+_LOOKED_AT = 128
 
 
 class Completer:
@@ -36,30 +38,43 @@ class Completer:
         self._reader = reader
         self._leaving = leaving
         self._not_before: dict[int, float] = {}
+        self._round: list[int] = []
 
     async def complete_packs(self, most: int) -> int:
         """Tries at most `most` packs that can become more than they are; returns how many did.
 
         Raises nothing of the backends': a pack that cannot be completed now is tried again later.
         """
-        context = self._context
-        now = context.clock.monotonic()
-        candidates = [n for n in context.ledger.incomplete if self._not_before.get(n, 0.0) <= now]
+        now = self._context.clock.monotonic()
         done = tried = 0
-        for number in candidates:
-            if tried >= most:
-                break
-            row = pack_row(context.store, number)
-            if row is None or row.unnamed_since_ns:
-                context.ledger.forget(number)
-                self._not_before.pop(number, None)
+        for number in self._next():
+            if self._not_before.get(number, 0.0) > now or not self._can_become_more(number):
                 continue
-            if not self.room_for(row.placement):
-                continue
-            tried += 1
             self._not_before[number] = now + _RETRY_SECONDS
             done += await self.complete(number)
+            tried += 1
+            if tried >= most:
+                break
         return done
+
+    def _next(self) -> Iterator[int]:
+        """The packs that are not full, in turn, some at a call: while a backend is away they may be very many."""
+        incomplete = self._context.ledger.incomplete
+        if not self._round:
+            self._round = list(reversed(incomplete))
+            self._not_before = {n: at for n, at in self._not_before.items() if n in incomplete}
+        for _ in range(min(_LOOKED_AT, len(self._round))):
+            yield self._round.pop()
+
+    def _can_become_more(self, number: int) -> bool:
+        context = self._context
+        if number not in context.ledger.incomplete or number in context.arriving:
+            return False
+        row = pack_row(context.store, number)
+        if row is None or row.unnamed_since_ns:
+            context.ledger.forget(number)
+            return False
+        return self.room_for(row.placement)
 
     async def complete(self, number: int) -> bool:
         """Stores what a pack lacks, whatever was tried before; whether it has got any more.
@@ -71,8 +86,8 @@ class Completer:
             return False
         try:
             pack = StoredPack.of_row(row, self._context.sealer.code.params)
-            with trio.move_on_after(PACK_SECONDS):
-                return await self._complete(number, pack)
+            with trio.move_on_after(PACK_SECONDS) as scope:
+                return await self._complete(number, pack, scope)
         except CacheError:
             raise
         except QsfsError as error:
@@ -84,7 +99,7 @@ class Completer:
         """Whether some backend could take a shard of a pack that lies there."""
         return any(m.writable and m.number not in placement for m in self._context.uploader.members)
 
-    async def _complete(self, number: int, pack: StoredPack) -> bool:
+    async def _complete(self, number: int, pack: StoredPack, scope: trio.CancelScope) -> bool:
         context = self._context
         params = context.sealer.code.params
         leaving = self._leaving()
@@ -95,8 +110,10 @@ class Completer:
         needed = missing if max(missing, default=0) < params.k else range(params.k)
         payloads = await self._reader.shards(pack, needed)
         async with context.packs:
-            shards = await context.in_thread(lambda: rebuild(context.sealer, pack, payloads, missing))
+            shards = await context.in_turn(lambda: rebuild(context.sealer, pack, payloads, missing))
             upload = await context.uploader.upload(pack.ref, shards, there)
+        # What is still on its way ends by its own deadlines, and counts only once it is recorded.
+        scope.deadline = math.inf
         await upload.finished.wait()
         failpoints.hit("flush.complete.stored")
         placement = tuple(

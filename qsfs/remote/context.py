@@ -48,7 +48,9 @@ class Committer(Protocol):
 class FlushContext:
     """Shared by pre-copy, cuts, full snapshots and what completes packs.
 
-    `packs` bounds the packs in memory, `limiter` the worker threads that seal and encode, of which one has the `turn`.
+    `packs` bounds the packs in memory, `limiter` the worker threads; of those that read what was
+    written lately, seal and encode, one has the `turn`.  `arriving` are the numbers of recorded packs of which more
+    shards are on their way.
     """
 
     store: Store
@@ -60,26 +62,33 @@ class FlushContext:
     clock: Clock
     limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(THREADS))
     turn: WorkerTurn = field(default_factory=WorkerTurn)
+    arriving: set[int] = field(default_factory=set)
     packs: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(PACKS_IN_FLIGHT))
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Runs `work` on one of the worker threads, in its turn.  A caller that is cancelled waits for its end."""
+        """Runs `work` on one of the worker threads.  A caller that is cancelled waits for its end."""
+        return await trio.to_thread.run_sync(work, limiter=self.limiter)
+
+    async def in_turn(self, work: Callable[[], T]) -> T:
+        """As `in_thread`, for what hardly waits for a disk: the thread has the `turn` meanwhile."""
 
         def in_turn() -> T:
             with self.turn:
                 return work()
 
-        return await trio.to_thread.run_sync(in_turn, limiter=self.limiter)
+        return await self.in_thread(in_turn)
 
     def add_pack(self, number: int, row: PackRow, upload: Upload | None) -> None:
         """Records a written pack in the open group; shards that come in late are recorded when they do."""
         add_pack(self.store, number, row)
         self.uploader.unrecorded.discard(row.pack_id)
         self.ledger.note(number, row)
-        if upload is not None:
+        if upload is not None and not upload.finished.is_set():
+            self.arriving.add(number)
             upload.when_finished(lambda: self._came_late(number, upload))
 
     def _came_late(self, number: int, upload: Upload) -> None:
+        self.arriving.discard(number)
         row = pack_row(self.store, number)
         if row is None or row.pack_id != upload.ref.pack_id:
             return

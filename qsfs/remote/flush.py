@@ -125,7 +125,7 @@ class Flusher:
         )  # fmt: skip
         self._limits = ExposureWatch(
             config, self.exposure, context.clock, base_ns=lambda: self._generations.base.head.time_ns,
-            why=lambda: self.status()["waiting"],
+            why=self._waits,
         )  # fmt: skip
         self._scope = trio.CancelScope()
         self._knows_packs = trio.Event()
@@ -438,16 +438,13 @@ class Flusher:
         context, generations = self.context, self.generations
         ledger = context.ledger
         base = generations.base.head if generations is not None else None
-        waiting = list(dict.fromkeys(context.uploader.waiting.values()))
-        if generations is not None and generations.waiting:
-            waiting.append(generations.waiting)
         return {
             "phase": self.phase,
             "generation": base.generation if base is not None else None,
             "published_ns": base.time_ns if base is not None else None,
             "exposure": self.exposure.report(base.time_ns if base is not None else None),
             "exposure_problem": self._limits.limit.problem,
-            "waiting": waiting,
+            "waiting": self._waits(),
             "pressure": self._precopier.pressed,
             "packs_not_full": len(ledger.incomplete),
             "packs_not_looked_at": len(ledger.looks),
@@ -460,6 +457,13 @@ class Flusher:
             "start": self._upkeep.start.report(),
             "last_error": self.last_error or self._precopier.problem or self._upkeep.problem,
         }
+
+    def _waits(self) -> list[str]:
+        """What packs and the head under way wait for."""
+        waiting = list(dict.fromkeys(self.context.uploader.waiting.values()))
+        if self.generations is not None and self.generations.waiting:
+            waiting.append(self.generations.waiting)
+        return waiting
 
     def _tell(self) -> None:
         self._news.set()

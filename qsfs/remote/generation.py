@@ -24,7 +24,7 @@ from qsfs.format.pack import Pack
 from qsfs.remote.base import LocalHead, record_base
 from qsfs.remote.chain import Chain, ListedPack, Packs, Renewal, Touched
 from qsfs.remote.context import FlushContext
-from qsfs.remote.cut import CutOrder, NoCut, SealedCut, seal_cut, seal_rest
+from qsfs.remote.cut import CutOrder, NoCut, SealedCut, SealedData, seal_cut, seal_rest
 from qsfs.remote.kept import kept_with
 from qsfs.remote.packing import row_of, state_of
 from qsfs.remote.publish import NotYet, Published
@@ -33,8 +33,8 @@ from qsfs.remote.snapshots import pins_of
 from qsfs.remote.spool import SpoolFull
 from qsfs.remote.upload import Upload
 from qsfs.store.group import Publication
-from qsfs.store.packs import pack_row, record_run, reserve_numbers
-from qsfs.store.schema import BLOCK_SIZE, SCHEMA_VERSION
+from qsfs.store.packs import pack_row, record_run, reserve_numbers, steps
+from qsfs.store.schema import BLOCK_SIZE, SCHEMA_VERSION, PackRow
 
 _log = logging.getLogger(__name__)
 
@@ -329,14 +329,7 @@ class Generations:
         await context.committer.room()
         self._recording = True
         for pack in cut.data:
-            upload = written.data[pack.number]
-            placement = tuple(upload.placement)
-            row = replace(cut.own[pack.number], live=0, placement=placement, state=state_of(placement))
-            context.add_pack(pack.number, row, upload)
-            for run in pack.runs:
-                record_run(store, run)
-            failpoints.hit("flush.record.step")
-            await trio.lowlevel.checkpoint()
+            await self._record_data(pack, cut.own[pack.number], written.data[pack.number])
         now = context.clock.time_ns()
         for listed, upload in written.metadata:
             row = row_of(listed.ref, upload.placement, now, live=listed.ref.body_length)
@@ -347,9 +340,38 @@ class Generations:
         self._recording = False
         failpoints.hit("flush.recorded")
         self._became_base(written, head, sealed)
-        await context.in_thread(lambda: self._clear_spool(cut.generation, sealed.ref))
+        try:
+            await context.in_thread(lambda: self._clear_spool(cut.generation, sealed.ref))
+        except CacheError as error:
+            _log.warning(
+                "generation %d is published and recorded; what is left of it in the spool goes with a later one or "
+                "with the next mount: %s", head.generation, error,
+            )  # fmt: skip
         failpoints.hit("flush.spool.cleared")
         return self.base
+
+    async def _record_data(self, pack: SealedData, row: PackRow, upload: Upload) -> None:
+        """In steps, of which each may be in another group: the row of the pack comes with its first extent.
+
+        Before that it would be one in which nothing lives.
+        """
+        context = self._context
+        added = False
+
+        def add() -> None:
+            placement = tuple(upload.placement)
+            context.add_pack(
+                pack.number, replace(row, live=0, placement=placement, state=state_of(placement)), upload
+            )
+
+        for runs in steps(pack.runs):
+            if sum(record_run(context.store, run) for run in runs) and not added:
+                add()
+                added = True
+            failpoints.hit("flush.record.step")
+            await trio.lowlevel.checkpoint()
+        if not added:
+            add()
 
     def _became_base(self, written: _Written, head: Head, sealed: SealedHead) -> None:
         if written.renewed is not None and written.renewed is self.renewal:

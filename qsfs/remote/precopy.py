@@ -21,7 +21,7 @@ from qsfs.format.extent import PackRef
 from qsfs.remote.context import FlushContext
 from qsfs.remote.packing import PackSealing, row_of
 from qsfs.remote.upload import Upload
-from qsfs.store.packs import record_run, reserve_numbers
+from qsfs.store.packs import record_run, reserve_numbers, steps
 from qsfs.store.reading import LocalDamage
 from qsfs.store.schema import BLOCK_PAGES, PAGE, u64_pair
 from qsfs.store.snapshot import CommittedState, DirtyPart, DirtyRun, Want
@@ -91,7 +91,8 @@ class PreCopier:
             while True:
                 if not await self._pass(nursery):
                     self._wake = trio.Event()
-                    with trio.move_on_after(self._idle_seconds):
+                    # What is committed under pressure is wanted at once, and only a cut would wake.
+                    with trio.move_on_after(LEAST_IDLE_SECONDS if self.pressed else self._idle_seconds):
                         await self._wake.wait()
 
     async def _pass(self, nursery: trio.Nursery) -> bool:
@@ -129,7 +130,7 @@ class PreCopier:
         while size < target:
             left = target - size
             try:
-                part = await context.in_thread(lambda: self._read(left))  # noqa: B023 (awaited at once)
+                part = await context.in_turn(lambda: self._read(left))  # noqa: B023 (awaited at once)
             except Corrupt as error:
                 self._skip(error)
                 break
@@ -192,12 +193,12 @@ class PreCopier:
         try:
             sealing = PackSealing(context.sealer, runs, number)
             del runs
-            await context.in_thread(sealing.seal)
+            await context.in_turn(sealing.seal)
             upload = await context.uploader.upload(sealing.ref, sealing.shards)
             sealing.shards = []
             failpoints.hit("flush.precopy.written")
-            await context.committer.room()
-            self._record(number, sealing, upload)
+            await self._record(number, sealing, upload)
+            # The group of the last step: with its commit all of them are clean.
             self._recorded.append((context.store.layers.open.number, pages))
             pages = []
             failpoints.hit("flush.precopy.recorded")
@@ -208,14 +209,21 @@ class PreCopier:
             self._unmark(pages)
             self._end()
 
-    def _record(self, number: int, sealing: PackSealing, upload: Upload) -> None:
+    async def _record(self, number: int, sealing: PackSealing, upload: Upload) -> None:
+        """In steps, of which each may be in another group: the row of the pack comes with its first extent."""
         context = self._context
-        cleaned = sum(record_run(context.store, run) for run in sealing.runs)
-        if cleaned:
-            row = row_of(upload.ref, upload.placement, context.clock.time_ns())
-            context.add_pack(number, row, upload)
+        added = False
+        for runs in steps(sealing.runs):
+            await context.committer.room()
+            cleaned = sum(record_run(context.store, run) for run in runs)
+            if cleaned and not added:
+                row = row_of(upload.ref, upload.placement, context.clock.time_ns())
+                context.add_pack(number, row, upload)
+                added = True
             self.bytes_recorded += cleaned * PAGE
-        else:
+            failpoints.hit("flush.precopy.step")
+            await trio.lowlevel.checkpoint()
+        if not added:
             self.garbage.append(upload.ref)
 
 

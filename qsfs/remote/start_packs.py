@@ -21,8 +21,9 @@ import trio
 from qsfs import failpoints
 from qsfs.remote.context import FlushContext
 from qsfs.remote.packing import PackSealing, row_of
+from qsfs.remote.upload import Upload
 from qsfs.store.block import block_key
-from qsfs.store.packs import move_run, pack_row, reserve_numbers, set_start
+from qsfs.store.packs import move_run, pack_row, reserve_numbers, set_start, steps
 from qsfs.store.schema import PAGE, ExtentRow, PackRow, PackState, plain_u64, read_plain_u64
 from qsfs.store.snapshot import CommittedState, DirtyRun
 from qsfs.store.start import CHUNK_PAGES, bits_of, blocks_of
@@ -208,23 +209,34 @@ class StartPacker:
         try:
             number = reserve_numbers(context.store, 1)[0]
             sealing = PackSealing(context.sealer, runs, number)
-            await context.in_thread(sealing.seal)
+            await context.in_turn(sealing.seal)
             upload = await context.uploader.upload(sealing.ref, sealing.shards)
             sealing.shards = []
             failpoints.hit("start.pack.written")
-            await context.committer.room()
-            moved = sum(move_run(context.store, run) for run in sealing.runs)
+            moved = await self._record(number, sealing, upload)
             if not moved:
                 await context.in_thread(lambda: context.spool.add_abandoned([sealing.ref]))
                 return set()
-            row = row_of(upload.ref, upload.placement, context.clock.time_ns())
-            context.add_pack(number, replace(row, state=row.state | PackState.START), upload)
             failpoints.hit("start.pack.recorded")
         finally:
             context.packs.release()
         self.packed_packs += 1
         self.packed_bytes += moved * PAGE
         return {number}
+
+    async def _record(self, number: int, sealing: PackSealing, upload: Upload) -> int:
+        """How many pages moved to the new pack; in steps, its row with the first extent."""
+        context = self._context
+        moved = 0
+        for runs in steps(sealing.runs):
+            await context.committer.room()
+            some = sum(move_run(context.store, run) for run in runs)
+            if some and not moved:
+                row = row_of(upload.ref, upload.placement, context.clock.time_ns())
+                context.add_pack(number, replace(row, state=row.state | PackState.START), upload)
+            moved += some
+            await trio.lowlevel.checkpoint()
+        return moved
 
     def _read(self, wanted: _Blocks) -> tuple[DirtyRun, ...]:
         """For a worker thread."""

@@ -34,6 +34,7 @@ QUIET = (
     "flush.record.step",
     "flush.recorded",
     "flush.precopy.written",
+    "flush.precopy.step",
     "flush.metadata.uploaded",
     "upload.written",
 )

@@ -635,6 +635,57 @@ async def test_more_dirty_than_a_cut_may_seal_is_uploaded_first(world: World, ma
         assert restore(world).files["a"] == content
 
 
+async def test_what_is_written_while_a_cut_presses_is_uploaded_without_delay(
+    world: World, machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock
+):
+    """However long pages rest before they are pre-copied: that is for times without pressure."""
+    async with flushing(machine, cut_bytes=64 * PAGE, quiet_seconds=3600, cut_seconds=3600) as flusher:
+        flusher._pace.most_bytes = 64 * PAGE
+        a = machine.create("a")
+        machine.write(a, 0, page("x") * 200)
+        one_pass = flusher._precopier._pass
+        more: list[float] = []
+
+        async def then_write(into: trio.Nursery) -> bool:
+            some = await one_pass(into)
+            if flusher._precopier.pressed and not some and not more:
+                more.append(trio.current_time())
+                machine.write(a, 300, page("y") * 200)
+            return some
+
+        monkeypatch.setattr(flusher._precopier, "_pass", then_write)
+        await flusher.sync()
+        assert more, "nothing was written meanwhile"
+        assert trio.current_time() - more[0] < 60
+
+
+async def test_a_disk_that_fails_to_clear_the_spool_gives_up_no_generation(
+    world: World, machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log
+):
+    """The head is published and recorded: whoever waits is told so, and what is left goes later."""
+    async with flushing(machine) as flusher:
+        a = machine.create("a")
+        machine.write(a, 0, page("x"))
+        drop_packs = machine.spool.drop_packs
+        failed: list[int] = []
+
+        def fail_once(generation: int) -> None:
+            if not failed:
+                failed.append(generation)
+                raise CacheError("input/output error")
+            drop_packs(generation)
+
+        monkeypatch.setattr(machine.spool, "drop_packs", fail_once)
+        expect_log("what is left of it in the spool")
+        done = await flusher.sync()
+        assert failed == [done.generation]
+        assert restore(world).files["a"] == page("x")
+        assert flusher.exposure.report(0)["written"]["bytes"] == 0
+        assert not flusher.status()["last_error"]
+        machine.write(a, 0, page("y"))
+        assert (await flusher.sync()).generation > done.generation
+
+
 async def test_many_changed_rows_are_uploaded_ahead_of_the_cut(
     world: World, machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock
 ):

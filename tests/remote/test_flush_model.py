@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qsfs.store import packs
 from tests.remote.flush_history import FlushHistory
 from tests.remote.harness import make_world
 
@@ -13,7 +14,10 @@ SEEDS = [*range(30), *(pytest.param(seed, marks=pytest.mark.slow) for seed in ra
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-async def test_the_newest_head_alone_gives_the_file_system_at_its_cut(tmp_path: Path, autojump_clock, seed):
+async def test_the_newest_head_alone_gives_the_file_system_at_its_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock, seed
+):
+    monkeypatch.setattr(packs, "STEP_RUNS", 2)
     world = await make_world(5, k=2, m=2)
     history = FlushHistory(world, tmp_path / "cache", seed)
     try:

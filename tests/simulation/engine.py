@@ -16,6 +16,8 @@ from unittest import mock
 import trio
 from trio.testing import MockClock
 
+from qsfs.store import packs
+
 T = TypeVar("T")
 
 
@@ -112,6 +114,7 @@ def _patched(seed: int) -> Iterator[None]:
         mock.patch.object(core.Runner, "reschedule", hold_frozen),
         mock.patch.object(trio.to_thread, "run_sync", _in_place),
         mock.patch.object(trio.from_thread, "run_sync", _from_thread),
+        mock.patch.object(packs, "STEP_RUNS", 2),
     ):
         yield
 
