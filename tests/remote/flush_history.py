@@ -34,7 +34,6 @@ QUIET = (
     "flush.record.step",
     "flush.recorded",
     "flush.precopy.written",
-    "flush.precopy.step",
     "flush.metadata.uploaded",
     "upload.written",
 )
@@ -50,6 +49,7 @@ DEADLY = (
     "commit.applied",
     "commit.before",
     "commit.done",
+    "flush.precopy.step",
     "flush.precopy.recorded",
     "flush.spool.cleared",
 )
