@@ -426,13 +426,17 @@ class Fetcher:
                 if self._store.expected_bytes() >= self._store.limits.high_bytes or self._nursery is None:
                     return
                 key = (inode, row.pack, row.ordinal)
-                if key in self._jobs or not self._worth_fetching(inode, row):
+                if not self._worth_fetching(key, row):
                     continue
                 placed = await self._place_ahead()
                 if stream.failed or self._nursery is None or not placed:
                     if placed:
                         self._ahead_slots.release()
                     return
+                # Another stream that waited for a place too, or a read, may have begun it meanwhile.
+                if not self._worth_fetching(key, row):
+                    self._ahead_slots.release()
+                    continue
                 job = self._job(key, row, set(), held=not begun)
                 job.stream = stream
                 begun.append((trio.current_time() + self._deadline, job))
@@ -458,10 +462,12 @@ class Fetcher:
             self._ahead_slots.release()
             self._leave(job)
 
-    def _worth_fetching(self, inode: int, row: ExtentRow) -> bool:
-        """Whether the first or the last page of an extent is only remote: it was not fetched lately."""
+    def _worth_fetching(self, key: _JobKey, row: ExtentRow) -> bool:
+        """Whether an extent is not on its way and its first or last page is only remote: it was not fetched lately."""
         ends = (row.first, row.first + row.pages - 1)
-        return any(self._store.blocks.remote_blocks(inode, row, page, page + 1) for page in ends)
+        return key not in self._jobs and any(
+            self._store.blocks.remote_blocks(key[0], row, page, page + 1) for page in ends
+        )
 
 
 def _runs(pages: Iterable[int], most: int) -> Iterator[tuple[int, int]]:

@@ -8,8 +8,10 @@ import random
 
 import pytest
 import trio
+import trio.testing
 
 from qsfs.errors import BackendUnavailable, CacheError, Corrupt, DataLost, QsfsError, Unavailable
+from qsfs.remote.fetch import AHEAD_AT_ONCE
 from qsfs.remote.readahead import FIRST_PAGES
 from qsfs.store.schema import PAGE, InodeFlag, Table, u64
 from tests.remote.small_fs import SmallFs, noise
@@ -415,6 +417,21 @@ async def test_what_is_held_for_a_reader_is_not_asked_for_again(fs, autojump_clo
         with trio.fail_after(1):
             await fetcher.fetch(number, 32, 16)
         assert None not in fs.read(number, 32, 16)
+
+
+async def test_every_place_among_what_is_fetched_ahead_is_given_back(fs, autojump_clock):
+    """Also where two streams wait for a place for the same extent: each one lost is lost for as long as the mount."""
+    number = fs.remote_file("a", noise((AHEAD_AT_ONCE + 8) * 8 * PAGE), extent_pages=8)
+    async with fs.fetching() as fetcher, trio.open_nursery() as nursery:
+        for backend in fs.backends.values():
+            backend.delay = lambda call: 2.0
+        shared = AHEAD_AT_ONCE * 8
+        nursery.start_soon(fetcher._fetch_ahead, number, 0, shared + 8)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(fetcher._fetch_ahead, number, shared, shared + 64)
+        await trio.sleep(300)
+        assert None not in fs.read(number, shared, 8)
+        assert fetcher._ahead_slots.value == AHEAD_AT_ONCE and not fetcher._jobs
 
 
 async def test_nothing_is_fetched_ahead_while_reads_fail(fs, autojump_clock, expect_log):
