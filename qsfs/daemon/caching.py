@@ -38,7 +38,7 @@ _MOST_FAILURES = 8
 class Fetching(Protocol):
     """What fetches: see `remote.fetch.Fetcher.fetch`."""
 
-    async def fetch(self, inode: int, first: int, count: int) -> None:
+    async def fetch(self, inode: int, first: int, count: int, *, may_wait: bool) -> None:
         """Brings pages into the cache."""
         ...
 
@@ -130,7 +130,7 @@ class Caching:
         async def fetch(inode: int, first: int, count: int, wanted: int) -> None:
             nonlocal done
             try:
-                await self._fetcher.fetch(inode, first, count)
+                await self._fetcher.fetch(inode, first, count, may_wait=False)
                 done += wanted
                 progress["fetched_bytes"] = done * PAGE
             except QsfsError as error:

@@ -102,7 +102,7 @@ class _Work:
 
         async def fetch(inode: int, first: int, count: int) -> None:
             try:
-                await self._fetcher.fetch(inode, first, count)
+                await self._fetcher.fetch(inode, first, count, may_wait=False)
             except QsfsError as error:
                 self._failures.append(error)
             finally:

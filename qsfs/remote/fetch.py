@@ -139,14 +139,15 @@ class Fetcher:
         """
         return self.waits.unblock(inode)
 
-    async def fetch(self, inode: int, first: int, count: int) -> None:
+    async def fetch(self, inode: int, first: int, count: int, *, may_wait: bool = True) -> None:
         """Returns once no page of [first, first + count) needs to be fetched, or the cache was passed by.
 
         What the cache has no room for went to the transient pages.  Pages that changed meanwhile
         are left as they are: whoever needs them looks again.
 
-        Raises `Unavailable` after the deadline (policy `error`), but not for what the download rate holds up, or
-        when unblocked, `DataLost`, `Corrupt`, `GenerationExpired`; each was logged with file, page, pack and shards.
+        Raises `Unavailable` after the deadline (policy `error`; without `may_wait` any policy, for commands, which
+        must end), but not for what the download rate holds up, or when unblocked, `DataLost`, `Corrupt`,
+        `GenerationExpired`; each was logged with file, page, pack and shards.
         """
         nursery = None if self._fails_now() else self._nursery
         if nursery is None or not self.start.touch(inode, first, nursery):
@@ -157,7 +158,7 @@ class Fetcher:
         while page < stop:
             wanted, page = self._wanted(inode, page, stop)
             if wanted:
-                await self._fetch_extents(inode, wanted)
+                await self._fetch_extents(inode, wanted, may_wait)
 
     def _wanted(self, inode: int, page: int, stop: int) -> tuple[_Wanted, int]:
         """The extents that hold remote-only pages from `page` on, up to a batch, and where to go on."""
@@ -171,7 +172,7 @@ class Fetcher:
             return found, stop
         return found, rows[-1].first + rows[-1].pages
 
-    async def _fetch_extents(self, inode: int, wanted: _Wanted) -> None:
+    async def _fetch_extents(self, inode: int, wanted: _Wanted, may_wait: bool) -> None:
         live = self._store.inode(inode)
         again = self._was_given_up(wanted)
         wait = Wait(
@@ -179,7 +180,7 @@ class Fetcher:
             min(min(pages) for _, pages in wanted.values()),
             sum(len(pages) for _, pages in wanted.values()),
             self._store.clock.time_ns(),
-            live is not None and bool(live.flags & InodeFlag.WAIT) and not again,
+            may_wait and live is not None and bool(live.flags & InodeFlag.WAIT) and not again,
             trio.current_time(),
             again,
         )
@@ -189,7 +190,9 @@ class Fetcher:
             with self.waits.during(wait):
                 await self._wait(wait, jobs)
         except Unavailable:
-            self._give_up(wanted)
+            # An application that reads this soon after a command did not get it has not waited yet.
+            if may_wait:
+                self._give_up(wanted)
             raise
         finally:
             for job in jobs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 import stat
 
@@ -243,6 +244,24 @@ async def test_a_warm_that_does_not_come_says_so(fs, autojump_clock, expect_log,
             await caching(fs, fetcher).warm([fs.inode(number)], Range(), {})
 
 
+@pytest.mark.parametrize("command", ["warm", "pin"])
+async def test_a_command_ends_where_reads_wait_for_ever(fs, autojump_clock, expect_log, command):
+    """`unavailable = "wait"` is for those who read: a command gives up each part after the deadline."""
+    expect_log(r"not here after", logging.ERROR)
+    number = fs.remote_file("a", noise(64 * PAGE))
+    with fs.store.change() as change:
+        change.patch(number, flags=int(InodeFlag.WAIT))
+    for backend in fs.backends.values():
+        backend.down = True
+    async with fs.fetching(deadline_seconds=10) as fetcher:
+        commands = caching(fs, fetcher)
+        with trio.fail_after(60), pytest.raises(Unavailable, match="parts did not come"):
+            if command == "warm":
+                await commands.warm([fs.inode(number)], Range(), {})
+            else:
+                await commands.pin([fs.inode(number)], {})
+
+
 # pins
 
 
@@ -250,7 +269,7 @@ async def test_a_walk_that_fails_while_parts_are_fetched_is_told_as_it_is(fs, mo
     """As the one error that a command knows how to tell, though it ends fetches that are under way."""
 
     class Never:
-        async def fetch(self, inode, first, count):
+        async def fetch(self, inode, first, count, *, may_wait):
             await trio.sleep_forever()
 
     number = fs.remote_file("a", noise(64 * PAGE))

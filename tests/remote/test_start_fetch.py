@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import random
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -405,3 +406,23 @@ async def test_a_warm_that_does_not_come_says_so(fs: SmallFs, autojump_clock):
     async with fs.fetching() as fetcher:
         with pytest.raises(Unavailable, match="parts did not come"):
             await warm(fs, fetcher)
+
+
+async def test_a_warm_ends_where_reads_wait_for_ever(fs: SmallFs, autojump_clock, expect_log):
+    """A policy is for those who read: their waits go on, also behind a warm that gave up the same pages."""
+    expect_log(r"not here after 30 s", logging.ERROR)
+    expect_log(r"has been waiting", logging.WARNING, optional=True)
+    number, _, _ = start_file(fs)
+    record(fs, number, [1, 201, 401])
+    with fs.store.change() as change:
+        change.patch(number, flags=int(InodeFlag.WAIT))
+    for backend in fs.backends.values():
+        backend.down = True
+    async with fs.fetching() as fetcher, trio.open_nursery() as nursery:
+        with trio.fail_after(120), pytest.raises(Unavailable, match="parts did not come"):
+            await warm(fs, fetcher)
+        nursery.start_soon(fetcher.fetch, number, 1, 1)
+        await trio.sleep(300)
+        assert [wait.keeps_waiting for wait in fetcher.waits] == [True]
+        for backend in fs.backends.values():
+            backend.down = False
