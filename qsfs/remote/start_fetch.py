@@ -61,7 +61,7 @@ class StartFetcher:
     """Fetches start packs for all readers of one mount."""
 
     def __init__(self, store: Store, reader: PackReader, room: Room, *, deadline_seconds: float) -> None:
-        """A pack that is not here after `deadline_seconds` is given up: its extents can still be read one by one."""
+        """A pack that backends do not give in `deadline_seconds` is given up: its extents can be read one by one."""
         self.counts = StartCounts()
         self._store = store
         self._reader = reader
@@ -159,12 +159,9 @@ class StartFetcher:
             async with self._slots:
                 if not self._has_room():
                     return False
-                with trio.fail_after(self._deadline):
-                    complete = await self._bring(number)
+                complete = await self._bring(number)
             seconds = _AGAIN_SECONDS
             return complete
-        except trio.TooSlowError:
-            raise Unavailable(f"start pack {number}: not here after {self._deadline:.0f} s") from None
         finally:
             self._until[number] = trio.current_time() + seconds
 
@@ -173,7 +170,7 @@ class StartFetcher:
         if stored is None:
             return True
         pack = StoredPack.of_row(PackRow.decode(stored), self._reader.code)
-        shards = await self._reader.shards(pack, range(pack.ref.k))
+        shards = await self._shards(number, pack)
         body = b"".join(shards[shard] for shard in range(pack.ref.k))
         shards.clear()
         keys = self._reader.keys
@@ -187,6 +184,15 @@ class StartFetcher:
                     return False
             await trio.lowlevel.checkpoint()
         return True
+
+    async def _shards(self, number: int, pack: StoredPack) -> dict[int, memoryview]:
+        """The data shards of a pack.  The deadline is for backends: what the download rate holds up is not late."""
+        while True:
+            with trio.move_on_after(self._deadline):
+                return await self._reader.shards(pack, range(pack.ref.k))
+            if not self._reader.held_up(pack):
+                raise Unavailable(f"start pack {number}: not here after {self._deadline:.0f} s")
+            # Reading goes on from where it is: whoever asks again before it looks finds it under way.
 
     def _rows(self, number: int, entry: ExtentEntry) -> list[ExtentRow]:
         """What is left of a sealed extent of pack `number`."""

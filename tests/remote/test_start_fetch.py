@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from qsfs.backend.limits import RateLimit, with_limits
 from qsfs.daemon.warming import warm_start
 from qsfs.errors import LimitExceeded, Unavailable
 from qsfs.filesystem.contents import Contents
@@ -337,6 +338,47 @@ async def test_a_pack_that_does_not_come_is_given_up(fs: SmallFs, autojump_clock
         await settled(fetcher)
         assert set(RUN[:AT_ONCE]) <= resident(fs, number)
         assert fs.read(number, 0, 1) == [data[:PAGE]]
+
+
+async def test_what_the_download_rate_holds_up_is_not_late(fs: SmallFs, autojump_clock):
+    """And comes once: no shard is asked for again."""
+    number, packs, _ = start_file(fs)
+    limit = RateLimit(200)
+    for member in fs.members:
+        member.data = with_limits(member.data, download=limit)
+    begun = trio.current_time()
+    async with fs.fetching(deadline_seconds=10) as fetcher:
+        assert await fetcher.start.fetch(packs[0])
+        assert trio.current_time() - begun > 100
+        assert fetcher.reader.counts.gets == fs.world.code.k
+    assert set(RUN[:AT_ONCE]) <= resident(fs, number)
+
+
+async def test_a_pack_that_a_rate_held_up_is_still_given_up_when_no_backend_answers(fs: SmallFs, autojump_clock):
+    _, packs, _ = start_file(fs)
+    limit = RateLimit(200)
+    for member in fs.members:
+        member.data = with_limits(member.data, download=limit)
+    limit.charge(10_000)
+    for backend in fs.backends.values():
+        backend.down = True
+    async with fs.fetching(deadline_seconds=10) as fetcher:
+        with trio.fail_after(100), pytest.raises(Unavailable, match="start pack"):
+            await fetcher.start.fetch(packs[0])
+
+
+async def test_what_a_busy_local_store_holds_up_is_not_late(fs: SmallFs, autojump_clock, monkeypatch):
+    number, packs, _ = start_file(fs)
+    fs.overwrite(fs.create("filler"), 0, bytes(fs.store.limits.group_bytes))
+
+    async def room() -> None:
+        await trio.sleep(100)
+        fs.commit()
+
+    monkeypatch.setattr(fs, "room", room)
+    async with fs.fetching(deadline_seconds=10) as fetcher:
+        assert await fetcher.start.fetch(packs[0])
+    assert set(RUN[:AT_ONCE]) <= resident(fs, number)
 
 
 # by hand
