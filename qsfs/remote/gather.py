@@ -165,6 +165,9 @@ class Gathering:
         lacking = self.pack.ref.k - len(self.found) - len(pending)
         if lacking <= 0:
             return True
+        # A backend may have left the fleet since it gave a shard.
+        members = self._reader.members
+        self._dropped = {n: m for n, m in self._dropped.items() if members.by_number(m) is not None}
         kept = {n: m for n, m in self._dropped.items() if n not in self.found and n not in pending}
         if len(kept) >= lacking:
             return bool(self._start_some(iter(kept.items()), lacking))

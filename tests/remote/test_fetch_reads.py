@@ -258,6 +258,28 @@ async def test_a_backend_that_has_not_shown_its_identity_proves_no_loss(fs, auto
             await fetcher.fetch(number, 0, 1)
 
 
+async def test_a_backend_that_leaves_while_a_read_waits_is_not_counted_on(fs, autojump_clock):
+    """What it gave before counts no more: the read ends once others can give k shards."""
+    data = noise(16 * PAGE)
+    number = fs.write("a", data)
+    fs.commit()
+    (pack,) = fs.upload(number, extent_pages=1)
+    fs.evict(number)
+    places = fs.pack_row(pack).placement
+    for place in (places[0], places[4], places[5]):
+        fs.backends[place].down = True
+    async with fs.fetching() as fetcher, trio.open_nursery() as nursery:
+        nursery.start_soon(fetcher.fetch, number, 0, 1)
+        await trio.sleep(5)
+        assert [wait.why.split(";")[0] for wait in fetcher.waits] == [
+            f"pack {fs.pack_row(pack).pack_id.hex()}: 3 of the 4 shards needed can be had"
+        ]
+        assert fs.members.remove(places[1]) is not None
+        for place in places[4:]:
+            fs.backends[place].down = False
+    assert fs.read(number, 0, 1) == [data[:PAGE]]
+
+
 async def test_placement_is_a_hint(fs, autojump_clock, expect_log):
     expect_log(r"read from others", logging.WARNING)
     data = noise(8 * PAGE)
