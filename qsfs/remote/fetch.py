@@ -53,16 +53,18 @@ class Transient(Protocol):
 class _Job:
     """One extent on its way; `readers` counts who waits for it.
 
-    It is `held` if it is to stay with the reader of packs, not installed, while no page is needed.
+    It is `held` if it is to stay with the reader of packs, not installed, while no page is needed; `arrived` once
+    the backends have given it and only the local store may keep it back.
     `stream` is set while it takes a place among what is fetched ahead.
     """
 
-    __slots__ = ("done", "error", "held", "inode", "needed", "pack", "readers", "row", "scope", "stream")
+    __slots__ = ("arrived", "done", "error", "held", "inode", "needed", "pack", "readers", "row", "scope", "stream")
 
     def __init__(self, inode: int, row: ExtentRow, *, held: bool) -> None:
         self.inode = inode
         self.row = row
         self.held = held
+        self.arrived = False
         self.needed: set[int] = set()
         self.readers = 0
         self.pack: StoredPack | None = None
@@ -275,9 +277,13 @@ class Fetcher:
         return False
 
     def _explain(self, jobs: list[_Job]) -> str:
-        waiting = [job for job in jobs if not job.done.is_set()]
-        named = [self.reader.explain(job.pack) for job in waiting if job.pack is not None]
+        named = [self._explain_one(job, job.pack) for job in jobs if job.pack is not None and not job.done.is_set()]
         return "; ".join(dict.fromkeys(named)) or "on its way"
+
+    def _explain_one(self, job: _Job, pack: StoredPack) -> str:
+        if job.arrived:
+            return f"pack {pack.name}: its data came, but the local store is busy and had no room for it yet"
+        return self.reader.explain(pack)
 
     # jobs
 
@@ -332,6 +338,7 @@ class Fetcher:
             if not job.needed:
                 return
         data = await self.reader.extent(job.pack, entry)
+        job.arrived = True
         failpoints.hit("fetch.arrived")
         await self._install(job, entry.first_page, data)
 

@@ -512,6 +512,24 @@ async def test_a_full_group_is_committed_first(fs, autojump_clock):
     assert b"".join(fs.read(number, 0, 8)) == data
 
 
+async def test_a_read_that_only_the_local_store_holds_up_does_not_blame_backends(
+    fs, autojump_clock, monkeypatch, expect_log
+):
+    why = "its data came, but the local store is busy"
+    expect_log(f"page 0: not here after 10 s; pack .*: {why}", logging.ERROR)
+    number = fs.remote_file("a", noise(8 * PAGE))
+    fs.overwrite(fs.create("filler"), 0, bytes(fs.store.limits.group_bytes))
+
+    async def room() -> None:
+        await trio.sleep(100)
+
+    monkeypatch.setattr(fs, "room", room)
+    async with fs.fetching(deadline_seconds=10) as fetcher:
+        with pytest.raises(Unavailable, match=why) as caught:
+            await fetcher.fetch(number, 0, 8)
+        assert "not being read" not in str(caught.value)
+
+
 async def test_what_is_remote_is_read_past_a_cache_whose_disk_failed(fs, autojump_clock, monkeypatch):
     """The mount is read-only then, with a group that stays full: that is no reason for a read to fail."""
     data = noise(8 * PAGE)
