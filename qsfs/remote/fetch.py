@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Protocol
+from typing import Never, Protocol
 
 import trio
 
@@ -186,7 +186,7 @@ class Fetcher:
             trio.current_time(),
             again,
         )
-        jobs = [self._job(key, row, pages) for key, (row, pages) in wanted.items()]
+        jobs = {self._job(key, row, pages): pages for key, (row, pages) in wanted.items()}
         wait.explain = lambda: self._explain(jobs)
         try:
             with self.waits.during(wait):
@@ -217,17 +217,18 @@ class Fetcher:
         for key in wanted:
             self._given_up.setdefault(key, now + _GIVEN_UP_SECONDS)
 
-    async def _wait(self, wait: Wait, jobs: list[_Job]) -> None:
-        """Waits for the extents: until they are here or nobody needs them, else as the policy says."""
+    async def _wait(self, wait: Wait, jobs: dict[_Job, set[int]]) -> None:
+        """Waits for pages of extents: until they are here or need not come any more, else as the policy says."""
         seconds = min(self._deadline, _AGAIN_SECONDS) if wait.again else self._deadline
         while True:
             with trio.CancelScope(deadline=trio.current_time() + seconds) as wait.scope:
                 for job in jobs:
                     await job.done.wait()
-            for job in jobs:
-                if job.error is not None:
+            # Each reader is judged by its own pages: others may still need the same extent.
+            for job, pages in jobs.items():
+                if job.error is not None and self._current(job, pages):
                     self._fail(wait, job, str(job.error), type(job.error))
-            late = [job for job in jobs if not job.done.is_set() and self._current(job)]
+            late = [job for job, pages in jobs.items() if not job.done.is_set() and self._current(job, pages)]
             if not late:
                 return
             if wait.unblocked:
@@ -254,10 +255,8 @@ class Fetcher:
                 other.path = path
         log.warning("%s: has been waiting for %.0f s: %s", _page(job, path), wait.seconds, wait.why)
 
-    def _fail(self, wait: Wait, job: _Job, why: str, kind: type[QsfsError]) -> None:
-        """Logs and raises the end of a read, unless the extent is not what must be read any more."""
-        if not self._current(job):
-            return
+    def _fail(self, wait: Wait, job: _Job, why: str, kind: type[QsfsError]) -> Never:
+        """Logs and raises the end of a read."""
         self.failed_reads += 1
         if kind is DataLost and (expired := self._expired()):
             name = "" if job.pack is None else f" (pack {job.pack.name} is gone)"
@@ -268,15 +267,17 @@ class Fetcher:
         log.log(logging.DEBUG if said_already else logging.ERROR, "%s", message)
         raise kind(message)
 
-    def _current(self, job: _Job) -> bool:
-        """Whether some page that was asked for is still only in this extent."""
-        for page in job.needed or (job.row.first,):
-            here = self._store.blocks.remote_extent(job.inode, page)
-            if here is not None and (here.pack, here.ordinal) == (job.row.pack, job.row.ordinal):
-                return True
-        return False
+    def _current(self, job: _Job, pages: set[int]) -> bool:
+        """Whether one of these pages is still only in this extent."""
+        rows = ((page, self._row(job, page)) for page in pages)
+        return any(row and self._store.blocks.remote_blocks(job.inode, row, page, page + 1) for page, row in rows)
 
-    def _explain(self, jobs: list[_Job]) -> str:
+    def _row(self, job: _Job, page: int) -> ExtentRow | None:
+        """The row that holds a page now, if it still is of this extent."""
+        here = self._store.blocks.remote_extent(job.inode, page)
+        return here if here and (here.pack, here.ordinal) == (job.row.pack, job.row.ordinal) else None
+
+    def _explain(self, jobs: Iterable[_Job]) -> str:
         named = [self._explain_one(job, job.pack) for job in jobs if job.pack is not None and not job.done.is_set()]
         return "; ".join(dict.fromkeys(named)) or "on its way"
 
@@ -374,8 +375,8 @@ class Fetcher:
             # The committer may be content with a group that is as full as before.
             await trio.lowlevel.checkpoint()
         for page in range(start, stop):
-            here = self._store.blocks.remote_extent(job.inode, page)
-            if here is not None and (here.pack, here.ordinal) == (job.row.pack, job.row.ordinal):
+            here = self._row(job, page)
+            if here is not None:
                 offset = (page - first) * PAGE
                 self._transient.put(job.inode, page, data[offset : offset + PAGE], here)
 

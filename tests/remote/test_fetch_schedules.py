@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from qsfs import failpoints
+from qsfs.errors import DataLost, Unavailable
 from qsfs.store.schema import PAGE
 from tests.remote.small_fs import SmallFs, noise
 
@@ -162,6 +163,38 @@ async def test_a_pack_that_is_lost_while_its_pages_are_rewritten_is_no_error(fs,
         fs.commit()
         fs.upload(number)
     assert b"".join(fs.read(number, 0, 4)) == new
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_a_reader_whose_page_was_rewritten_gets_no_error_of_another(fs, autojump_clock, expect_log, lost):
+    """two fetch pages of one extent, the page of one is rewritten, the extent does not come or its pack is lost"""
+    expect_log(r"read from others", logging.WARNING, optional=not lost)
+    expect_log(r"of its 6 shards 3 are absent" if lost else r"not here after 30 s", logging.ERROR)
+    number = fs.write("a", noise(4 * PAGE))
+    fs.commit()
+    (pack,) = fs.upload(number)
+    fs.evict(number)
+    for place, key in fs.shard_keys(pack)[:3]:
+        fs.world.data[place - 1].lose(key)
+    for backend in fs.backends.values():
+        backend.delay = lambda call: 0.1
+        backend.down = not lost
+    ended = []
+
+    async def read(fetcher, page):
+        try:
+            await fetcher.fetch(number, page, 1)
+            ended.append((page, None))
+        except (DataLost, Unavailable) as error:
+            ended.append((page, type(error)))
+
+    async with fs.fetching() as fetcher, trio.open_nursery() as nursery:
+        nursery.start_soon(read, fetcher, 0)
+        nursery.start_soon(read, fetcher, 1)
+        await trio.sleep(0.05)
+        fs.overwrite(number, 0, noise(PAGE, 9))
+        fs.commit()
+    assert sorted(ended) == [(0, None), (1, DataLost if lost else Unavailable)]
 
 
 async def test_an_extent_split_by_a_newer_one_is_fetched_in_its_parts(fs, autojump_clock):
