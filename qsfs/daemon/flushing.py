@@ -194,12 +194,16 @@ class Flushing:
             if self.flusher is not None:
                 self.flusher.fence(error)
 
-    @property
-    def makes_room(self) -> bool:
-        """Whether there are pages that may be evicted later, and backends that take what that needs."""
+    def makes_room(self, *, exhausted: bool) -> bool:
+        """Whether there are pages that may be evicted later, and backends that take what that needs.
+
+        Pages in packs that are only written need nothing but time, until they are `exhausted` too.
+        """
         flusher = self.flusher
         if flusher is None or self.fenced is not None or self.failure:
             return False
+        if self._ledger.incomplete and not exhausted:
+            return True
         if not flusher.context.uploader.enough_backends():
             return False
         return not flusher.knows_packs or more_will_be_evictable(self._store, self._ledger)

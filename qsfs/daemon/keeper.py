@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import trio
 
@@ -22,6 +23,8 @@ _WORK_STEPS = 128
 _PARTS = 8
 _TICK_SECONDS = 1.0
 _SHORT_AFTER_SECONDS = 60.0
+_FORGET_SECONDS = 10.0
+"""Room is not short any more once nobody has waited for so long; who waits tries again and again meanwhile."""
 _REST = 4.0
 _LEAST_REST_SECONDS = 0.05
 _MUCH = 16
@@ -30,7 +33,8 @@ _MUCH = 16
 class Keeper:
     """The background work on one store; whoever waits for room calls `room`.
 
-    `futile` is whether there was nothing to evict when that was last tried, and nothing changed since;
+    `futile` is whether there was nothing to evict when that was last tried, and nothing changed since; `exhausted`
+    whether that holds for pages whose packs are only written, too, which go once room was short for long.
     `joined` counts the files that were covered without a sync because they filled the cache.
     """
 
@@ -53,8 +57,9 @@ class Keeper:
         self._wake = trio.Event()
         self._room = trio.Event()
         self._waiting = 0
-        self.futile = False
+        self.futile = self.exhausted = False
         self._rest_until = 0.0
+        self._waited_at = -math.inf
         self._full_since: float | None = None
         self._alarmed = False
         self.evicted_bytes = 0
@@ -74,13 +79,17 @@ class Keeper:
                 if self._committer.failed is None:
                     raise
             finally:
-                self._room.set()
-                self._room = trio.Event()
+                self._let_try()
+
+    def _let_try(self) -> None:
+        self._room.set()
+        self._room = trio.Event()
 
     def _committed(self) -> None:
-        """Pages may be clean now, and packs safe."""
-        self.futile = False
+        """Pages may be clean now, and packs safe; and there may be room, whatever work goes on."""
+        self.futile = self.exhausted = False
         self._wake.set()
+        self._let_try()
 
     async def _work(self) -> None:
         store = self._store
@@ -90,6 +99,10 @@ class Keeper:
             await self._pause()
         while not store.work_off_truncations(steps):
             await self._pause()
+            if self._waiting or store.used_bytes >= store.limits.high_bytes:
+                # It may go on for long, and eviction comes first.
+                self._wake.set()
+                break
         store.start.end_due()
         while not store.start.save(_WORK_STEPS):
             await self._pause()
@@ -102,23 +115,25 @@ class Keeper:
     async def _evict(self) -> None:
         limits = self._store.limits
         if self._store.used_bytes < limits.high_bytes and not self._waiting:
-            self._full_since, self._alarmed, self.futile = None, False, False
+            self._full_since, self._alarmed = None, False
+            self.futile = self.exhausted = False
             return
         begin = self._clock.monotonic()
         if begin < self._rest_until:
             return
-        recent_too = start_too = False
+        recent_too = start_too = written_too = False
         rounds = 0
         most_rounds = 3
         freed = 0
         later = later_so_far = 0
         target = self._store.used_bytes - limits.low_bytes
         while freed < target and rounds < most_rounds:
+            written_too = self._is_short()
             done = self._evictor.step(
                 _STEP_ROWS,
                 _STEP_BLOCKS,
                 recent_too=recent_too,
-                written_will_do=self._is_short(),
+                written_will_do=written_too,
                 start_too=start_too,
             )
             freed += done.bytes
@@ -133,7 +148,9 @@ class Keeper:
         self.evicted_bytes += freed
         if freed and not self._alarmed:
             self._full_since = None
-        self.futile = target > 0 and not freed
+        # Without anything to evict room may be promised to what has no sync yet.
+        self.futile = not freed
+        self.exhausted = self.futile and (written_too or target <= 0)
         if self.futile:
             # To look at everything again at once would take the time that uploads and reads need.
             now = self._clock.monotonic()
@@ -177,6 +194,10 @@ class Keeper:
     def _is_short(self) -> bool:
         """Whether room has been short for so long that packs that are only written must do."""
         now = self._clock.monotonic()
+        if self._waiting:
+            self._waited_at = now
+        elif now - self._waited_at > _FORGET_SECONDS:
+            self._full_since = None
         if not self._waiting:
             return False
         if self._full_since is None:

@@ -233,7 +233,7 @@ class Service:
             members,
             self.opened.superblock.code,
             lambda name: self.links.metrics[name].sent_bytes,
-            lambda: not self.keeper.futile or self.flushing.makes_room,
+            lambda: not self.keeper.futile or self.flushing.makes_room(exhausted=self.keeper.exhausted),
         )
         nursery.start_soon(supervised, self.space.run)
         nursery.start_soon(supervised, partial(probe, members, self.opened.keys))

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Set
 import trio
 
 from qsfs import failpoints
-from qsfs.errors import CacheError, QsfsError
+from qsfs.errors import CacheError, DataLost, QsfsError
 from qsfs.remote.context import FlushContext
+from qsfs.remote.salvage import Salvage
 from qsfs.remote.shards import ShardReader, rebuild
 from qsfs.remote.stored import StoredPack
 from qsfs.store.packs import pack_row, set_placement
@@ -26,13 +27,15 @@ _LOOKED_AT = 128
 class Completer:
     """Rebuilds and stores missing shards, one pack at a time.
 
-    A shard on a backend that is `leaving` counts as missing, until another one has it.
+    A shard on a backend that is `leaving` counts as missing, until another one has it.  Packs of which too few
+    shards are left are told to `salvage`.
     """
 
     def __init__(
         self, context: FlushContext, reader: ShardReader, leaving: Callable[[], Set[int]] = frozenset
     ) -> None:
         self.completed = 0
+        self.salvage = Salvage(context)
         self.problem = ""
         self._context = context
         self._reader = reader
@@ -90,6 +93,10 @@ class Completer:
                 return await self._complete(number, pack, scope)
         except CacheError:
             raise
+        except DataLost as error:
+            self.salvage.lost.add(number)
+            self.problem = str(error)
+            _log.warning("pack %s lacks shards and could not be completed: %s", row.pack_id.hex(), error)
         except QsfsError as error:
             self.problem = str(error)
             _log.warning("pack %s lacks shards and could not be completed: %s", row.pack_id.hex(), error)

@@ -128,8 +128,8 @@ class Ledger:
         return max(0.0, min(self.looks.values()) - self._clock.monotonic()) if self.looks else None
 
     def later(self, number: int, seconds: float) -> None:
-        """Puts a look off."""
-        if number in self.looks:
+        """Puts a look off, behind all others: those that cannot be looked at hold up none that can."""
+        if self.looks.pop(number, None) is not None:
             self.looks[number] = self._clock.monotonic() + seconds
 
     @property

@@ -8,6 +8,7 @@ is rebuilt from the others and stored again, and the pack is looked at again lat
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import trio
 
@@ -37,7 +38,7 @@ class SecondLook:
         """Looks at no more than `most` packs; returns how many were found whole.
 
         With `written_too` packs that are not full count as whole when the shards that they have are
-        there: for a cache that is short of room while packs cannot become full.
+        there, as many as a written pack has: for a cache that is short of room while packs cannot become full.
         """
         found = 0
         limit = trio.CapacityLimiter(LOOKS_AT_ONCE)
@@ -45,7 +46,7 @@ class SecondLook:
         async def one(number: int) -> None:
             nonlocal found
             async with limit:
-                whole = await self._look(number)
+                whole = await self._look(number, written_too)
             found += whole
 
         async with trio.open_nursery() as nursery:
@@ -53,7 +54,7 @@ class SecondLook:
                 nursery.start_soon(one, number)
         return found
 
-    async def _look(self, number: int) -> bool:
+    async def _look(self, number: int, written_too: bool) -> bool:
         context = self._context
         ledger = context.ledger
         row = pack_row(context.store, number)
@@ -75,7 +76,10 @@ class SecondLook:
                 if changed is not None:
                     ledger.note(number, changed)
             return False
-        if None in answers.values():
+        # Who is short of room takes it as it takes one that is only written: by what is proven to be there.
+        proven = tuple(m if answers.get(shard) else -1 for shard, m in enumerate(row.placement))
+        enough = row.written and (proven == row.placement or (written_too and replace(row, placement=proven).written))
+        if not enough:
             ledger.later(number, _UNKNOWN_SECONDS)
             return False
         if not set_looked(context.store, number, row.placement, context.clock.time_ns()):

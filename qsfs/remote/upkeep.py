@@ -211,6 +211,7 @@ class Upkeep:
             for work in (
                 self._look,
                 self._complete,
+                self._completer.salvage.work,
                 self._collect,
                 self.dead.work,
                 self.strays.work,

@@ -123,5 +123,7 @@ class Evictor:
         row = self._store.get(Table.PACKS, u64(pack))
         if row is None:
             return False
-        state = PackRow.decode(row).state
-        return bool(state & PackState.LOOKED) and (bool(state & PackState.FULL) or written_will_do)
+        found = PackRow.decode(row)
+        if not found.state & PackState.LOOKED:
+            return False
+        return bool(found.state & PackState.FULL) or (written_will_do and found.written)

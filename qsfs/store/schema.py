@@ -298,6 +298,12 @@ class PackRow:
     state: int
     placement: tuple[int, ...]
 
+    @property
+    def written(self) -> bool:
+        """Whether as many shards have a place as a pack needs to count as written: k + ceil(m / 2)."""
+        k, n = self.body_length // max(1, self.shard_size), len(self.placement)
+        return n - self.placement.count(-1) >= k + (n - k + 1) // 2
+
     def encode(self) -> bytes:
         """The row: version u8 = 1, the fields in order with n u16 before `live`, then n placements i32."""
         head = _PACK.pack(

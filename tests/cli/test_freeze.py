@@ -23,9 +23,12 @@ PATIENCE = 60.0
 LONG = 600.0
 
 FREEZER = """
-import sys
+import signal, sys
 from pathlib import Path
 from qsfs.cli.freeze import freeze
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with freeze(Path(sys.argv[1]), float(sys.argv[2])):
     print("held", flush=True)
     sys.stdin.read()

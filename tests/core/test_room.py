@@ -19,13 +19,16 @@ from qsfs.clock import FixedClock
 from qsfs.config import CacheConfig
 from qsfs.daemon.committer import Committer
 from qsfs.daemon.keeper import Keeper
+from qsfs.daemon.space import DaemonSpace
 from qsfs.errors import CacheError
 from qsfs.filesystem.needs import NeedPages, NeedRoom
+from qsfs.format.erasure import CodeParams
+from qsfs.remote.members import Members
 from qsfs.store.environment import Environment, StoreFull
 from qsfs.store.group import Group, Publication
 from qsfs.store.limits import Limits
 from qsfs.store.packs import add_pack
-from qsfs.store.schema import BLOCK_PAGES, PAGE, ExtentRow, PackRow, PackState, Table, split_u64_pair, u64
+from qsfs.store.schema import BLOCK_PAGES, BLOCK_SIZE, PAGE, ExtentRow, PackRow, PackState, Table, split_u64_pair, u64
 from qsfs.store.snapshot import CommittedState
 from qsfs.store.store import NEXT_INODE, NEXT_PACK
 from tests.core.machine import Machine, page
@@ -278,6 +281,84 @@ async def test_a_copy_larger_than_the_cache_onto_an_atomic_name_joins_with_an_al
         await live.committer.commit()
         assert await live.read(copy) == wanted
         assert (tmp_path / "data.mdb").stat().st_size <= SMALLEST.map_bytes
+
+
+@pytest.mark.parametrize("size", [48, 64])
+async def test_scattered_writes_without_a_sync_end_too(
+    tmp_path: Path, clock: MockClock, expect_log: Callable[..., None], size: int
+) -> None:
+    """Each page is promised a whole block, so room may be gone while hardly any is used: then the file joins."""
+    expect_log("all of it is taken as synced now")
+    limits = Limits.of(CacheConfig(directory=tmp_path, size_bytes=size << 20), 512 << 20)
+    async with running(tmp_path, limits) as live:
+        file = live.machine.create("a", atomic=True)
+        calls = 0
+        room = live.keeper.room
+
+        async def counted() -> None:
+            nonlocal calls
+            calls += 1
+            assert calls < 10_000, "who waits for room is woken for nothing"
+            await room()
+
+        live.keeper.room = counted  # type: ignore[method-assign]
+        for block in range(2 * limits.full_bytes // BLOCK_SIZE):
+            await live.write(file, block * BLOCK_PAGES, page("u"))
+        assert live.keeper.joined
+
+
+async def test_a_truncation_that_takes_long_holds_up_no_room(
+    tmp_path: Path, clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file of backends is removed while the cache is full of what may be evicted."""
+    async with running(tmp_path) as live:
+        file = live.machine.create("a")
+        for first in range(0, SMALLEST.full_bytes // PAGE, 16):
+            await live.write(file, first, page("x") * 16)
+        steps = 0
+
+        def without_end(most: int) -> bool:
+            nonlocal steps
+            steps += 1
+            return False
+
+        monkeypatch.setattr(live.store, "work_off_truncations", without_end)
+        with trio.fail_after(600):
+            for first in range(0, SMALLEST.full_bytes // PAGE, 16):
+                await live.write(file, 1 << 20 | first, page("y") * 16)
+        assert steps
+
+
+async def test_names_are_refused_only_once_what_is_only_written_was_evicted_too(
+    tmp_path: Path, clock: MockClock, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[..., None]
+) -> None:
+    """A backend is away, so no pack becomes full: that is taken after a minute, and until then room may come."""
+    expect_log("what is only written is evicted too")
+    monkeypatch.setattr("tests.core.test_room.SAFE", PackState.LOOKED)
+    async with running(tmp_path) as live:
+        store, keeper = live.store, live.keeper
+        packs = {0}
+        space = DaemonSpace(
+            store,
+            Members(),
+            CodeParams(4, 6),
+            lambda name: 0,
+            lambda: not keeper.futile or bool(packs and not keeper.exhausted),
+        )
+        file = live.machine.create("a")
+        for block in itertools.count():
+            if store.expected_bytes() >= store.limits.new_bytes + (256 << 10):
+                break
+            await live.write(file, block * 16, page("x") * 16)
+        await trio.sleep(60)
+        begin = trio.current_time()
+        while True:
+            try:
+                assert space.has_room(), "a name is refused, and everything could be evicted"
+                break
+            except NeedRoom:
+                await keeper.room()
+        assert 50 < trio.current_time() - begin < 120
 
 
 async def test_uncovered_data_do_not_join_while_waiting_makes_room(tmp_path: Path, clock: MockClock) -> None:

@@ -53,3 +53,20 @@ def test_the_wait_goes_on_over_a_restart() -> None:
 
 def test_a_clock_that_was_set_back_makes_the_wait_no_longer() -> None:
     assert due_after(At(-100_000)) == DELAY
+
+
+def test_packs_that_cannot_be_looked_at_hold_up_no_other() -> None:
+    """A backend is away, with a shard of each of very many packs: one that it has nothing of comes to its turn."""
+    clock = At(0)
+    ledger = Ledger(clock, DELAY)
+    for number in range(1000):
+        ledger.note(number, written())
+    ledger.note(5000, written())
+    clock.running = DELAY
+    seen: set[int] = set()
+    for _ in range(60):
+        clock.running += 1
+        for number in ledger.due(32, written_too=True):
+            seen.add(number)
+            ledger.later(number, 30)
+    assert 5000 in seen

@@ -1,0 +1,106 @@
+"""Uploading anew what is still local of packs that have fewer shards than they need.
+
+Backends that lost what they had acknowledged may leave a pack of which nothing can be read.  Its pages are not gone
+while the cache holds them: until the second look has found a pack whole none is evicted.  They are marked
+dirty, and the next cut or pre-copy has them in another pack.  Which extents lie in such a pack is found by reading
+all of them, in steps on a worker thread: it is that rare.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+
+import trio
+
+from qsfs.remote.context import FlushContext
+from qsfs.store.packs import pack_row
+from qsfs.store.reading import LocalDamage
+from qsfs.store.redirty import redirty
+from qsfs.store.schema import ExtentRow, Inode, Table, split_u64_pair
+from qsfs.store.snapshot import CommittedState
+
+_log = logging.getLogger(__name__)
+
+_STEP_SECONDS = 0.1
+_EXTENTS_A_STEP = 64
+
+
+class Salvage:
+    """What is done about packs that are `lost`, whose numbers are added there; each once in a mount.
+
+    `salvaged_pages` counts the pages that were marked dirty.
+    """
+
+    def __init__(self, context: FlushContext) -> None:
+        self.lost: set[int] = set()
+        self.salvaged_pages = 0
+        self._context = context
+        self._done: set[int] = set()
+
+    async def work(self) -> None:
+        """Deals with the packs that became known as lost since the last call."""
+        lost = frozenset(self.lost - self._done)
+        if not lost:
+            return
+        found: Counter[int] = Counter()
+        position: bytes | None = b""
+        while position is not None:
+            start = position
+            some, position = await self._context.in_thread(lambda: self._extents(start, lost))  # noqa: B023
+            for begin in range(0, len(some), _EXTENTS_A_STEP):
+                await self._context.committer.room()
+                for inode, row in some[begin : begin + _EXTENTS_A_STEP]:
+                    found[row.pack] += self._mark(inode, row)
+                await trio.lowlevel.checkpoint()
+        self._done |= lost
+        self.salvaged_pages += found.total()
+        for number in sorted(lost):
+            self._tell(number, found[number])
+
+    def _extents(self, start: bytes, lost: frozenset[int]) -> tuple[list[tuple[int, ExtentRow]], bytes | None]:
+        """For a worker thread: extents in `lost` packs, as of the last commit, and where to go on."""
+        context = self._context
+        found = []
+        until = context.clock.monotonic() + _STEP_SECONDS
+        with CommittedState(context.store.environment, context.clock) as state:
+            for key, value in state.view.scan(Table.EXTENTS, start, None):
+                inode, first = split_u64_pair(key)
+                row = ExtentRow.decode(first, bytes(value))
+                if row.pack in lost:
+                    found.append((inode, row))
+                if context.clock.monotonic() >= until:
+                    return found, key + b"\0"
+        return found, None
+
+    def _mark(self, number: int, row: ExtentRow) -> int:
+        """How many pages of an extent were marked; only what still lies in it, and whose local bytes are right."""
+        store = self._context.store
+        inode = store.inode(number)
+        if inode is None:
+            return 0
+        now = [
+            part
+            for part in store.extents.overlapping(number, row.first, row.first + row.pages)
+            if (part.pack, part.ordinal) == (row.pack, row.ordinal)
+        ]
+        pages = ((part, page) for part in now for page in self._right(inode, part))
+        return sum(redirty(store.blocks, inode, part.part(page, 1)) for part, page in pages)
+
+    def _right(self, inode: Inode, row: ExtentRow) -> Iterable[int]:
+        for page in range(row.first, row.first + row.pages):
+            try:
+                self._context.store.blocks.pages(inode.number, page, 1)
+            except LocalDamage as damage:
+                _log.error("%s, and its pack is lost: it cannot be uploaded anew", damage)
+            else:
+                yield page
+
+    def _tell(self, number: int, pages: int) -> None:
+        row = pack_row(self._context.store, number)
+        if row is not None and not row.unnamed_since_ns:
+            _log.warning(
+                "pack %s has fewer shards than it needs: %d of its pages are local and are uploaded anew; what else "
+                "lives in it is named by 'qsfs fsck --deep'", row.pack_id.hex(), pages,
+            )  # fmt: skip
