@@ -103,7 +103,8 @@ class Keeper:
                 # It may go on for long, and eviction comes first.
                 self._wake.set()
                 break
-        store.start.end_due()
+        while not store.start.end_due(_WORK_STEPS):
+            await self._pause()
         while not store.start.save(_WORK_STEPS):
             await self._pause()
 

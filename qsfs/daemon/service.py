@@ -331,7 +331,8 @@ class Service:
         if hasattr(self, "flushing"):
             await self._publish_the_last()
         if self.committer.failed is None:
-            self.store.start.end_all()
+            while not self.store.start.end_all(_SAVED_AT_ONCE):
+                await trio.lowlevel.checkpoint()
             while not self.store.start.save(_SAVED_AT_ONCE):
                 await self.committer.room()
             await self.committer.commit()

@@ -158,7 +158,8 @@ class StartPacker:
         for number in store.start.files:
             inode = store.inode(number)
             if inode is None or not inode.nlink:
-                store.start.drop(number)
+                while not store.start.drop(number, _ROWS_A_STEP):
+                    await self._pause()
                 continue
             for chunk, bits in store.start.chunks(number):
                 first, stop = chunk * CHUNK_PAGES, (chunk + 1) * CHUNK_PAGES

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from qsfs.clock import Clock
 from qsfs.store.layers import Layers
@@ -58,32 +59,49 @@ def bits_of(chunk: int, first: int, stop: int) -> int:
 
 @dataclass(slots=True)
 class _Window:
-    """What is read of one file in its first minutes; `chunks` is None once they are over."""
+    """What is read of one file in its first minutes; nothing is added once they are `over`."""
 
     until: float
-    chunks: dict[int, int] | None = field(default_factory=dict)
+    chunks: dict[int, int] = field(default_factory=dict)
+    pages: int = 0
+    blocks: int = 0
+    over: bool = False
+
+
+@dataclass(slots=True)
+class _File:
+    """What is recorded of one file."""
+
+    chunks: dict[int, int] = field(default_factory=dict)
+    pages: int = 0
 
 
 class StartPages:
     """The pages of one store that are read at a start.  Nothing is recorded, or known, before `begin`.
 
-    `version` counts the changes of what is recorded, `full` is whether more was read than may be.  More may be
-    recorded than the cache can keep: the first chunks of the first files are kept, the others only packed.
+    `version` counts the changes of what is recorded, `pages` the recorded pages, `full` is whether more was read
+    than may be, `seconds` how long a file is recorded.  More may be recorded than the cache can keep: the chunks
+    that come first are kept, the others only packed.
     """
 
     def __init__(self, layers: Layers, clock: Clock) -> None:
         self.version = 0
+        self.pages = 0
         self.full = False
+        self.seconds = 0.0
         self._layers = layers
         self._clock = clock
-        self._seconds = 0.0
         self._most_blocks = 0
         self._left = MOST_PAGES
         self._kept: set[tuple[int, int]] = set()
         self._kept_blocks = 0
-        self._window_blocks = 0
-        self._files: dict[int, dict[int, int]] = {}
+        self._files: dict[int, _File] = {}
+        # In the order in which they end.
         self._windows: dict[int, _Window] = {}
+        self._window_blocks = 0
+        self._ending: Iterator[None] = iter(())
+        self._opened: set[int] = set()
+        self._unopened: dict[int, None] = {}
         self._unsaved: set[tuple[int, int]] = set()
 
     def begin(self, seconds: float, most_blocks: int) -> None:
@@ -91,130 +109,167 @@ class StartPages:
 
         So many blocks at most are kept from eviction.
         """
+        self.seconds = seconds
+        self._most_blocks = most_blocks
         for key, row in self._layers.scan(Table.START, b"", None):
             inode, chunk = split_u64_pair(key)
-            self._files.setdefault(inode, {})[chunk] = int.from_bytes(row, "little")
-        self._seconds = seconds
-        self._most_blocks = most_blocks
-        self._choose_kept()
+            self._put(inode, chunk, int.from_bytes(row, "little"))
 
     # recording
 
-    def note(self, inode: int, first: int, count: int) -> None:
-        """Takes note that an application read `count` pages of a database."""
+    def note(self, inode: int, first: int, pages: int) -> None:
+        """Takes note that an application read `pages` pages of a database."""
         window = self._windows.get(inode)
         if window is None:
+            if not self.seconds or inode in self._opened:
+                return
             window = self._open(inode)
-        chunks = window.chunks
-        if chunks is None:
+        if window.over or self.full:
             return
-        stop = first + count
+        chunks = window.chunks
+        stop = first + pages
         while first < stop:
             chunk, bit = divmod(first, CHUNK_PAGES)
             here = min(stop - first, CHUNK_PAGES - bit)
             old = chunks.get(chunk, 0)
             new = old | ((1 << here) - 1) << bit
             if new != old:
-                self._left -= (new ^ old).bit_count()
+                more = (new ^ old).bit_count()
+                self._left -= more
                 if self._left < 0:
                     self._stop()
                     return
-                self._window_blocks += blocks_in(new) - blocks_in(old)
+                window.pages += more
+                blocks = blocks_in(new) - blocks_in(old)
+                window.blocks += blocks
+                self._window_blocks += blocks
                 chunks[chunk] = new
             first += here
 
     def _open(self, inode: int) -> _Window:
-        window = self._windows[inode] = _Window(self._clock.monotonic() + self._seconds)
-        if not self._seconds or self.full:
-            window.chunks = None
+        self._opened.add(inode)
+        self._unopened.pop(inode, None)
+        window = self._windows[inode] = _Window(self._clock.monotonic() + self.seconds)
         return window
 
     def _stop(self) -> None:
         """Ends all recording of this mount."""
         self.full = True
         _log.info("more is read at the start than is recorded for the next one: the first %d pages are", MOST_PAGES)
-        self.end_all()
 
     @property
     def recording(self) -> bool:
         """Whether a file is being recorded."""
-        return any(window.chunks is not None for window in self._windows.values())
+        return bool(self._windows)
 
-    def end_due(self) -> None:
-        """Ends the recording of the files whose time is over."""
-        now = self._clock.monotonic()
+    def end_due(self, most: int) -> bool:
+        """Ends the recording of files whose time is over, in at most `most` steps; True when none is left."""
+        return self._end_some(float("inf") if self.full else self._clock.monotonic(), most)
+
+    def end_all(self, most: int | None = None) -> bool:
+        """Ends all recording, at once if `most` is not given: what was read so far is taken for all of it."""
+        return self._end_some(float("inf"), most)
+
+    def _end_some(self, now: float, most: int | None) -> bool:
+        """A step takes over one chunk, or goes on to the next file."""
+        left = float("inf") if most is None else most
+        while left > 0:
+            if next(self._ending, True) and not self._end_next(now):
+                return True
+            left -= 1
+        return False
+
+    def _end_next(self, now: float) -> bool:
+        """Begins to end the recording of the next file; False if there is none whose time is over."""
         for inode, window in self._windows.items():
-            if window.chunks is not None and now >= window.until:
-                self._end(inode, window)
+            if window.until > now:
+                break
+            self._ending = self._end(inode, window)
+            return True
+        return False
 
-    def end_all(self) -> None:
-        """Ends all recording: what was read so far is taken for all of it."""
-        for inode, window in self._windows.items():
-            if window.chunks is not None:
-                self._end(inode, window)
+    def _end(self, inode: int, window: _Window) -> Iterator[None]:
+        """Takes over what was read of a file, chunk by chunk."""
+        window.over = True
+        file = self._files.get(inode, _File())
+        replaced = 2 * window.pages >= file.pages
+        if replaced:
+            # First, so that what was read takes its place among what is kept.
+            for chunk in list(file.chunks):
+                if chunk not in window.chunks:
+                    self._change(inode, chunk, 0)
+                    yield
+        for chunk, bits in window.chunks.items():
+            self._change(inode, chunk, bits if replaced else bits | self._bits(inode, chunk))
+            yield
+        self._window_blocks -= window.blocks
+        del self._windows[inode]
+        yield from self._forget_surplus()
 
-    def _end(self, inode: int, window: _Window) -> None:
-        found, window.chunks = window.chunks or {}, None
-        old = self._files.get(inode, {})
-        if 2 * _count(found) < _count(old):
-            found = {chunk: found.get(chunk, 0) | old.get(chunk, 0) for chunk in found.keys() | old.keys()}
-        if found == old:
+    def _forget_surplus(self) -> Iterator[None]:
+        """Forgets chunks of files that nobody has opened since the mount, while too much is recorded."""
+        while self.pages > MOST_PAGES and self._unopened:
+            inode = next(iter(self._unopened))
+            self._change(inode, next(reversed(self._files[inode].chunks)), 0)
+            yield
+
+    def seed(self, inode: int, first: int, pages: int) -> None:
+        """Records pages that lie in a pack of such pages: for a store that was restored."""
+        if not self.seconds:
             return
-        self._unsaved.update((inode, chunk) for chunk in found.keys() | old.keys())
-        self._files[inode] = found
-        self.version += 1
-        self._forget_surplus()
-        self._choose_kept()
+        for chunk in range(first // CHUNK_PAGES, (first + pages - 1) // CHUNK_PAGES + 1):
+            self._change(inode, chunk, self._bits(inode, chunk) | bits_of(chunk, first, first + pages))
 
-    def _forget_surplus(self) -> None:
-        """Forgets files that nobody has opened since the mount, while too much is recorded."""
-        surplus = self.pages - MOST_PAGES
-        for inode in [inode for inode in self._files if inode not in self._windows]:
-            if surplus <= 0:
-                return
-            surplus -= _count(self._files[inode])
-            self.drop(inode)
+    def drop(self, inode: int, most: int) -> bool:
+        """Forgets at most `most` chunks of a file; True when nothing of it is left."""
+        file = self._files.get(inode, _File())
+        for chunk in list(islice(file.chunks, most)):
+            self._change(inode, chunk, 0)
+        return inode not in self._files
 
-    def _choose_kept(self) -> None:
-        """Chooses the chunks whose blocks are kept."""
-        self._kept, self._kept_blocks = set(), 0
-        for inode in self.files:
-            for chunk, bits in self.chunks(inode):
-                self._keep(inode, chunk, blocks_in(bits))
+    def _change(self, inode: int, chunk: int, bits: int) -> None:
+        """Records these pages of a chunk, and no others."""
+        if bits != self._bits(inode, chunk):
+            self._put(inode, chunk, bits)
+            self._unsaved.add((inode, chunk))
+            self.version += 1
 
-    def _keep(self, inode: int, chunk: int, blocks: int) -> None:
-        """Keeps a chunk with so many blocks, or so many more of one that is kept, if there is room."""
-        if (inode, chunk) in self._kept or self._kept_blocks + blocks <= self._most_blocks:
+    def _put(self, inode: int, chunk: int, bits: int) -> None:
+        file = self._files.get(inode)
+        if file is None:
+            file = self._files[inode] = _File()
+            if inode not in self._opened:
+                self._unopened[inode] = None
+        old = file.chunks.pop(chunk, 0)
+        file.pages += bits.bit_count() - old.bit_count()
+        self.pages += bits.bit_count() - old.bit_count()
+        if bits:
+            file.chunks[chunk] = bits
+        elif not file.chunks:
+            del self._files[inode]
+            self._unopened.pop(inode, None)
+        self._choose(inode, chunk, old, bits)
+
+    def _choose(self, inode: int, chunk: int, old: int, bits: int) -> None:
+        """Keeps a chunk whose pages were `old` and are `bits` from eviction if there is room for all of its blocks."""
+        if (inode, chunk) in self._kept:
+            self._kept.remove((inode, chunk))
+            self._kept_blocks -= blocks_in(old)
+        blocks = blocks_in(bits)
+        if blocks and self._kept_blocks + blocks <= self._most_blocks:
             self._kept.add((inode, chunk))
             self._kept_blocks += blocks
 
-    def seed(self, inode: int, first: int, count: int) -> None:
-        """Records pages that lie in a pack of such pages: for a store that was restored."""
-        if not self._seconds:
-            return
-        chunks = self._files.setdefault(inode, {})
-        for chunk in range(first // CHUNK_PAGES, (first + count - 1) // CHUNK_PAGES + 1):
-            old = chunks.get(chunk, 0)
-            new = old | bits_of(chunk, first, first + count)
-            if new != old:
-                chunks[chunk] = new
-                self._unsaved.add((inode, chunk))
-                self._keep(inode, chunk, blocks_in(new) - blocks_in(old))
-                self.version += 1
-
-    def drop(self, inode: int) -> None:
-        """Forgets a file."""
-        chunks = self._files.pop(inode, None)
-        if chunks:
-            self._unsaved.update((inode, chunk) for chunk in chunks)
-            self.version += 1
+    def _bits(self, inode: int, chunk: int) -> int:
+        file = self._files.get(inode)
+        return 0 if file is None else file.chunks.get(chunk, 0)
 
     def save(self, most: int) -> bool:
         """Puts at most `most` rows that changed into the open group; True when none is left."""
         for _ in range(min(most, len(self._unsaved))):
             inode, chunk = self._unsaved.pop()
             key = u64_pair(inode, chunk)
-            bits = self._files.get(inode, {}).get(chunk, 0)
+            bits = self._bits(inode, chunk)
             if bits:
                 self._layers.put(Table.START, key, bits.to_bytes((bits.bit_length() + 7) // 8, "little"))
             else:
@@ -226,10 +281,10 @@ class StartPages:
     def keeps(self, inode: int, block: int) -> bool:
         """Whether a block has a page that is recorded, or is being recorded, and is to be kept for that."""
         chunk, bit = divmod(block * BLOCK_PAGES, CHUNK_PAGES)
-        if (inode, chunk) in self._kept and self._files.get(inode, {}).get(chunk, 0) >> bit & _BLOCK_BITS:
+        if (inode, chunk) in self._kept and self._bits(inode, chunk) >> bit & _BLOCK_BITS:
             return True
         window = self._windows.get(inode)
-        if window is None or not window.chunks or self._window_blocks > self._most_blocks:
+        if window is None or self._window_blocks > self._most_blocks:
             return False
         return bool(window.chunks.get(chunk, 0) >> bit & _BLOCK_BITS)
 
@@ -240,18 +295,9 @@ class StartPages:
 
     def chunks(self, inode: int) -> list[tuple[int, int]]:
         """The chunks of a file, in order, with the bits of their recorded pages."""
-        return sorted((chunk, bits) for chunk, bits in self._files.get(inode, {}).items() if bits)
+        return sorted(self._files.get(inode, _File()).chunks.items())
 
     @property
     def any(self) -> bool:
         """Whether anything is recorded, or being recorded."""
         return bool(self._files) or self.recording
-
-    @property
-    def pages(self) -> int:
-        """How many pages are recorded."""
-        return sum(_count(chunks) for chunks in self._files.values())
-
-
-def _count(chunks: dict[int, int]) -> int:
-    return sum(bits.bit_count() for bits in chunks.values())

@@ -82,7 +82,7 @@ def test_only_the_first_minutes_count_and_only_what_is_read(machine: Starting):
     machine.write_at(number, 5 * PAGE + 1, b"x")
     machine.clock.advance(SECONDS)
     assert machine.store.start.recording
-    machine.store.start.end_due()
+    assert machine.store.start.end_due(10)
     assert not machine.store.start.recording
     machine.page(number, 40)
     machine.remount()
@@ -146,6 +146,98 @@ def test_no_more_is_recorded_than_may_be(machine: Starting, monkeypatch: pytest.
     assert machine.recorded(old) == [], "which nothing read in this mount"
 
 
+class Counting:
+    """Counts in how many chunks blocks are counted: the cost of choosing what is kept."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, bits: int) -> int:
+        self.calls += 1
+        return blocks_in(bits)
+
+
+def test_many_files_end_together_a_few_at_a_time_and_at_the_same_cost_each(
+    machine: Starting, monkeypatch: pytest.MonkeyPatch
+):
+    """Requests wait meanwhile: neither a call nor all of them may take longer with the square of the files."""
+    files = 1000
+    starts = machine.store.start
+    for number in range(files):
+        starts.note(number, number % 7, 1)
+    machine.clock.advance(SECONDS)
+    counting = Counting()
+    monkeypatch.setattr(start, "blocks_in", counting)
+    calls = 1
+    while not starts.end_due(10):
+        calls += 1
+        assert len(starts.files) <= 10 * calls
+    assert starts.files == list(range(files)) and starts.pages == files
+    assert files / 10 <= calls <= files, "it goes on where it was"
+    assert counting.calls <= 4 * files
+    assert not starts.recording
+
+
+def test_one_large_file_ends_in_steps(machine: Starting):
+    """What is read meanwhile comes too late, and what was read stays kept until it is taken over."""
+    starts = machine.store.start
+    chunks = 50
+    for chunk in range(chunks):
+        starts.note(7, chunk * CHUNK_PAGES, 1)
+    machine.clock.advance(SECONDS)
+    assert not starts.end_due(10)
+    starts.note(7, chunks * CHUNK_PAGES, 1)
+    assert 0 < len(starts.chunks(7)) <= 10 and starts.recording
+    assert all(starts.keeps(7, chunk * CHUNK_PAGES // BLOCK_PAGES) for chunk in range(chunks))
+    while not starts.end_due(10):
+        pass
+    assert starts.chunks(7) == [(chunk, 1) for chunk in range(chunks)]
+    assert all(starts.keeps(7, chunk * CHUNK_PAGES // BLOCK_PAGES) for chunk in range(chunks))
+
+
+def test_an_unmount_ends_what_had_begun_to_end(machine: Starting):
+    starts = machine.store.start
+    for number in (7, 8):
+        for chunk in range(5):
+            starts.note(number, chunk * CHUNK_PAGES, 1)
+    machine.clock.advance(SECONDS)
+    assert not starts.end_due(3)
+    starts.note(9, 0, 1)
+    assert not starts.end_all(3)
+    while not starts.end_all(3):
+        pass
+    assert [len(starts.chunks(number)) for number in (7, 8, 9)] == [5, 5, 1]
+    assert starts.pages == 11
+
+
+def test_a_file_that_is_forgotten_makes_room_for_others(machine: Starting):
+    """The share that is kept from eviction counts what is recorded, not what once was."""
+    starts = machine.store.start
+    starts.seed(7, 0, MOST_BLOCKS * BLOCK_PAGES)
+    starts.seed(8, 0, 1)
+    assert starts.keeps(7, 0) and not starts.keeps(8, 0)
+    assert starts.drop(7, 1)
+    starts.seed(8, BLOCK_PAGES, 1)
+    assert starts.keeps(8, 0) and starts.keeps(8, 1)
+
+
+def test_what_is_found_in_packs_keeps_no_more_than_the_share(machine: Starting):
+    """Neither what a kept chunk gains nor a chunk that was refused before is kept beyond it."""
+    starts = machine.store.start
+    half = MOST_BLOCKS // 2
+
+    def kept() -> int:
+        return sum(starts.keeps(number, block) for number in (7, 8) for block in range(CHUNK_PAGES // BLOCK_PAGES))
+
+    starts.seed(7, 0, half * BLOCK_PAGES)
+    starts.seed(8, 0, (half + 1) * BLOCK_PAGES)
+    starts.seed(8, (half + 1) * BLOCK_PAGES, BLOCK_PAGES)
+    assert kept() == half, "a chunk is kept whole or not at all"
+    for block in range(half, MOST_BLOCKS + 5):
+        starts.seed(7, block * BLOCK_PAGES, BLOCK_PAGES)
+        assert kept() <= MOST_BLOCKS
+
+
 @pytest.mark.parametrize("while_recorded", [False, True])
 def test_no_more_is_kept_from_eviction_than_its_share(tmp_path: Path, while_recorded: bool):
     """The rest is packed, too, but goes like any other: the cache must stay fit for what runs after the start."""
@@ -176,7 +268,7 @@ def test_a_file_that_is_forgotten_leaves_no_rows(machine: Starting):
     for index in SCATTERED:
         machine.page(number, index)
     machine.remount()
-    machine.store.start.drop(number)
+    assert machine.store.start.drop(number, 100)
     machine.save()
     assert next(machine.store.scan(Table.START, b"", None), None) is None
 
