@@ -31,6 +31,7 @@ MOST_PAGES = 4 << 20
 """Pages that are recorded at most: what is known of them is in memory, some tens of MiB of it then."""
 ROW_BYTES = CHUNK_PAGES // 8
 
+_NUMBERS = 1024
 _BLOCK_BITS = (1 << BLOCK_PAGES) - 1
 _FIRST_BITS = sum(1 << bit for bit in range(0, CHUNK_PAGES, BLOCK_PAGES))
 
@@ -55,6 +56,21 @@ def bits_of(chunk: int, first: int, stop: int) -> int:
     start = chunk * CHUNK_PAGES
     first, stop = max(first, start) - start, min(stop, start + CHUNK_PAGES) - start
     return ((1 << stop - first) - 1) << first if stop > first else 0
+
+
+class _Numbers:
+    """A set of inode numbers, in which a number takes little more than a bit: they lie close together."""
+
+    def __init__(self) -> None:
+        self._words: dict[int, int] = {}
+
+    def add(self, number: int) -> None:
+        word, bit = divmod(number, _NUMBERS)
+        self._words[word] = self._words.get(word, 0) | 1 << bit
+
+    def __contains__(self, number: int) -> bool:
+        word, bit = divmod(number, _NUMBERS)
+        return bool(self._words.get(word, 0) >> bit & 1)
 
 
 @dataclass(slots=True)
@@ -100,7 +116,7 @@ class StartPages:
         self._windows: dict[int, _Window] = {}
         self._window_blocks = 0
         self._ending: Iterator[None] = iter(())
-        self._opened: set[int] = set()
+        self._opened = _Numbers()
         self._unopened: dict[int, None] = {}
         self._unsaved: set[tuple[int, int]] = set()
 

@@ -178,6 +178,34 @@ def test_many_files_end_together_a_few_at_a_time_and_at_the_same_cost_each(
     assert not starts.recording
 
 
+def test_little_is_known_of_files_whose_time_is_over(machine: Starting):
+    """Only that it is, so that they are not recorded again: a mount may read any number of them."""
+    starts = machine.store.start
+    files = 4000
+    for number in range(files):
+        starts.note(number, 0, 1)
+    starts.end_all()
+    for number in range(files):
+        assert starts.drop(number, 1)
+        starts.note(number, 0, 1)
+    assert not starts.recording and not starts.any
+    assert not starts._windows and not starts._unopened
+    assert len(starts._opened._words) <= files / 500
+
+
+def test_nothing_is_known_where_nothing_is_recorded(tmp_path: Path):
+    """Where that is switched off, and in images, where it never begins."""
+    machine = Machine(tmp_path)
+    starts = machine.store.start
+    for seconds in (None, 0.0):
+        if seconds is not None:
+            starts.begin(seconds, MOST_BLOCKS)
+        for number in range(100):
+            starts.note(number, 0, 1)
+        assert not starts.recording and not starts._windows and not starts._opened._words
+    machine.close()
+
+
 def test_one_large_file_ends_in_steps(machine: Starting):
     """What is read meanwhile comes too late, and what was read stays kept until it is taken over."""
     starts = machine.store.start

@@ -48,7 +48,7 @@ async def started(
 def read(machine: FlushMachine, number: int, pages: Iterable[int]) -> None:
     """An application's start, from its first read to the end of the time that is recorded."""
     start = machine.store.start
-    start._opened.clear()
+    start._opened._words.clear()
     for page in pages:
         start.note(number, page, 1)
     start.end_all()
