@@ -22,6 +22,7 @@ from qsfs.format.keys import KeyRing
 from qsfs.format.pack import open_extent, open_index
 from qsfs.remote.reader import PackReader
 from qsfs.remote.stored import StoredPack
+from qsfs.store.packs import set_start
 from qsfs.store.schema import BLOCK_SIZE, PAGE, ExtentRow, PackRow, PackState, Table, split_u64, u64
 from qsfs.store.store import Store
 
@@ -55,6 +56,14 @@ class StartCounts:
 
     packs: int = 0
     pages: int = 0
+
+
+@dataclass(slots=True)
+class _Use:
+    """What is left of a pack, and how much of that is recorded."""
+
+    pages: int = 0
+    recorded: int = 0
 
 
 class StartFetcher:
@@ -176,13 +185,17 @@ class StartFetcher:
         keys = self._reader.keys
         entries = await self._reader.compute(len(body), open_index, keys, pack.ref, body)
         self.counts.packs += 1
+        use = _Use()
         for some in _parts(entries):
-            wanted = [entry for entry in some if self._wanted(number, entry)]
+            wanted = [entry for entry in some if self._wanted(number, entry, use)]
             size = sum(entry.plain_length for entry in wanted)
             for entry, data in await self._reader.compute(size, _open_all, keys, pack, body, wanted):
                 if not await self._install(number, entry, data):
                     return False
             await trio.lowlevel.checkpoint()
+        if 2 * use.recorded < use.pages:
+            # Starts read little of it by now: the next one must not fetch all of it again.
+            set_start(self._store, number, False)
         return True
 
     async def _shards(self, number: int, pack: StoredPack) -> dict[int, memoryview]:
@@ -199,12 +212,16 @@ class StartFetcher:
         rows = self._store.extents.overlapping(entry.inode, entry.first_page, entry.first_page + entry.pages)
         return [row for row in rows if (row.pack, row.ordinal) == (number, entry.ordinal)]
 
-    def _wanted(self, number: int, entry: ExtentEntry) -> bool:
-        """Whether something of an extent is remote only.  Whatever is left of it is a start page from here on."""
+    def _wanted(self, number: int, entry: ExtentEntry, use: _Use) -> bool:
+        """Whether something of an extent is remote only.
+
+        What is left of it is a start page from here on, unless this store knows better.
+        """
         store = self._store
         wanted = False
         for row in self._rows(number, entry):
-            store.start.seed(entry.inode, row.first, row.pages)
+            use.pages += row.pages
+            use.recorded += store.start.seed(entry.inode, row.first, row.pages)
             wanted |= bool(store.blocks.remote_blocks(entry.inode, row, row.first, row.first + row.pages))
         return wanted
 

@@ -15,6 +15,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import trio
 
@@ -24,9 +25,20 @@ from qsfs.remote.packing import PackSealing, row_of
 from qsfs.remote.upload import Upload
 from qsfs.store.block import block_key
 from qsfs.store.packs import move_run, pack_row, reserve_numbers, set_start, steps
-from qsfs.store.schema import PAGE, ExtentRow, PackRow, PackState, plain_u64, read_plain_u64
+from qsfs.store.schema import (
+    PAGE,
+    ExtentRow,
+    PackRow,
+    PackState,
+    Table,
+    plain_u64,
+    read_plain_u64,
+    split_u64,
+    u64,
+)
 from qsfs.store.snapshot import CommittedState, DirtyRun
 from qsfs.store.start import CHUNK_PAGES, bits_of, blocks_of
+from qsfs.store.store import NEXT_PACK
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +52,7 @@ _LEAST_SECONDS = 30.0
 """Between two looks, while more is recorded all the time."""
 _RETRY_SECONDS = 600.0
 _PACKED_KEY = b"start-packed-ns"
+_OWN_KEY = b"start-own-packs"
 _ROWS_A_STEP = 256
 
 _Blocks = list[tuple[int, int, int]]
@@ -81,6 +94,7 @@ class StartPacker:
         self._seen = 0
         self._look_at = 0.0
         self._retry_at = 0.0
+        self._marked: set[int] | None = None
 
     def report(self) -> dict[str, int]:
         """How many pages are recorded, how many packs were made of such, and the bytes of their pages."""
@@ -93,6 +107,7 @@ class StartPacker:
     async def work(self) -> None:
         """Looks where the recorded pages lie when others are recorded, else once a day; packs them if that pays."""
         context, start = self._context, self._context.store.start
+        self._note_own()
         now = context.clock.monotonic()
         if start.recording or (start.version == self._seen and now < self._look_at) or now < self._retry_at:
             return
@@ -101,6 +116,7 @@ class StartPacker:
         self._retry_at = now + _RETRY_SECONDS
         version = start.version
         plan = await self._plan()
+        await self._unmark(plan)
         if plan.worth_it:
             wait = self._wait_seconds()
             if wait > 0:
@@ -144,10 +160,51 @@ class StartPacker:
             if pack is not None and _is_dense(pack, pages):
                 plan.dense.add(number)
                 plan.fetched += pack.body_length
-                set_start(store, number, True)
+                self._mark(number)
             else:
                 plan.fetched += shards[number].bit_count() * sizes[number]
         return plan
+
+    # marks
+
+    def _note_own(self) -> None:
+        """Makes the store know for ever which packs are older than it: others than it have marked them."""
+        store = self._context.store
+        if store.local(_OWN_KEY) is None:
+            store.set_local(_OWN_KEY, plain_u64(store.counter(NEXT_PACK) + 1))
+
+    def _mark(self, number: int) -> None:
+        set_start(self._context.store, number, True)
+        if self._marked is not None:
+            self._marked.add(number)
+
+    async def _unmark(self, plan: _Plan) -> None:
+        """Takes the mark from packs of which nothing is recorded any more: each would be fetched whole.
+
+        Not from those that others have marked: what is recorded here may not be of their files.
+        """
+        store = self._context.store
+        if self._marked is None:
+            self._marked = await self._own_marked()
+        gone = self._marked - plan.pages.keys()
+        for index, number in enumerate(sorted(gone)):
+            if index % _ROWS_A_STEP == 0:
+                await self._pause()
+            set_start(store, number, False)
+        self._marked -= gone
+
+    async def _own_marked(self) -> set[int]:
+        """The packs with a mark that this store has written; goes once through all of its packs."""
+        store = self._context.store
+        found: set[int] = set()
+        start = u64(read_plain_u64(store.local(_OWN_KEY) or plain_u64(0)))
+        while True:
+            rows = list(islice(store.scan(Table.PACKS, start, None), _ROWS_A_STEP))
+            found.update(split_u64(key) for key, row in rows if PackRow.decode(row).state & PackState.START)
+            if len(rows) < _ROWS_A_STEP:
+                return found
+            start = rows[-1][0] + b"\0"
+            await self._pause()
 
     async def _recorded(self) -> AsyncIterator[tuple[int, ExtentRow, int, int]]:
         """The extents with recorded pages: inode, row, chunk, what is recorded of the chunk.
@@ -221,6 +278,8 @@ class StartPacker:
             failpoints.hit("start.pack.recorded")
         finally:
             context.packs.release()
+        if self._marked is not None:
+            self._marked.add(number)
         self.packed_packs += 1
         self.packed_bytes += moved * PAGE
         return {number}

@@ -86,10 +86,11 @@ class _Window:
 
 @dataclass(slots=True)
 class _File:
-    """What is recorded of one file."""
+    """What is recorded of one file; `seeded`: only from packs, no start of this store was recorded to its end."""
 
     chunks: dict[int, int] = field(default_factory=dict)
     pages: int = 0
+    seeded: bool = False
 
 
 class StartPages:
@@ -218,6 +219,8 @@ class StartPages:
         for chunk, bits in window.chunks.items():
             self._change(inode, chunk, bits if replaced else bits | self._bits(inode, chunk))
             yield
+        if inode in self._files:
+            self._files[inode].seeded = False
         self._window_blocks -= window.blocks
         del self._windows[inode]
         yield from self._forget_surplus()
@@ -229,12 +232,24 @@ class StartPages:
             self._change(inode, next(reversed(self._files[inode].chunks)), 0)
             yield
 
-    def seed(self, inode: int, first: int, pages: int) -> None:
-        """Records pages that lie in a pack of such pages: for a store that was restored."""
+    def seed(self, inode: int, first: int, pages: int) -> int:
+        """Records pages that lie in a pack of such pages, for a store that was restored; how many of them are then.
+
+        Once it has a record of its own of the file, that is better than what another's start has read.  All are taken
+        for recorded where nothing is ever.
+        """
         if not self.seconds:
-            return
-        for chunk in range(first // CHUNK_PAGES, (first + pages - 1) // CHUNK_PAGES + 1):
+            return pages
+        file = self._files.get(inode)
+        chunks = range(first // CHUNK_PAGES, (first + pages - 1) // CHUNK_PAGES + 1)
+        if file is not None and not file.seeded:
+            return sum(
+                (self._bits(inode, chunk) & bits_of(chunk, first, first + pages)).bit_count() for chunk in chunks
+            )
+        for chunk in chunks:
             self._change(inode, chunk, self._bits(inode, chunk) | bits_of(chunk, first, first + pages))
+        self._files[inode].seeded = True
+        return pages
 
     def drop(self, inode: int, most: int) -> bool:
         """Forgets at most `most` chunks of a file; True when nothing of it is left."""

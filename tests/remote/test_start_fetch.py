@@ -262,6 +262,19 @@ async def test_a_pack_is_fetched_whole_once(fs: SmallFs, autojump_clock):
         assert fetcher.start.counts.packs > 3
 
 
+async def test_a_pack_of_which_starts_read_little_is_fetched_whole_once_more(fs: SmallFs, autojump_clock):
+    """A restored store has its marks from another; once it knows what its own starts read, that counts."""
+    number, packs, _ = start_file(fs)
+    record(fs, number, [*RUN[: AT_ONCE // 2], *RUN[AT_ONCE : AT_ONCE + AT_ONCE // 2 - 1]])
+    recorded = fs.store.start.chunks(number)
+    async with fs.fetching() as fetcher:
+        await fetcher.fetch(number, 0, 1)
+        await settled(fetcher)
+        assert fetcher.start.counts.packs == 3
+        assert [found for found, _ in await fetcher.start.all_packs()] == [packs[0], *packs[3:]]
+        assert fs.store.start.chunks(number) == recorded
+
+
 async def test_nothing_is_fetched_in_bulk_where_eviction_would_begin(scratch: Path, autojump_clock):
     fs = await SmallFs.make(scratch / "cache")
     number, _, _ = start_file(fs)

@@ -132,17 +132,44 @@ async def test_packs_full_of_such_pages_are_only_marked(world: World, machine: F
         assert packed(flusher) == 0
 
 
-async def test_packs_that_are_read_no_more_lose_the_mark(world: World, machine: FlushMachine, clock):
-    """A start must not fetch for ever what starts once read."""
+@pytest.mark.parametrize("still", [[*SCATTERED[::5], SCATTERED[-1]], []], ids=["some", "none"])
+async def test_packs_that_are_read_no_more_lose_the_mark(world: World, machine: FlushMachine, clock, still: list[int]):
+    """A start must not fetch for ever what starts once read: neither what it reads little of nor what nothing of."""
     async with started(machine) as (flusher, number, _):
         await until(lambda: packed(flusher))
         old = {n for n, row in pack_rows(machine).items() if row.state & PackState.START}
-        later = [*SCATTERED[::5], SCATTERED[-1], *range(9, PAGES, 8)]
+        later = [*still, *range(9, PAGES, 8)]
         read(machine, number, later)
         await trio.sleep(2 * DAY)
         rows = pack_rows(machine)
         assert not [n for n in old if n in rows and rows[n].state & PackState.START]
         assert in_start_packs(machine, number) == set(later)
+
+
+async def test_packs_that_lost_their_readers_before_a_mount_lose_the_mark(world: World, machine: FlushMachine, clock):
+    async with started(machine) as (flusher, number, _):
+        await until(lambda: packed(flusher))
+        read(machine, number, range(9, PAGES, 8))
+        assert in_start_packs(machine, number) == set(SCATTERED)
+        machine.committer.commit_now()
+    async with flushing(machine):
+        await trio.sleep(2 * DAY)
+        assert in_start_packs(machine, number) == set(range(9, PAGES, 8))
+
+
+async def test_packs_that_another_store_marked_keep_the_mark(
+    world: World, machine: FlushMachine, clock, monkeypatch: pytest.MonkeyPatch
+):
+    """Where a file system was restored nothing is recorded yet: the marks are all that is known of its starts."""
+    async with started(machine) as (flusher, number, _):
+        await until(lambda: packed(flusher))
+        machine.committer.commit_now()
+    monkeypatch.setattr(start_packs, "_OWN_KEY", b"of another store")
+    async with flushing(machine):
+        while not machine.store.start.drop(number, 1):
+            pass
+        await trio.sleep(2 * DAY)
+        assert in_start_packs(machine, number) == set(SCATTERED)
 
 
 async def test_few_pages_are_not_worth_a_pack(world: World, machine: FlushMachine, clock):
