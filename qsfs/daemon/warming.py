@@ -19,6 +19,7 @@ from qsfs.store.store import Store
 from qsfs.values import format_size
 
 _READS_AT_ONCE = 16
+_EXTENTS_A_STEP = 128
 _MOST_FAILURES = 8
 """Packs and pages that did not come after which it gives up: each costs a deadline."""
 
@@ -132,11 +133,13 @@ class _Work:
         store = self._store
         for inode in store.start.files:
             for chunk, bits in store.start.chunks(inode):
-                for row in list(store.extents.overlapping(inode, chunk * CHUNK_PAGES, (chunk + 1) * CHUNK_PAGES)):
-                    some = bits & bits_of(chunk, row.first, row.first + row.pages)
-                    if some:
-                        yield inode, chunk, row, some
-                await trio.lowlevel.checkpoint()
+                first, stop = chunk * CHUNK_PAGES, (chunk + 1) * CHUNK_PAGES
+                for rows in store.extents.parts(inode, first, stop, _EXTENTS_A_STEP):
+                    for row in rows:
+                        some = bits & bits_of(chunk, row.first, row.first + row.pages)
+                        if some:
+                            yield inode, chunk, row, some
+                    await trio.lowlevel.checkpoint()
 
     async def _rest(self) -> AsyncIterator[tuple[ExtentRow, int, int, int]]:
         """The recorded pages that are only remote, by block: extent, inode, first page, pages."""

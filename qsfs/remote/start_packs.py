@@ -54,6 +54,7 @@ _RETRY_SECONDS = 600.0
 _PACKED_KEY = b"start-packed-ns"
 _OWN_KEY = b"start-own-packs"
 _ROWS_A_STEP = 256
+_EXTENTS_A_STEP = 128
 
 _Blocks = list[tuple[int, int, int]]
 
@@ -220,10 +221,11 @@ class StartPacker:
                 continue
             for chunk, bits in store.start.chunks(number):
                 first, stop = chunk * CHUNK_PAGES, (chunk + 1) * CHUNK_PAGES
-                for row in list(store.extents.overlapping(number, first, stop)):
-                    if bits & bits_of(chunk, row.first, row.first + row.pages):
-                        yield number, row, chunk, bits
-                await self._pause()
+                for rows in store.extents.parts(number, first, stop, _EXTENTS_A_STEP):
+                    for row in rows:
+                        if bits & bits_of(chunk, row.first, row.first + row.pages):
+                            yield number, row, chunk, bits
+                    await self._pause()
 
     async def _pause(self) -> None:
         await trio.lowlevel.checkpoint()

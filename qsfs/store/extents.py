@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 from qsfs.store.layers import Rows
 from qsfs.store.schema import PAGE, ExtentRow, PackRow, Table, u64, u64_pair
@@ -69,6 +70,12 @@ class Extents:
                 return
         for key, value in self._layers.scan(Table.EXTENTS, u64_pair(inode, first), u64_pair(inode, stop)):
             yield ExtentRow.decode(int.from_bytes(key[8:], "big"), value)
+
+    def parts(self, inode: int, first: int, stop: int, most: int) -> Iterator[list[ExtentRow]]:
+        """The same, at most `most` at a time; what changes between two parts shows in the later one."""
+        while rows := list(islice(self.overlapping(inode, first, stop), most)):
+            yield rows
+            first = rows[-1].first + rows[-1].pages
 
     def insert(self, inode: int, row: ExtentRow) -> None:
         """Adds an extent; what older ones hold of its pages is taken from them."""

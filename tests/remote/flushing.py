@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
+import pytest
 import trio
 from trio.testing import MockClock
 
@@ -19,7 +20,8 @@ from qsfs.errors import Fenced
 from qsfs.format.shard import parse_shard_key
 from qsfs.remote.context import FlushContext
 from qsfs.remote.flush import Flusher
-from qsfs.store.schema import PAGE, PackRow, Table
+from qsfs.store.schema import PAGE, ExtentRow, PackRow, Table
+from qsfs.store.store import Store
 from tests.remote.flush_machine import DirectReader, FlushMachine
 from tests.remote.harness import World
 
@@ -81,3 +83,23 @@ def stored_packs(world: World) -> set[bytes]:
     """The ids of the packs of which some backend has a shard."""
     keys = [key for store in world.data for key in list(store.keys())]
     return {named.pack_id for key in keys if (named := parse_shard_key(key))}
+
+
+class RowsAStep(trio.abc.Instrument):
+    """How many extents of a store were looked at, at most, before other tasks had a turn."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.most = 0
+        self._rows = 0
+        overlapping = store.extents.overlapping
+
+        def counted(inode: int, first: int, stop: int) -> Iterator[ExtentRow]:
+            for row in overlapping(inode, first, stop):
+                self._rows += 1
+                self.most = max(self.most, self._rows)
+                yield row
+
+        monkeypatch.setattr(store.extents, "overlapping", counted)
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._rows = 0

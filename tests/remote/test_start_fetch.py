@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from qsfs.backend.limits import RateLimit, with_limits
+from qsfs.daemon import warming
 from qsfs.daemon.warming import warm_start
 from qsfs.errors import LimitExceeded, Unavailable
 from qsfs.filesystem.contents import Contents
@@ -31,7 +32,7 @@ from qsfs.store.schema import PAGE, InodeFlag
 from qsfs.store.start import blocks_of
 from qsfs.store.store import Store
 from tests.remote.flush_machine import LIMITS, FlushMachine
-from tests.remote.flushing import VirtualClock, flushing, until
+from tests.remote.flushing import RowsAStep, VirtualClock, flushing, until
 from tests.remote.harness import World, make_world
 from tests.remote.small_fs import SECRET, SmallFs, add_superblock, candidates_of, noise
 from tests.remote.test_restore_flushed import add_owner_records
@@ -426,6 +427,19 @@ async def test_a_warm_fetches_all_start_packs_and_what_else_is_recorded(fs: Smal
         read = fetcher.reader.counts.bytes
         assert await warm(fs, fetcher) == {"packs": 0, "fetched_bytes": 0}
         assert fetcher.reader.counts.bytes == read, "what is here is not read again"
+
+
+async def test_a_warm_lets_others_work_between_extents(fs: SmallFs, autojump_clock, monkeypatch: pytest.MonkeyPatch):
+    """A chunk may be thousands of them."""
+    number, _, _ = start_file(fs, evicted=False)
+    record(fs, number, list(range(480)))
+    monkeypatch.setattr(warming, "_EXTENTS_A_STEP", 16)
+    async with fs.fetching() as fetcher:
+        rows = RowsAStep(fs.store, monkeypatch)
+        trio.lowlevel.add_instrument(rows)
+        await warm(fs, fetcher)
+        trio.lowlevel.remove_instrument(rows)
+    assert 0 < rows.most <= 16
 
 
 async def test_a_warm_of_a_restored_store_knows_the_packs_alone(fs: SmallFs, autojump_clock):

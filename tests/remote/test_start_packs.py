@@ -14,7 +14,7 @@ from qsfs.remote import start_packs
 from qsfs.remote.flush import Flusher
 from qsfs.store.schema import BLOCK_PAGES, PAGE, InodeFlag, PackRow, PackState, Table, u64_pair
 from tests.remote.flush_machine import Crash, FlushMachine, crash, restore
-from tests.remote.flushing import flushing, pack_rows, until
+from tests.remote.flushing import RowsAStep, flushing, pack_rows, until
 from tests.remote.harness import World
 
 PAGES = 640
@@ -170,6 +170,22 @@ async def test_packs_that_another_store_marked_keep_the_mark(
             pass
         await trio.sleep(2 * DAY)
         assert in_start_packs(machine, number) == set(SCATTERED)
+
+
+async def test_others_work_between_the_extents_that_are_counted(
+    world: World, machine: FlushMachine, clock, monkeypatch: pytest.MonkeyPatch
+):
+    """A chunk may be thousands of them."""
+    monkeypatch.setattr(start_packs, "_EXTENTS_A_STEP", 16)
+    async with started(machine) as (flusher, number, _):
+        await until(lambda: packed(flusher))
+        assert len(list(machine.store.extents.overlapping(number, 0, PAGES))) > 64
+        rows = RowsAStep(machine.store, monkeypatch)
+        trio.lowlevel.add_instrument(rows)
+        plan = await flusher._upkeep.start._plan()
+        trio.lowlevel.remove_instrument(rows)
+        assert plan.pages.total() == len(SCATTERED)
+        assert 0 < rows.most <= 16
 
 
 async def test_few_pages_are_not_worth_a_pack(world: World, machine: FlushMachine, clock):
