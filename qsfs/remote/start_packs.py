@@ -51,6 +51,8 @@ AGAIN_SECONDS = 86400.0
 _LEAST_SECONDS = 30.0
 """Between two looks, while more is recorded all the time."""
 _RETRY_SECONDS = 600.0
+_MOST_STARTS = 2
+"""What is recorded waits so many times as long as a file is recorded for others that still are."""
 _PACKED_KEY = b"start-packed-ns"
 _OWN_KEY = b"start-own-packs"
 _ROWS_A_STEP = 256
@@ -95,6 +97,7 @@ class StartPacker:
         self._seen = 0
         self._look_at = 0.0
         self._retry_at = 0.0
+        self._due_since: float | None = None
         self._marked: set[int] | None = None
 
     def report(self) -> dict[str, int]:
@@ -110,7 +113,12 @@ class StartPacker:
         context, start = self._context, self._context.store.start
         self._note_own()
         now = context.clock.monotonic()
-        if start.recording or (start.version == self._seen and now < self._look_at) or now < self._retry_at:
+        if (start.version == self._seen and now < self._look_at) or now < self._retry_at:
+            return
+        if self._due_since is None:
+            self._due_since = now
+        # Databases that are made and read all the time must not keep the others from being packed.
+        if start.recording and now - self._due_since < _MOST_STARTS * start.seconds:
             return
         if self._short_of_room() or not context.uploader.enough_backends():
             return
@@ -126,6 +134,7 @@ class StartPacker:
             await self._pack(plan)
             context.store.set_local(_PACKED_KEY, plain_u64(context.clock.time_ns()))
         self._seen = version
+        self._due_since = None
         self._look_at = now + AGAIN_SECONDS
         self._retry_at = now + _LEAST_SECONDS if plan.pages else 0.0
 

@@ -172,6 +172,31 @@ async def test_packs_that_another_store_marked_keep_the_mark(
         assert in_start_packs(machine, number) == set(SCATTERED)
 
 
+async def test_new_databases_all_the_time_do_not_keep_what_is_recorded_from_being_packed(
+    world: World, machine: FlushMachine, clock
+):
+    """A short while it waits for those that start together with it."""
+    async with started(machine, ()) as (flusher, number, _):
+        start = machine.store.start
+        new = 1 << 20
+        start.note(new, 0, 1)
+        for page in SCATTERED:
+            start.note(number, page, 1)
+        recorded_at = None
+        begun = trio.current_time()
+        while not packed(flusher):
+            start.note(new, 0, 1)
+            new += 1
+            start.end_due(1 << 20)
+            if recorded_at is None and start.pages:
+                recorded_at = trio.current_time()
+            await trio.sleep(5)
+            assert start.recording and trio.current_time() - begun < 600
+        assert recorded_at is not None
+        assert start.seconds < trio.current_time() - recorded_at <= 3 * start.seconds
+        assert in_start_packs(machine, number) == set(SCATTERED)
+
+
 async def test_others_work_between_the_extents_that_are_counted(
     world: World, machine: FlushMachine, clock, monkeypatch: pytest.MonkeyPatch
 ):
