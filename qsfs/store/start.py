@@ -12,6 +12,7 @@ somebody who looks at a database with a tool does not undo what its node's start
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -113,12 +114,12 @@ class StartPages:
         self._kept: set[tuple[int, int]] = set()
         self._kept_blocks = 0
         self._files: dict[int, _File] = {}
-        # In the order in which they end.
-        self._windows: dict[int, _Window] = {}
+        # In the order in which they end.  A plain dict finds its first item only behind all that were removed before.
+        self._windows: OrderedDict[int, _Window] = OrderedDict()
         self._window_blocks = 0
         self._ending: Iterator[None] = iter(())
         self._opened = _Numbers()
-        self._unopened: dict[int, None] = {}
+        self._unopened: OrderedDict[int, None] = OrderedDict()
         self._unsaved: set[tuple[int, int]] = set()
 
     def begin(self, seconds: float, most_blocks: int) -> None:
@@ -229,8 +230,11 @@ class StartPages:
         """Forgets chunks of files that nobody has opened since the mount, while too much is recorded."""
         while self.pages > MOST_PAGES and self._unopened:
             inode = next(iter(self._unopened))
-            self._change(inode, next(reversed(self._files[inode].chunks)), 0)
-            yield
+            for chunk in list(self._files[inode].chunks):
+                if self.pages <= MOST_PAGES or inode not in self._unopened:
+                    break
+                self._change(inode, chunk, 0)
+                yield
 
     def seed(self, inode: int, first: int, pages: int) -> int:
         """Records pages that lie in a pack of such pages, for a store that was restored; how many of them are then.

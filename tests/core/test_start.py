@@ -146,6 +146,24 @@ def test_no_more_is_recorded_than_may_be(machine: Starting, monkeypatch: pytest.
     assert machine.recorded(old) == [], "which nothing read in this mount"
 
 
+def test_of_files_that_nobody_opened_only_what_is_too_much_is_forgotten(
+    machine: Starting, monkeypatch: pytest.MonkeyPatch
+):
+    for number in (7, 8):
+        machine.store.start.seed(number, 0, 1)
+        machine.store.start.seed(number, CHUNK_PAGES, 1)
+        machine.store.start.seed(number, 2 * CHUNK_PAGES, 1)
+    machine.remount()
+    starts = machine.store.start
+    monkeypatch.setattr(start, "MOST_PAGES", 5)
+    starts.note(8, 0, 2)
+    starts.note(9, 0, 1)
+    starts.end_all()
+    assert starts.pages == 5
+    assert [len(starts.chunks(number)) for number in (7, 8, 9)] == [2, 1, 1]
+    assert machine.recorded(8) == [0, 1] and machine.recorded(9) == [0]
+
+
 class Counting:
     """Counts in how many chunks blocks are counted: the cost of choosing what is kept."""
 
