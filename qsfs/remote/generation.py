@@ -329,7 +329,8 @@ class Generations:
         await context.committer.room()
         self._recording = True
         for pack in cut.data:
-            await self._record_data(pack, cut.own[pack.number], written.data[pack.number])
+            with store.extents.recording(pack.number):
+                await self._record_data(pack, cut.own[pack.number], written.data[pack.number])
         now = context.clock.time_ns()
         for listed, upload in written.metadata:
             row = row_of(listed.ref, upload.placement, now, live=listed.ref.body_length)

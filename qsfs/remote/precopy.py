@@ -197,7 +197,8 @@ class PreCopier:
             upload = await context.uploader.upload(sealing.ref, sealing.shards)
             sealing.shards = []
             failpoints.hit("flush.precopy.written")
-            await self._record(number, sealing, upload)
+            with context.store.extents.recording(number):
+                await self._record(number, sealing, upload)
             # The group of the last step: with its commit all of them are clean.
             self._recorded.append((context.store.layers.open.number, pages))
             pages = []

@@ -282,7 +282,8 @@ class StartPacker:
             upload = await context.uploader.upload(sealing.ref, sealing.shards)
             sealing.shards = []
             failpoints.hit("start.pack.written")
-            moved = await self._record(number, sealing, upload)
+            with context.store.extents.recording(number):
+                moved = await self._record(number, sealing, upload)
             if not moved:
                 await context.in_thread(lambda: context.spool.add_abandoned([sealing.ref]))
                 return set()

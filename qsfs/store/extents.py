@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
@@ -30,6 +31,7 @@ class Extents:
         self._live_change: defaultdict[int, int] = defaultdict(int)
         self._has: dict[int, bool] = {}
         self._lost: defaultdict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._recording: set[int] = set()
         self.emptied: set[int] = set()
         self.thinned: dict[int, float] = {}
         self.recorded_bytes = 0
@@ -106,6 +108,16 @@ class Extents:
         """Takes note of a new pack, so that one that nothing lives in is noticed too."""
         self._live_change[pack] += 0
 
+    @contextmanager
+    def recording(self, pack: int) -> Iterator[None]:
+        """While extents of `pack` are added in steps it passes neither for emptied nor for thin, whatever goes."""
+        self._recording.add(pack)
+        try:
+            yield
+        finally:
+            self._recording.discard(pack)
+            self.added(pack)
+
     def live_change(self, pack: int) -> int:
         """What is still to be added to the live bytes in the row of `pack`."""
         return self._live_change.get(pack, 0)
@@ -120,6 +132,8 @@ class Extents:
             if change:
                 pack = replace(pack, live=max(0, pack.live + change))
                 self._layers.put(Table.PACKS, u64(number), pack.encode())
+            if number in self._recording:
+                continue
             if not pack.live:
                 self.emptied.add(number)
             elif change < 0:

@@ -320,6 +320,7 @@ async def test_a_truncation_that_takes_long_holds_up_no_room(
         def without_end(most: int) -> bool:
             nonlocal steps
             steps += 1
+            clock.jump(0.01)
             return False
 
         monkeypatch.setattr(live.store, "work_off_truncations", without_end)

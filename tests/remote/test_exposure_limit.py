@@ -80,6 +80,8 @@ async def test_a_limit_that_backends_do_not_let_hold_is_an_alarm_until_it_holds_
 async def test_what_no_cut_can_hold_begins_none_and_is_no_alarm(machine: FlushMachine, clock):
     """Writes of a database before its sync: backends cannot help, and an idle mount stays idle."""
     async with flushing(machine, cut_seconds=86400, exposure_bytes=4096, exposure_seconds=5) as flusher:
+        # With a head of this mount nothing else waits for one.
+        machine.create("a")
         await flusher.sync()
         machine.store.promised_bytes = lambda: 1 << 20
         machine.store.promised_since = lambda: 0.0

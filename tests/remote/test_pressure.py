@@ -11,7 +11,7 @@ import pytest
 from qsfs.remote.ledger import Ledger
 from qsfs.remote.pressure import more_will_be_evictable
 from qsfs.store.packs import pack_row, set_looked
-from qsfs.store.schema import PackState, Table, u64
+from qsfs.store.schema import ExtentRow, PackState, Table, u64
 from tests.core.machine import Machine, page
 
 
@@ -60,3 +60,29 @@ def test_room_is_on_its_way_from_the_write_until_the_second_look_is_committed(ma
     assert on_its_way()
     machine.finish()
     assert not on_its_way()
+
+
+def test_a_pack_that_is_being_recorded_is_not_taken_for_an_empty_one(machine: Machine) -> None:
+    """What its first extents held is gone before the last ones are recorded: those live in it."""
+    number = machine.create("a")
+    machine.write(number, 0, page("x") * 8)
+    machine.commit()
+    extents = machine.store.extents
+    first, second = machine.read_committed(number, range(4)), machine.read_committed(number, range(4, 8))
+    pack = machine.land_upload(number, 0, first)
+    assert pack is not None
+    with extents.recording(pack):
+        extents.take(number, 0, 4)
+        machine.commit()
+        row = pack_row(machine.store, pack)
+        assert row is not None and row.live == 0
+        assert not extents.emptied and not extents.thinned
+        highest = max(write for write, _ in second)
+        inode = machine.inode(number)
+        assert all(machine.store.blocks.clean(inode, 4 + i, (write,)) for i, (write, _) in enumerate(second))
+        extents.insert(number, ExtentRow(4, highest, 4, 4, pack, 0, 0, 0, 8 * 4096, 0))
+    machine.commit()
+    assert pack not in extents.emptied
+    extents.take(number, 4, 8)
+    machine.commit()
+    assert pack in extents.emptied

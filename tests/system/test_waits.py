@@ -172,8 +172,8 @@ def test_a_read_that_may_wait_shows_and_ends_with_the_data_or_when_told(scratch:
         eventually(lambda: not status(fs)["waits"], "nothing waits any more")
         for name in ("a.wait", "b.wait", "c.wait"):
             check(fs, name)
-        fs.expect(r"WARNING qsfs.remote.fetch: [abc].wait \(inode \d+\), page 0: has been waiting")
-        fs.expect(r"ERROR qsfs.remote.fetch: [bc].wait \(inode \d+\), page 0: .*qsfs unblock")
+        fs.expect(r"WARNING qsfs.remote.fetch: [abc].wait \(inode \d+\), page \d+: has been waiting")
+        fs.expect(r"ERROR qsfs.remote.fetch: [bc].wait \(inode \d+\), page \d+: .*qsfs unblock")
         nothing_deleted(held, fs)
         fs.umount()
 
