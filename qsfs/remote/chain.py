@@ -34,7 +34,7 @@ that has waited longest is refreshed first, and what was never touched holds not
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -314,22 +314,36 @@ class Chain:
                 return Merge(some, self.starts, tuple(part.since for part in self.ranges))
         return None
 
-    def next_refresh(self, ratio: float, pack_bytes: int) -> Refresh | None:
+    def needing(self, lost: Set[bytes]) -> list[int]:
+        """The ranges that a restore cannot read while packs with these ids are `lost`: their own, or a delta's."""
+        if not lost:
+            return []
+        deltas = [delta.number for delta in self.deltas if any(pack.ref.pack_id in lost for pack in delta.packs)]
+        last = max(deltas, default=-1)
+        return [
+            index
+            for index, part in enumerate(self.ranges)
+            if part.since <= last or any(pack.ref.pack_id in lost for pack in part.packs)
+        ]
+
+    def next_refresh(self, ratio: float, pack_bytes: int, lost: Set[bytes] = frozenset()) -> Refresh | None:
         """What to read anew now; None while the deltas neither outweigh the snapshot by `ratio` nor are too many.
 
         A range has about `pack_bytes` of rows.  The ranges that have waited longest come first; how much it
         is depends on how the deltas grow, so that their list stays short, and not on how much there is.
+        What needs packs that are `lost` comes before all else.
         """
+        needing = self.needing(lost)
         weight = sum(delta.bytes for delta in self.deltas)
         snapshot = sum(part.bytes for part in self.ranges)
         most = most_deltas(snapshot)
-        if weight <= ratio * max(snapshot, _LEAST_SNAPSHOT) and len(self.deltas) < most:
+        if weight <= ratio * max(snapshot, _LEAST_SNAPSHOT) and len(self.deltas) < most and not needing:
             return None
         listed = sum(len(part.packs) for part in self.ranges)
         growth = self.deltas[-1].bytes if self.deltas else 0
         wanted = max(_LEAST_AT_ONCE, int(_PACKED * growth / ratio) // pack_bytes + 1, 2 * listed // most + 1)
         most_packs = min(wanted, _MOST_AT_ONCE)
-        waiting = [index for index, part in enumerate(self.ranges) if part.since < self.next_number]
+        waiting = needing or [index for index, part in enumerate(self.ranges) if part.since < self.next_number]
         chosen: list[int] = []
         packs = 0
         for index in sorted(waiting, key=lambda index: self.ranges[index].since):

@@ -90,7 +90,9 @@ class Flusher:
         self._publisher = publisher
         self._first = first
         self._on_fenced = on_fenced
-        self._renewer = Renewer(context, reader, config.snapshot_ratio)
+        self._renewer = Renewer(
+            context, reader, config.snapshot_ratio, lambda: self._upkeep.salvage.metadata
+        )
         self._precopier = PreCopier(context, self._in_cut, config.quiet_seconds)
         self._ahead = Ahead(context, self._precopier)
         self.pinning = Pinning(self)

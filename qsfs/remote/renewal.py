@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Set
 
 import trio
 
@@ -20,11 +21,17 @@ _log = logging.getLogger(__name__)
 class Renewer:
     """Begins a renewal after each generation that wants one; what fails is tried again after another."""
 
-    def __init__(self, context: FlushContext, reader: ShardReader, ratio: float) -> None:
-        """`ratio`: how much of the snapshot deltas may weigh before ranges are read anew."""
+    def __init__(
+        self, context: FlushContext, reader: ShardReader, ratio: float, lost: Callable[[], Set[bytes]] = frozenset
+    ) -> None:
+        """`ratio`: how much of the snapshot deltas may weigh before ranges are read anew.
+
+        `lost` gives the ids of metadata packs of which backends have too few shards: what they held is read anew.
+        """
         self._context = context
         self._reader = reader
         self._ratio = ratio
+        self._lost = lost
         self._merge_failed = False
         self._problem = ""
 
@@ -32,8 +39,9 @@ class Renewer:
         """Starts what is due in `nursery`, unless a renewal is under way or waits to be listed."""
         if generations.renewal is not None:
             return
-        chain = generations.chain
-        merge, refresh = chain.next_merge(), chain.next_refresh(self._ratio, range_bytes(self._context.sealer))
+        chain, lost = generations.chain, self._lost()
+        refresh = chain.next_refresh(self._ratio, range_bytes(self._context.sealer), lost)
+        merge = None if chain.needing(lost) else chain.next_merge()
         # Deltas that cannot be read are replaced with what they are needed for.
         renewal = (refresh or merge) if self._merge_failed else (merge or refresh)
         if renewal is not None:

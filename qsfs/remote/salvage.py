@@ -2,7 +2,8 @@
 
 Backends that lost what they had acknowledged may leave a pack of which nothing can be read.  Its pages are not gone
 while the cache holds them: until the second look has found a pack whole none is evicted.  They are marked
-dirty, and the next cut or pre-copy has them in another pack.  Which extents lie in such a pack is found by reading
+dirty, and the next cut or pre-copy has them in another pack.  Of a metadata pack the ranges that need it are read anew
+from the local tables (`renewal.py`).  Which extents lie in such a pack is found by reading
 all of them, in steps on a worker thread: it is that rare.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Iterable
 
 import trio
 
+from qsfs.format.extent import PackKind
 from qsfs.remote.context import FlushContext
 from qsfs.store.packs import pack_row
 from qsfs.store.reading import LocalDamage
@@ -30,18 +32,20 @@ _EXTENTS_A_STEP = 64
 class Salvage:
     """What is done about packs that are `lost`, whose numbers are added there; each once in a mount.
 
-    `salvaged_pages` counts the pages that were marked dirty.
+    `salvaged_pages` counts the pages that were marked dirty; `metadata` are the ids of metadata packs among them,
+    whose rows are all in the local tables.
     """
 
     def __init__(self, context: FlushContext) -> None:
         self.lost: set[int] = set()
+        self.metadata: set[bytes] = set()
         self.salvaged_pages = 0
         self._context = context
         self._done: set[int] = set()
 
     async def work(self) -> None:
         """Deals with the packs that became known as lost since the last call."""
-        lost = frozenset(self.lost - self._done)
+        lost = frozenset(number for number in self.lost - self._done if not self._is_metadata(number))
         if not lost:
             return
         found: Counter[int] = Counter()
@@ -58,6 +62,18 @@ class Salvage:
         self.salvaged_pages += found.total()
         for number in sorted(lost):
             self._tell(number, found[number])
+
+    def _is_metadata(self, number: int) -> bool:
+        row = pack_row(self._context.store, number)
+        if row is None or row.kind != PackKind.METADATA:
+            return False
+        self._done.add(number)
+        self.metadata.add(row.pack_id)
+        _log.warning(
+            "metadata pack %s has fewer shards than it needs: until its rows are written anew, which begins now, "
+            "nothing can be restored without this machine", row.pack_id.hex(),
+        )  # fmt: skip
+        return True
 
     def _extents(self, start: bytes, lost: frozenset[int]) -> tuple[list[tuple[int, ExtentRow]], bytes | None]:
         """For a worker thread: extents in `lost` packs, as of the last commit, and where to go on."""

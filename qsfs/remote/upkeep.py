@@ -19,6 +19,7 @@ from qsfs.errors import QsfsError
 from qsfs.format.fleet import Fleet
 from qsfs.format.head import Head, HeadRef, Owner
 from qsfs.remote.base import LocalHead
+from qsfs.remote.chain import listed_ids
 from qsfs.remote.collect import AbandonedCollector
 from qsfs.remote.complete import Completer
 from qsfs.remote.context import FlushContext
@@ -90,7 +91,9 @@ class Upkeep:
         self._short_of_room = short_of_room
         self._named = named
         self._owner_epoch = owner_epoch
+        self._base = base
         self._completer = Completer(context, reader, lambda: self.drainer.leaving)
+        self.salvage = self._completer.salvage
         self.drainer = Drainer(context, self._completer, fleets)
         self._second_look = SecondLook(context)
         self._collector = AbandonedCollector(context)
@@ -164,7 +167,9 @@ class Upkeep:
         """
         if self._context.clock.monotonic() - self._head_at < HEAD_SECONDS:
             return False
-        return self.dead.waits_for_a_head or self.strays.waits_for_a_head
+        lost = self.salvage.metadata
+        needs_lost = bool(lost) and not lost.isdisjoint(listed_ids(self._base().head))
+        return needs_lost or self.dead.waits_for_a_head or self.strays.waits_for_a_head
 
     def want_head(self) -> None:
         """Has a head that something waits for made with the next cut, however long ago the last one was."""
@@ -211,7 +216,7 @@ class Upkeep:
             for work in (
                 self._look,
                 self._complete,
-                self._completer.salvage.work,
+                self.salvage.work,
                 self._collect,
                 self.dead.work,
                 self.strays.work,

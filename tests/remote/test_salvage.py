@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from qsfs.format.shard import parse_shard_key
+from qsfs.remote.chain import listed_ids
 from qsfs.remote.flush import Flusher
 from qsfs.store.eviction import Evictor
 from qsfs.store.schema import PAGE, PackRow, PackState, Table, u64
@@ -58,7 +59,7 @@ async def test_a_page_whose_local_bytes_are_damaged_is_not_uploaded(
         await machine.committer.commit()
         damage(machine, next(iter(machine.store.scan(Table.VALUES, b"", None)))[0])
         lose(world, row, 1)
-        await until(lambda: flusher._upkeep._completer.salvage.salvaged_pages)
+        await until(lambda: flusher._upkeep.salvage.salvaged_pages)
         await until(lambda: pack_rows(machine)[number].live == PAGE)
         before = flusher.status()["generation"]
         machine.create("b")
@@ -88,6 +89,28 @@ async def test_no_look_and_no_eviction_takes_too_few_shards_for_enough(
         for _ in range(3):
             done = evictor.step(1000, 1000, recent_too=True, written_will_do=True, start_too=True)
             assert not done.bytes
+
+
+async def test_what_only_a_lost_metadata_pack_held_is_written_anew(
+    world: World, machine: FlushMachine, clock, expect_log
+):
+    """The snapshot's and a delta's, also where nothing is written any more: a restore elsewhere has all again."""
+    expect_log("gone|lacks shards|fewer shards than it needs|acknowledged", optional=True)
+    async with flushing(machine, cut_seconds=30) as flusher:
+        for name in "abc":
+            machine.write(machine.create(name), 0, page(name))
+            await flusher.sync()
+        chain = flusher.generations.chain
+        assert chain.deltas
+        for pack in chain.all_packs():
+            lose(world, pack_rows(machine)[pack.number], 1)
+        lost = {pack.ref.pack_id for pack in chain.all_packs()}
+        await until(lambda: lost.isdisjoint(listed_ids(flusher.generations.base.head)))
+        await until(lambda: not machine.context.ledger.incomplete)
+        assert restore(world).files == {name: page(name) for name in "abc"}
+        base = flusher.generations.base
+        await trio.sleep(3000)
+        assert flusher.generations.base.head.generation <= base.head.generation + 1, "then it is at rest"
 
 
 def damage(machine: FlushMachine, block: bytes) -> None:
