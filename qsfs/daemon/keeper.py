@@ -149,8 +149,11 @@ class Keeper:
         self.evicted_bytes += freed
         if freed and not self._alarmed:
             self._full_since = None
-        # Without anything to evict room may be promised to what has no sync yet.
-        self.futile = not freed
+        store = self._store
+        commits = bool(freed) or store.used_bytes < limits.new_bytes <= store.expected_bytes()
+        # Without anything to evict room may be promised to what has no sync yet; or a commit makes it.
+        waits = commits and (store.dirty or store.layers.committing is not None)
+        self.futile = not freed and not (waits and target <= 0)
         self.exhausted = self.futile and (written_too or target <= 0)
         if self.futile:
             # To look at everything again at once would take the time that uploads and reads need.
@@ -158,7 +161,7 @@ class Keeper:
             self._rest_until = now + max(_LEAST_REST_SECONDS, _REST * (now - begin))
             if self._waiting and self._store.expected_bytes() >= limits.full_bytes:
                 self._join_largest(later * PAGE)
-        if freed or self._store.used_bytes < limits.new_bytes <= self._store.expected_bytes():
+        if commits:
             await self._committer.commit()
 
     def _start_must_go(self, later_bytes: int) -> bool:

@@ -159,7 +159,7 @@ class DeadPackCollector:
 
     def _died(self, number: int) -> None:
         row = pack_row(self._context.store, number)
-        if row is None or (row.kind == PackKind.DATA and row.live):
+        if row is None or (row.kind == PackKind.DATA and row.live) or self._context.store.extents.in_work(number):
             return
         n, k = self._context.sealer.code.params.n, self._context.sealer.code.params.k
         stored = row.body_length * n // k

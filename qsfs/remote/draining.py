@@ -22,7 +22,7 @@ from qsfs.remote.complete import Completer
 from qsfs.remote.context import FlushContext
 from qsfs.store.environment import Environment
 from qsfs.store.packs import pack_row, set_placement
-from qsfs.store.schema import PackRow, PackState, Table, split_u64
+from qsfs.store.schema import PackRow, Table, split_u64
 from qsfs.store.snapshot import CommittedState
 from qsfs.store.store import NEXT_PACK
 from qsfs.values import counted
@@ -57,7 +57,7 @@ class Placed:
         """Adds a row."""
         places = {place for place in row.placement if place >= 0}
         leaving = places & draining
-        if draining and number <= self.upto and not row.state & PackState.LOOKED and not row.unnamed_since_ns:
+        if draining and number <= self.upto and not row.looked_at and not row.unnamed_since_ns:
             self.unproven += 1
         if leaving and not row.unnamed_since_ns:
             self.packs.update(leaving)

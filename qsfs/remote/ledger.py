@@ -39,7 +39,6 @@ def read_rows(environment: Environment, clock: Clock, start: bytes) -> RowsRead:
     thin: list[int] = []
     small: list[int] = []
     resume: bytes | None = None
-    settled = PackState.FULL | PackState.LOOKED
     until = clock.monotonic() + _STEP_SECONDS
     with CommittedState(environment, clock) as state:
         for key, value in state.view.scan(Table.PACKS, start, None):
@@ -50,7 +49,7 @@ def read_rows(environment: Environment, clock: Clock, start: bytes) -> RowsRead:
                 (thin if row.live else emptied).append(split_u64(key))
             elif row.shard_size < SMALL_SHARD:
                 small.append(split_u64(key))
-            if row.state & settled != settled and not row.unnamed_since_ns:
+            if not (row.state & PackState.FULL and row.looked_at) and not row.unnamed_since_ns:
                 unsettled.append((split_u64(key), row))
             if clock.monotonic() >= until:
                 resume = key + b"\0"
@@ -87,7 +86,7 @@ class Ledger:
             self.incomplete.pop(number, None)
         else:
             self.incomplete[number] = (row.live or row.body_length, row.written_at_ns)
-        if row.state & PackState.LOOKED:
+        if row.looked_at:
             self.looks.pop(number, None)
         else:
             # The wait goes on over a restart, by the wall clock: a cache that is full of what is due would stand

@@ -9,6 +9,7 @@ all of them, in steps on a worker thread: it is that rare.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterable
@@ -26,7 +27,6 @@ from qsfs.store.snapshot import CommittedState
 _log = logging.getLogger(__name__)
 
 _STEP_SECONDS = 0.1
-_EXTENTS_A_STEP = 64
 
 
 class Salvage:
@@ -45,18 +45,21 @@ class Salvage:
 
     async def work(self) -> None:
         """Deals with the packs that became known as lost since the last call."""
-        lost = frozenset(number for number in self.lost - self._done if not self._is_metadata(number))
+        extents = self._context.store.extents
+        new = (number for number in self.lost - self._done if not extents.in_work(number))
+        lost = frozenset(number for number in new if not self._is_metadata(number))
         if not lost:
             return
+        # What lies in them may have been recorded just now.
+        await self._context.committer.commit()
         found: Counter[int] = Counter()
         position: bytes | None = b""
         while position is not None:
             start = position
             some, position = await self._context.in_thread(lambda: self._extents(start, lost))  # noqa: B023
-            for begin in range(0, len(some), _EXTENTS_A_STEP):
+            for inode, row in some:
                 await self._context.committer.room()
-                for inode, row in some[begin : begin + _EXTENTS_A_STEP]:
-                    found[row.pack] += self._mark(inode, row)
+                found[row.pack] += self._mark(inode, row)
                 await trio.lowlevel.checkpoint()
         self._done |= lost
         self.salvaged_pages += found.total()
@@ -97,21 +100,27 @@ class Salvage:
         if inode is None:
             return 0
         now = [
-            part
-            for part in store.extents.overlapping(number, row.first, row.first + row.pages)
-            if (part.pack, part.ordinal) == (row.pack, row.ordinal)
+            here
+            for here in store.extents.overlapping(number, row.first, row.first + row.pages)
+            if (here.pack, here.ordinal) == (row.pack, row.ordinal)
         ]
-        pages = ((part, page) for part in now for page in self._right(inode, part))
-        return sum(redirty(store.blocks, inode, part.part(page, 1)) for part, page in pages)
+        return sum(redirty(store.blocks, inode, part) for row in now for part in self._right(inode, row))
 
-    def _right(self, inode: Inode, row: ExtentRow) -> Iterable[int]:
+    def _right(self, inode: Inode, row: ExtentRow) -> Iterable[ExtentRow]:
+        """The row, or each page of it whose local bytes are not damaged."""
+        blocks = self._context.store.blocks
+        with contextlib.suppress(LocalDamage):
+            blocks.pages(inode.number, row.first, row.pages)
+            return [row]
+        right = []
         for page in range(row.first, row.first + row.pages):
             try:
-                self._context.store.blocks.pages(inode.number, page, 1)
+                blocks.pages(inode.number, page, 1)
             except LocalDamage as damage:
                 _log.error("%s, and its pack is lost: it cannot be uploaded anew", damage)
             else:
-                yield page
+                right.append(row.part(page, 1))
+        return right
 
     def _tell(self, number: int, pages: int) -> None:
         row = pack_row(self._context.store, number)

@@ -17,7 +17,6 @@ from qsfs.errors import BackendError
 from qsfs.remote.context import FlushContext
 from qsfs.remote.stored import StoredPack
 from qsfs.store.packs import pack_row, set_looked, set_placement
-from qsfs.store.schema import PackState
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class SecondLook:
         if row is None or row.unnamed_since_ns:
             ledger.forget(number)
             return False
-        if row.state & PackState.LOOKED:
+        if row.looked_at:
             ledger.note(number, row)
             return False
         answers = await self._ask(StoredPack.of_row(row, context.sealer.code.params))
@@ -76,13 +75,14 @@ class SecondLook:
                 if changed is not None:
                     ledger.note(number, changed)
             return False
-        # Who is short of room takes it as it takes one that is only written: by what is proven to be there.
         proven = tuple(m if answers.get(shard) else -1 for shard, m in enumerate(row.placement))
-        enough = row.written and (proven == row.placement or (written_too and replace(row, placement=proven).written))
-        if not enough:
+        if proven != row.placement:
+            # Who is short of room takes it as one that is only written; the others are asked for again.
+            if written_too and replace(row, placement=proven).written:
+                set_looked(context.store, number, row.placement, 0)
             ledger.later(number, _UNKNOWN_SECONDS)
             return False
-        if not set_looked(context.store, number, row.placement, context.clock.time_ns()):
+        if not row.written or not set_looked(context.store, number, row.placement, context.clock.time_ns()):
             ledger.later(number, _UNKNOWN_SECONDS)
             return False
         looked = pack_row(context.store, number)

@@ -184,6 +184,9 @@ class Spool:
         """
         gone = [ref for ref in self.heads if ref <= upto]
         if gone:
+            # One that could not be removed when its head was recorded would look abandoned without that head.
+            for generation in {ref.generation for ref in gone}:
+                self.drop_packs(generation)
             self.sync()
         for ref in gone:
             self._remove(_head_name(ref))

@@ -118,6 +118,10 @@ class Extents:
             self._recording.discard(pack)
             self.added(pack)
 
+    def in_work(self, pack: int) -> bool:
+        """Whether extents of a pack are just being added in steps."""
+        return pack in self._recording
+
     def live_change(self, pack: int) -> int:
         """What is still to be added to the live bytes in the row of `pack`."""
         return self._live_change.get(pack, 0)

@@ -75,7 +75,10 @@ def set_placement(store: Store, number: int, placement: tuple[int, ...], now_ns:
 
 
 def set_looked(store: Store, number: int, placement: tuple[int, ...], now_ns: int) -> bool:
-    """Records that a second look found every shard of `placement`; False if that is not where they are."""
+    """Records that a second look found every shard of `placement`; False if that is not where they are.
+
+    With 0 for the time: that it found enough of them, see `PackRow.looked_at`.
+    """
     row = _stored_row(store, number)
     if row is None or row.placement != placement:
         return False

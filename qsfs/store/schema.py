@@ -304,6 +304,11 @@ class PackRow:
         k, n = self.body_length // max(1, self.shard_size), len(self.placement)
         return n - self.placement.count(-1) >= k + (n - k + 1) // 2
 
+    @property
+    def looked_at(self) -> bool:
+        """Whether a second look found every shard that has a place; LOOKED alone may stand for enough of them."""
+        return bool(self.state & PackState.LOOKED) and self.verified_at_ns > 0
+
     def encode(self) -> bytes:
         """The row: version u8 = 1, the fields in order with n u16 before `live`, then n placements i32."""
         head = _PACK.pack(

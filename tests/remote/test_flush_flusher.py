@@ -684,8 +684,10 @@ async def test_a_disk_that_fails_to_clear_the_spool_gives_up_no_generation(
         assert restore(world).files["a"] == page("x")
         assert flusher.exposure.report(0)["written"]["bytes"] == 0
         assert not flusher.status()["last_error"]
+        assert any(key[0] == done.generation for key in machine.spool._packs)
         machine.write(a, 0, page("y"))
         assert (await flusher.sync()).generation > done.generation
+        assert not machine.spool._packs, "the next mount would take them for given up"
 
 
 async def test_many_changed_rows_are_uploaded_ahead_of_the_cut(

@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import trio
 
+from qsfs.format.extent import PackKind
 from qsfs.format.shard import parse_shard_key
 from qsfs.remote.chain import listed_ids
 from qsfs.remote.flush import Flusher
+from qsfs.remote.salvage import Salvage
+from qsfs.remote.second_look import SecondLook
 from qsfs.store.eviction import Evictor
 from qsfs.store.schema import PAGE, PackRow, PackState, Table, u64
 from tests.remote.flush_machine import FlushMachine, restore
@@ -89,6 +92,49 @@ async def test_no_look_and_no_eviction_takes_too_few_shards_for_enough(
         for _ in range(3):
             done = evictor.step(1000, 1000, recent_too=True, written_will_do=True, start_too=True)
             assert not done.bytes
+
+
+async def test_what_was_recorded_and_is_not_committed_is_uploaded_anew_too(machine: FlushMachine, clock, expect_log):
+    """Backends may lose a pack as soon as they have it."""
+    expect_log("fewer shards than it needs")
+    async with machine.mounted():
+        machine.write(machine.create("a"), 0, page("x") * 16)
+        await machine.committer.commit()
+        await machine.precopy()
+        number = next(number for number, row in pack_rows(machine).items() if row.kind == PackKind.DATA)
+        assert machine.store.dirty
+        salvage = Salvage(machine.context)
+        salvage.lost.add(number)
+        with machine.store.extents.recording(number):
+            await salvage.work()
+            assert not salvage.salvaged_pages, "more of it may be recorded yet"
+        await salvage.work()
+        assert salvage.salvaged_pages == 16
+
+
+async def test_what_enough_backends_have_is_enough_for_who_is_short_of_room(machine: FlushMachine, clock):
+    """And is looked at again until all of them have answered: only then a backend may be retired for it."""
+    async with machine.mounted():
+        machine.write(machine.create("a"), 0, page("x") * 16)
+        await machine.committer.commit()
+        await machine.precopy()
+        number, row = next((n, row) for n, row in pack_rows(machine).items() if row.kind == PackKind.DATA)
+        ledger, look = machine.context.ledger, SecondLook(machine.context)
+        away = machine.backends[row.placement[0] - 1]
+        away.down = True
+        await trio.sleep(machine.look_seconds + 1)
+        await look.look(100, written_too=False)
+        assert not pack_rows(machine)[number].state & PackState.LOOKED
+        await trio.sleep(60)
+        await look.look(100, written_too=True)
+        found = pack_rows(machine)[number]
+        assert found.state & PackState.LOOKED and not found.looked_at
+        assert number in ledger.looks
+        away.down = False
+        await trio.sleep(60)
+        await look.look(100, written_too=True)
+        assert pack_rows(machine)[number].looked_at
+        assert number not in ledger.looks
 
 
 async def test_what_only_a_lost_metadata_pack_held_is_written_anew(
