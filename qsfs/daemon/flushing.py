@@ -27,7 +27,7 @@ from qsfs.remote.members import OUTSIDE, Members, State
 from qsfs.remote.mount_check import check_offline, offline_warning
 from qsfs.remote.packing import Sealer
 from qsfs.remote.placement import FreeSpace
-from qsfs.remote.pressure import more_will_be_evictable
+from qsfs.remote.pressure import room_may_come
 from qsfs.remote.quorum import assess
 from qsfs.remote.reader import PackReader
 from qsfs.remote.snapshots import Snapshot, snapshots_of
@@ -195,18 +195,14 @@ class Flushing:
                 self.flusher.fence(error)
 
     def makes_room(self, *, exhausted: bool) -> bool:
-        """Whether there are pages that may be evicted later, and backends that take what that needs.
-
-        Pages in packs that are only written need nothing but time, until they are `exhausted` too.
-        """
+        """Whether there are pages that may be evicted later: see `room_may_come`."""
         flusher = self.flusher
         if flusher is None or self.fenced is not None or self.failure:
             return False
-        if self._ledger.incomplete and not exhausted:
+        enough = flusher.context.uploader.enough_backends()
+        if enough and not flusher.knows_packs:
             return True
-        if not flusher.context.uploader.enough_backends():
-            return False
-        return not flusher.knows_packs or more_will_be_evictable(self._store, self._ledger)
+        return room_may_come(self._store, self._ledger, enough_backends=enough, exhausted=exhausted)
 
     @property
     def _fleet(self) -> Fleet | None:

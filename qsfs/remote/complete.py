@@ -93,11 +93,9 @@ class Completer:
                 return await self._complete(number, pack, scope)
         except CacheError:
             raise
-        except DataLost as error:
-            self.salvage.lost.add(number)
-            self.problem = str(error)
-            _log.warning("pack %s lacks shards and could not be completed: %s", row.pack_id.hex(), error)
         except QsfsError as error:
+            if isinstance(error, DataLost):
+                self.salvage.lost.add(number)
             self.problem = str(error)
             _log.warning("pack %s lacks shards and could not be completed: %s", row.pack_id.hex(), error)
         return False

@@ -27,6 +27,17 @@ def more_will_be_evictable(store: Store, ledger: Ledger) -> bool:
     return any(group.filled_blocks or group.rows[Table.PACKS] for group in groups if group is not None)
 
 
+def room_may_come(store: Store, ledger: Ledger, *, enough_backends: bool, exhausted: bool) -> bool:
+    """Whether who waits for room may get it by evictions to come.
+
+    Pages in packs that are only written need nothing but time, until they are `exhausted` too; all others need
+    `enough_backends`.
+    """
+    if ledger.incomplete and not exhausted:
+        return True
+    return enough_backends and more_will_be_evictable(store, ledger)
+
+
 class Pressure:
     """Presses the pre-copier of one mount.
 

@@ -177,7 +177,7 @@ class Spool:
 
     @_locked
     def drop_heads(self, upto: HeadRef) -> None:
-        """Removes the heads up to and with `upto`, which the local store has recorded as published.
+        """Removes the heads up to and with `upto`, which the local store has recorded as published, and their packs.
 
         The removal of packs is made durable first: packs that came back without the head that names
         them would look abandoned.

@@ -27,10 +27,15 @@ class WorkerTurn:
         self._holder = 0
         self._lock.release()
 
+    @property
+    def held(self) -> bool:
+        """Whether the calling thread has it."""
+        return self._holder == threading.get_ident()
+
     @contextmanager
     def given_up(self) -> Iterator[None]:
         """Lets others work meanwhile, if the calling thread has the turn; it has it again afterwards."""
-        if self._holder != threading.get_ident():
+        if not self.held:
             yield
             return
         self.__exit__()

@@ -23,7 +23,9 @@ from qsfs.daemon.space import DaemonSpace
 from qsfs.errors import CacheError
 from qsfs.filesystem.needs import NeedPages, NeedRoom
 from qsfs.format.erasure import CodeParams
+from qsfs.remote.ledger import Ledger
 from qsfs.remote.members import Members
+from qsfs.remote.pressure import room_may_come
 from qsfs.store.environment import Environment, StoreFull
 from qsfs.store.group import Group, Publication
 from qsfs.store.limits import Limits
@@ -338,13 +340,15 @@ async def test_names_are_refused_only_once_what_is_only_written_was_evicted_too(
     monkeypatch.setattr("tests.core.test_room.SAFE", PackState.LOOKED)
     async with running(tmp_path) as live:
         store, keeper = live.store, live.keeper
-        packs = {0}
+        ledger = Ledger(TrioClock(7), 100)
+        ledger.incomplete[1] = (PAGE, 0)
         space = DaemonSpace(
             store,
             Members(),
             CodeParams(4, 6),
             lambda name: 0,
-            lambda: not keeper.futile or bool(packs and not keeper.exhausted),
+            lambda: not keeper.futile
+            or room_may_come(store, ledger, enough_backends=False, exhausted=keeper.exhausted),
         )
         file = live.machine.create("a")
         for block in itertools.count():

@@ -12,7 +12,7 @@ import trio
 from qsfs.remote import complete
 from qsfs.remote.complete import Completer
 from qsfs.store.packs import pack_row
-from qsfs.store.schema import PackRow, Table, u64
+from qsfs.store.schema import PAGE, PackRow, Table, u64
 from tests.remote.flush_machine import DirectReader, FlushMachine
 from tests.remote.flushing import VirtualClock, flushing, pack_rows, page, until
 from tests.remote.harness import World, make_world
@@ -64,6 +64,23 @@ async def test_packs_that_cannot_become_full_hold_nobody_up(
             rounds += 1
         assert tried == [2000]
         assert rounds <= 9, "each is looked at once in a round"
+
+
+async def test_a_pack_that_is_being_recorded_is_not_taken_for_dead(machine: FlushMachine, clock):
+    """Nothing lives in it between two steps; it would be neither completed nor looked at any more."""
+    async with flushing(machine) as flusher:
+        number = machine.create("a")
+        machine.write(number, 0, page("x") * 16)
+        await flusher.sync()
+        pack = next(pack for pack, row in pack_rows(machine).items() if row.live == 16 * PAGE)
+        dead, extents = flusher._upkeep.dead, machine.store.extents
+        before = dead.report()["packs"]
+        with extents.recording(pack):
+            extents.take(number, 0, 16)
+            dead.take_over({pack}, [])
+            assert dead.report()["packs"] == before
+        await machine.committer.commit()
+        await until(lambda: dead.report()["packs"] == before + 1)
 
 
 async def test_what_is_still_on_its_way_is_not_sent_again(tmp_path: Path, clock):

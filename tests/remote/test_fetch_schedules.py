@@ -144,9 +144,8 @@ async def test_a_read_that_failed_while_its_pages_moved_is_no_error(fs, autojump
         fs.store.truncate_data(fs.inode(number), 0, 0)
 
 
-async def test_a_pack_that_is_lost_while_its_pages_are_rewritten_is_no_error(fs, autojump_clock, expect_log):
-    """fetch under way, its page is rewritten, the fetch finds its pack lost: nobody needs it"""
-    expect_log(r"read from others", logging.WARNING)
+def lost_file(fs):
+    """A file of four pages, all remote, whose pack has too few shards; backends take a moment to say so."""
     number = fs.write("a", noise(4 * PAGE))
     fs.commit()
     (pack,) = fs.upload(number)
@@ -155,6 +154,13 @@ async def test_a_pack_that_is_lost_while_its_pages_are_rewritten_is_no_error(fs,
         fs.world.data[place - 1].lose(key)
     for backend in fs.backends.values():
         backend.delay = lambda call: 0.1
+    return number
+
+
+async def test_a_pack_that_is_lost_while_its_pages_are_rewritten_is_no_error(fs, autojump_clock, expect_log):
+    """fetch under way, its page is rewritten, the fetch finds its pack lost: nobody needs it"""
+    expect_log(r"read from others", logging.WARNING)
+    number = lost_file(fs)
     new = noise(4 * PAGE, 9)
     async with fs.fetching() as fetcher, trio.open_nursery() as nursery:
         nursery.start_soon(fetcher.fetch, number, 0, 4)
@@ -170,14 +176,8 @@ async def test_a_reader_whose_page_was_rewritten_gets_no_error_of_another(fs, au
     """two fetch pages of one extent, the page of one is rewritten, the extent does not come or its pack is lost"""
     expect_log(r"read from others", logging.WARNING, optional=not lost)
     expect_log(r"of its 6 shards 3 are absent" if lost else r"not here after 30 s", logging.ERROR)
-    number = fs.write("a", noise(4 * PAGE))
-    fs.commit()
-    (pack,) = fs.upload(number)
-    fs.evict(number)
-    for place, key in fs.shard_keys(pack)[:3]:
-        fs.world.data[place - 1].lose(key)
+    number = lost_file(fs)
     for backend in fs.backends.values():
-        backend.delay = lambda call: 0.1
         backend.down = not lost
     ended = []
 

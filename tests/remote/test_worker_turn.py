@@ -10,6 +10,7 @@ import pytest
 
 from qsfs.format.erasure import Code, CodeParams
 from qsfs.remote.worker_turn import WorkerTurn
+from tests.remote.flush_machine import FlushMachine
 
 SECONDS = 30.0
 
@@ -90,6 +91,16 @@ def test_the_turn_is_free_after_an_error() -> None:
     with pytest.raises(KeyError), turn, turn.given_up():
         raise KeyError
     started(turn.__enter__)()
+
+
+async def test_who_reads_and_seals_has_the_turn_and_no_other(machine: FlushMachine, clock) -> None:
+    def has_it() -> bool:
+        return machine.context.turn.held
+
+    async with machine.mounted():
+        assert await machine.context.in_turn(has_it)
+        assert not await machine.context.in_thread(has_it)
+        assert not machine.context.turn.held
 
 
 def test_a_code_does_its_arithmetic_within_what_it_is_given() -> None:
