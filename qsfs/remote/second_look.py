@@ -17,6 +17,7 @@ from qsfs.errors import BackendError
 from qsfs.remote.context import FlushContext
 from qsfs.remote.stored import StoredPack
 from qsfs.store.packs import pack_row, set_looked, set_placement
+from qsfs.store.schema import PackState
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ class SecondLook:
         proven = tuple(m if answers.get(shard) else -1 for shard, m in enumerate(row.placement))
         if proven != row.placement:
             # Who is short of room takes it as one that is only written; the others are asked for again.
-            if written_too and replace(row, placement=proven).written:
+            known = row.state & PackState.LOOKED
+            if written_too and not known and replace(row, placement=proven).written:
                 set_looked(context.store, number, row.placement, 0)
             ledger.later(number, _UNKNOWN_SECONDS)
             return False

@@ -130,6 +130,10 @@ async def test_what_enough_backends_have_is_enough_for_who_is_short_of_room(mach
         found = pack_rows(machine)[number]
         assert found.state & PackState.LOOKED and not found.looked_at
         assert number in ledger.looks
+        await machine.committer.commit()
+        await trio.sleep(60)
+        await look.look(100, written_too=True)
+        assert not machine.store.dirty, "what is known is not written again"
         away.down = False
         await trio.sleep(60)
         await look.look(100, written_too=True)
