@@ -22,8 +22,9 @@ from qsfs.errors import ConfigError, DeadlineExceeded, DependencyMissing, QsfsEr
 PATIENCE = 60.0
 LONG = 600.0
 
+# It waits in short steps, since an interpreter that a signal reaches just before it blocks would notice it only after.
 FREEZER = """
-import signal, sys
+import select, signal, sys
 from pathlib import Path
 from qsfs.cli.freeze import freeze
 for number in (signal.SIGTERM, signal.SIGHUP):
@@ -31,7 +32,8 @@ for number in (signal.SIGTERM, signal.SIGHUP):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with freeze(Path(sys.argv[1]), float(sys.argv[2])):
     print("held", flush=True)
-    sys.stdin.read()
+    while not select.select([sys.stdin], [], [], 0.01)[0]:
+        pass
 """
 
 
