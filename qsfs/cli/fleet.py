@@ -38,6 +38,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="a backend (its number, address or address/namespace) that is gone for good: it leaves the fleet at once, "
         "and its shards are made again; refused if a pack would have too few shards left",
     )  # fmt: skip
+    apply.add_argument(
+        "--accept-loss", action="store_true",
+        help="give the --lost backends up even so: of packs with too few shards left is saved what the cache holds and "
+        "what the shards that are left hold; the rest is lost for good. A dry run tells how much is at stake",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
         text = list_lines
     else:
         found = control.ask(
-            config.cache.directory, "fleet-apply", dry_run=args.dry_run, lost=args.lost, config=str(config.path)
-        )
+            config.cache.directory, "fleet-apply", dry_run=args.dry_run, lost=args.lost, accept_loss=args.accept_loss,
+            config=str(config.path),
+        )  # fmt: skip
         text = apply_lines
     if args.json:
         print_json(found)

@@ -64,6 +64,10 @@ def _families(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Iterabl
     packed = start.get("packed_bytes")
     yield "qsfs_start_packed_bytes_total", "counter", "Bytes of such pages that were packed together.", one(packed)
     yield "qsfs_packs_not_full", "gauge", "Packs that lack shards.", one(flush.get("packs_not_full"))
+    lost = flush.get("lost") or {}
+    yield "qsfs_lost_packs", "gauge", "Packs with too few shards, found since the mount.", one(lost.get("packs"))
+    unreadable = lost.get("unreadable_bytes")
+    yield "qsfs_unreadable_bytes", "gauge", "Bytes in them that nobody has any more.", one(unreadable)
     yield "qsfs_spool_bytes", "gauge", "Bytes that wait for their upload on disk.", one(flush.get("spool_bytes"))
     yield "qsfs_cache_used_bytes", "gauge", "Bytes used in the cache.", one(cache.get("used_bytes"))
     yield "qsfs_cache_limit_bytes", "gauge", "Bytes at which writers wait for room.", one(cache.get("limit_bytes"))

@@ -94,6 +94,7 @@ def _alarms(found: dict[str, Any]) -> list[str]:
         )
     flush = found.get("flush")
     if flush is not None:
+        out += _lost(flush["lost"])
         if flush.get("exposure_problem"):
             out.append(f"EXPOSED: {flush['exposure_problem']}")
         out += [f"FLUSHING WAITS: {what}" for what in flush["waiting"]]
@@ -102,6 +103,30 @@ def _alarms(found: dict[str, Any]) -> list[str]:
         if flush["last_error"] and flush["last_error"] != found.get("reason"):
             out.append(f"last error: {flush['last_error']}")
     out += [f"warning: {warning}" for warning in found.get("warnings", ())]
+    return out
+
+
+def _lost(lost: dict[str, int]) -> list[str]:
+    """Packs of which more shards are gone than the code can replace, and what became of what lay in them."""
+    from qsfs.values import counted, format_size
+
+    out = []
+    if lost["unreadable_bytes"]:
+        size = format_size(lost["unreadable_bytes"])
+        packs = counted(lost["unreadable_packs"], "pack")
+        out.append(f"DATA LOST: {size} in {packs} cannot be read any more; 'qsfs fsck --deep' names the files")
+    if lost["head_unreadable"]:
+        out.append(
+            "NO RESTORE: metadata on the backends are lost, and this machine is needed until they are written anew, "
+            "which is under way"
+        )
+    if lost["packs"]:
+        local, rescued = format_size(lost["local_bytes"]), format_size(lost["rescued_bytes"])
+        still = f"; {counted(lost['packs_to_read'], 'pack')} left to read" if lost["packs_to_read"] else ""
+        out.append(
+            f"{counted(lost['packs'], 'pack')} lost more shards than the code can replace: uploaded anew are {local} "
+            f"from the cache and {rescued} from the shards that are left{still}"
+        )
     return out
 
 

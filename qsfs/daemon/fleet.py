@@ -114,7 +114,9 @@ class FleetRequests:
             if config.cache.directory != service.config.cache.directory:
                 raise ConfigError(f"{config.path}: is of another cache directory than this mount's")
             lost = [str(word) for word in request.get("lost", ())]
-            applying = _Applying(service, flusher, flusher.generations, config, lost)
+            applying = _Applying(
+                service, flusher, flusher.generations, config, lost, accept_loss=bool(request.get("accept_loss"))
+            )
             try:
                 return await applying.run(dry_run=bool(request.get("dry_run")))
             finally:
@@ -127,7 +129,14 @@ class _Applying:
     """One `fleet apply`."""
 
     def __init__(
-        self, service: Service, flusher: Flusher, generations: Generations, config: Config, lost: Sequence[str]
+        self,
+        service: Service,
+        flusher: Flusher,
+        generations: Generations,
+        config: Config,
+        lost: Sequence[str],
+        *,
+        accept_loss: bool,
     ) -> None:
         self._service = service
         self._flusher = flusher
@@ -135,6 +144,7 @@ class _Applying:
         self._config = config
         self._before = generations.fleets[-1]
         self._lost = lost_entries(self._before, lost)
+        self._accept_loss = accept_loss
         self._code: CodeParams = service.opened.superblock.code
         self._members = flusher.context.uploader.members
         self._candidates: dict[str, Candidate] = {}
@@ -276,7 +286,7 @@ class _Applying:
         (plan.notes if before else plan.refusals).extend(broken)
 
     async def _check_losses(self, plan: FleetPlan, configured: Sequence[Configured]) -> None:
-        """Refuses to give up backends without which a pack could not be read any more.
+        """Refuses to give up backends without which a pack could not be read any more, unless that is accepted.
 
         What rows place on a backend that was just found empty is not there.
         """
@@ -290,4 +300,4 @@ class _Applying:
         losses = [Loss("", empty), Loss("", numbers | empty)]
         table = await read_table(environment, clock, Known((self._before,), known.packs), self._code, losses)
         now, after = table.outcomes
-        check_losses(plan, now, after, self._code.k)
+        check_losses(plan, now, after, self._code.k, accepted=self._accept_loss)

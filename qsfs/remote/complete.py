@@ -11,7 +11,6 @@ import trio
 from qsfs import failpoints
 from qsfs.errors import CacheError, DataLost, QsfsError
 from qsfs.remote.context import FlushContext
-from qsfs.remote.salvage import Salvage
 from qsfs.remote.shards import ShardReader, rebuild
 from qsfs.remote.stored import StoredPack
 from qsfs.store.packs import pack_row, set_placement
@@ -21,24 +20,30 @@ _log = logging.getLogger(__name__)
 PACK_SECONDS = 300.0
 """How long one attempt at a pack may take."""
 _RETRY_SECONDS = 60.0
+_LOST_RETRY_SECONDS = 3600.0
+"""After which a pack is tried again of which too few shards are left: a backend may come back that nobody knew."""
 _LOOKED_AT = 128
 
 
 class Completer:
     """Rebuilds and stores missing shards, one pack at a time.
 
-    A shard on a backend that is `leaving` counts as missing, until another one has it.  Packs of which too few
-    shards are left are told to `salvage`.
+    A shard on a backend that is `leaving` counts as missing, until another one has it.  The numbers of packs of
+    which too few shards are left are added to `lost`.
     """
 
     def __init__(
-        self, context: FlushContext, reader: ShardReader, leaving: Callable[[], Set[int]] = frozenset
+        self,
+        context: FlushContext,
+        reader: ShardReader,
+        lost: set[int],
+        leaving: Callable[[], Set[int]] = frozenset,
     ) -> None:
         self.completed = 0
-        self.salvage = Salvage(context)
         self.problem = ""
         self._context = context
         self._reader = reader
+        self._lost = lost
         self._leaving = leaving
         self._not_before: dict[int, float] = {}
         self._round: list[int] = []
@@ -77,7 +82,8 @@ class Completer:
         if row is None or row.unnamed_since_ns:
             context.ledger.forget(number)
             return False
-        return self.room_for(row.placement)
+        # Where no room is for it, whoever lost it is still to be told.
+        return self.room_for(row.placement) or _places(row.placement) < context.sealer.code.params.k
 
     async def complete(self, number: int) -> bool:
         """Stores what a pack lacks, whatever was tried before; whether it has got any more.
@@ -95,7 +101,8 @@ class Completer:
             raise
         except QsfsError as error:
             if isinstance(error, DataLost):
-                self.salvage.lost.add(number)
+                self._lost.add(number)
+                self._not_before[number] = self._context.clock.monotonic() + _LOST_RETRY_SECONDS
             self.problem = str(error)
             _log.warning("pack %s lacks shards and could not be completed: %s", row.pack_id.hex(), error)
         return False
@@ -136,3 +143,7 @@ class Completer:
             self._not_before.pop(number, None)
             self.completed += upload.full
         return True
+
+
+def _places(placement: tuple[int, ...]) -> int:
+    return sum(place >= 0 for place in placement)

@@ -21,7 +21,7 @@ from qsfs.remote.readahead import ReadAhead
 from qsfs.remote.reader import PackReader
 from qsfs.remote.start_fetch import Room, StartFetcher
 from qsfs.remote.stored import StoredPack, entry_of
-from qsfs.remote.waits import Wait, Waits
+from qsfs.remote.waits import SaidLately, Wait, Waits
 from qsfs.store.schema import BLOCK_PAGES, BLOCK_SIZE, ExtentRow, InodeFlag, PackRow, Table, u64
 from qsfs.store.store import Store
 
@@ -118,7 +118,7 @@ class Fetcher:
         self.expired_reads = 0
         self._jobs: dict[_JobKey, _Job] = {}
         self._given_up: dict[_JobKey, float] = {}
-        self._warned: dict[int, float] = {}
+        self._said = SaidLately()
         self.start = StartFetcher(store, reader, room, deadline_seconds=deadline_seconds)
         self._ahead = ReadAhead()
         self._ahead_slots = trio.Semaphore(AHEAD_AT_ONCE)
@@ -243,12 +243,8 @@ class Fetcher:
 
     def _warn(self, wait: Wait, job: _Job, seconds: float) -> None:
         """Says that a read waits; of many that wait for one pack only one is named."""
-        now = trio.current_time()
-        pack = job.row.pack
-        if now < self._warned.get(pack, 0.0):
+        if self._said.again(job.row.pack, seconds):
             return
-        self._warned = {known: until for known, until in self._warned.items() if until > now}
-        self._warned[pack] = now + seconds
         path = self._path_of(job.inode)
         for other in self.waits:
             if other.inode == job.inode:
@@ -256,14 +252,17 @@ class Fetcher:
         log.warning("%s: has been waiting for %.0f s: %s", _page(job, path), wait.seconds, wait.why)
 
     def _fail(self, wait: Wait, job: _Job, why: str, kind: type[QsfsError]) -> Never:
-        """Logs and raises the end of a read."""
+        """Logs and raises the end of a read; of what is lost, one for each file and pack now and then."""
         self.failed_reads += 1
         if kind is DataLost and (expired := self._expired()):
             name = "" if job.pack is None else f" (pack {job.pack.name} is gone)"
             kind, why = GenerationExpired, expired + name
             self.expired_reads += 1
         message = f"{_page(job, self._path_of(job.inode))}: {why}"
-        said_already = wait.again and kind is Unavailable
+        if kind is Unavailable:
+            said_already = wait.again
+        else:
+            said_already = self._said.again((job.inode, job.row.pack, kind), _WARN_SECONDS)
         log.log(logging.DEBUG if said_already else logging.ERROR, "%s", message)
         raise kind(message)
 

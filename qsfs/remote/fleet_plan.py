@@ -15,7 +15,7 @@ from qsfs.format.erasure import CodeParams
 from qsfs.format.fleet import ACTIVE, DRAINING, Fleet, FleetEntry
 from qsfs.remote.losses import Outcome
 from qsfs.remote.quorum import FleetAssessment, assess
-from qsfs.values import counted
+from qsfs.values import counted, format_size
 
 
 class Shown(Enum):
@@ -172,8 +172,8 @@ def check_plan(plan: FleetPlan, code: CodeParams, answering: Set[int]) -> None:
             )
 
 
-def check_losses(plan: FleetPlan, now: Outcome, after: Outcome, k: int) -> None:
-    """Adds to `plan.refusals` which packs could not be read any more `after` what is given up.
+def check_losses(plan: FleetPlan, now: Outcome, after: Outcome, k: int, *, accepted: bool) -> None:
+    """Adds to `plan.refusals` which packs could not be read any more `after` what is given up; a note if `accepted`.
 
     What cannot be read `now` either is no reason: those backends do not hold it.
     """
@@ -181,9 +181,17 @@ def check_losses(plan: FleetPlan, now: Outcome, after: Outcome, k: int) -> None:
     if lost <= now.lost_full + now.lost_written:
         return
     worst = ", ".join(f"{pack_id.hex()} ({spare + k} of {k})" for spare, pack_id, _ in after.worst if spare < 0)
+    size = format_size(after.lost_bytes)
+    if accepted:
+        plan.notes.append(
+            f"{counted(lost, 'pack')} with {size} of data would keep fewer than k = {k} shards: what the cache and "
+            "the shards that are left hold of it is uploaded anew, the rest is lost; 'qsfs status' tells how much"
+        )
+        return
     plan.refusals.append(
-        f"without what is given up {counted(lost, 'pack')} could not be read any more, with fewer than k = {k} shards "
-        f"left; the worst: {worst}; bring backends back, or wait until what is missing has been made again"
+        f"without what is given up {counted(lost, 'pack')} with {size} of data could not be read any more, with fewer "
+        f"than k = {k} shards left; the worst: {worst}; bring backends back, or wait until what is missing has been "
+        "made again; only if they are gone for good, save what is left with --accept-loss"
     )
 
 

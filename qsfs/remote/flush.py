@@ -358,11 +358,12 @@ class Flusher:
     async def sync(self) -> SyncResult:
         """Waits until a generation with everything accepted before this call is published.
 
-        Joins a cut that is taken after the call.  Raises `Fenced`, `CacheError` if the local disk failed, and
+        Joins a cut that is taken after the call.  A generation that cannot be restored, because backends lost metadata
+        of it, is not enough.  Raises `Fenced`, `CacheError` if the local disk failed, and
         `DeadlineExceeded` if flushing stops first.
         """
         await self.publish_all()
-        while not self.knows_packs:
+        while not self.knows_packs or self._upkeep.lost_is_named:
             await self.progress()
         base = self._generations.base
         return SyncResult(base.head.generation, "full" if not self.context.ledger.incomplete else "written")
@@ -452,6 +453,7 @@ class Flusher:
             "packs_not_looked_at": len(ledger.looks),
             "next_look_seconds": ledger.next_look_seconds,
             "shards_found_missing": self._upkeep.found_missing,
+            "lost": self._upkeep.lost(),
             "spool_bytes": context.spool.used_bytes,
             "dead": self.dead_packs(),
             "rewrite": self._upkeep.rewriter.report(),

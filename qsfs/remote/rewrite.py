@@ -1,13 +1,11 @@
 """Rewriting packs of which little lives, and small ones: what lives is marked dirty, and flushing packs it anew.
 
-Nothing else is special about it.  The pages keep their write numbers, so whatever happens to them meanwhile wins as
-ever, and a crash leaves them clean or dirty, both of which are true.  The old pack is dead once the new one is
-recorded, and is deleted as every dead one.  `rewrite_choice` says which packs are worth it.
+The old pack is dead once the new one is recorded, and is deleted as every dead one.  `rewrite_choice` says which packs
+are worth it, `anew` marks.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,16 +14,14 @@ import trio
 
 from qsfs.errors import BackendError, Corrupt, DataLost, FormatMismatch
 from qsfs.format.extent import ExtentEntry
-from qsfs.format.pack import open_extent
+from qsfs.remote.anew import Anew
 from qsfs.remote.context import FlushContext
 from qsfs.remote.dead_packs import read_index
 from qsfs.remote.rewrite_choice import Candidates, Choice
 from qsfs.remote.shards import ShardReader
 from qsfs.remote.stored import StoredPack
 from qsfs.store.packs import pack_row
-from qsfs.store.reading import LocalDamage
-from qsfs.store.redirty import redirty
-from qsfs.store.schema import PAGE, ExtentRow, Inode
+from qsfs.store.schema import PAGE
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +65,7 @@ class Rewriter:
         self.rewritten_bytes = 0
         self._context = context
         self._reader = reader
+        self._anew = Anew(context, reader)
         self._share = share
         self._short_of_room = short_of_room
         limits = context.store.limits
@@ -144,7 +141,7 @@ class Rewriter:
                     for index, entry in enumerate(entries):
                         if not index % _A_STEP:
                             await context.committer.room()
-                        marked += await self._rewrite_extent(number, pack, entry)
+                        marked += await self._anew.mark(number, pack, entry, self._short_of_room)
                         await trio.lowlevel.checkpoint()
         except (trio.TooSlowError, BackendError, DataLost, Corrupt, FormatMismatch) as error:
             why = "it was not read in time" if isinstance(error, trio.TooSlowError) else error
@@ -163,54 +160,8 @@ class Rewriter:
         for index, entry in enumerate(entries):
             if not index % _A_STEP:
                 await trio.lowlevel.checkpoint()
-            pages = sum(row.pages for row in self._rows(choice.number, entry))
+            pages = sum(row.pages for row in self._anew.rows(choice.number, entry))
             sealed += entry.sealed_length * pages / max(1, entry.pages)
         density = sealed / max(1, choice.row.live)
         self._candidates.density(choice.number, density)
         return self._candidates.is_thin(choice.row, density)
-
-    async def _rewrite_extent(self, number: int, pack: StoredPack, entry: ExtentEntry) -> int:
-        context, store = self._context, self._context.store
-        data = b""
-        while True:
-            inode = store.inode(entry.inode)
-            rows = self._rows(number, entry)
-            if inode is None or not inode.nlink or not rows or self._short_of_room():
-                return 0
-            for row in rows:
-                self._drop_damage(inode, row)
-            remote = any(store.blocks.remote_blocks(entry.inode, row, row.first, row.first + row.pages) for row in rows)
-            if not remote or data:
-                break
-            data = await self._read(pack, entry)
-            await context.committer.room()
-        if remote:
-            store.blocks.install(inode, entry.first_page, data, rows[0])
-        return sum(redirty(store.blocks, inode, row) for row in rows)
-
-    def _drop_damage(self, inode: Inode, row: ExtentRow) -> None:
-        """Evicts clean pages whose local bytes are damaged: marked dirty, they could not be fetched again."""
-        blocks = self._context.store.blocks
-        with contextlib.suppress(LocalDamage):
-            blocks.pages(inode.number, row.first, row.pages)
-            return
-        for page in range(row.first, row.first + row.pages):
-            try:
-                blocks.pages(inode.number, page, 1)
-            except LocalDamage as damage:
-                if blocks.drop_damaged(inode, page):
-                    _log.warning("%s; it is clean and will be fetched from the backends", damage)
-
-    def _rows(self, number: int, entry: ExtentEntry) -> list[ExtentRow]:
-        """What is left of a sealed extent of pack `number`."""
-        stop = entry.first_page + entry.pages
-        rows = self._context.store.extents.overlapping(entry.inode, entry.first_page, stop)
-        return [row for row in rows if (row.pack, row.ordinal) == (number, entry.ordinal)]
-
-    async def _read(self, pack: StoredPack, entry: ExtentEntry) -> bytes:
-        ref, keys = pack.ref, self._context.sealer.keys
-        numbers = entry.shards(ref)
-        shards = await self._reader.shards(pack, numbers)
-        start = entry.offset - numbers[0] * ref.shard_size
-        sealed = b"".join(shards[number] for number in numbers)[start : start + entry.sealed_length]
-        return await self._context.in_thread(lambda: open_extent(keys, ref, entry, sealed))

@@ -29,6 +29,7 @@ from qsfs.remote.graveyard import CutView
 from qsfs.remote.naming import Naming
 from qsfs.remote.rewrite import Rewriter
 from qsfs.remote.running import RunningTime
+from qsfs.remote.salvage import Salvage
 from qsfs.remote.second_look import SecondLook
 from qsfs.remote.shards import ShardReader
 from qsfs.remote.start_packs import StartPacker
@@ -40,6 +41,7 @@ _log = logging.getLogger(__name__)
 
 UPKEEP_SECONDS = 1.0
 HEAD_SECONDS = 600.0
+_LOST_HEAD_SECONDS = 10.0
 """How often at most a head is published only so that something may be deleted."""
 _LOOKS_A_ROUND = 32
 _COMPLETIONS_A_ROUND = 2
@@ -92,8 +94,8 @@ class Upkeep:
         self._named = named
         self._owner_epoch = owner_epoch
         self._base = base
-        self._completer = Completer(context, reader, lambda: self.drainer.leaving)
-        self.salvage = self._completer.salvage
+        self.salvage = Salvage(context, reader, short_of_room=short_of_room)
+        self._completer = Completer(context, reader, self.salvage.lost, lambda: self.drainer.leaving)
         self.drainer = Drainer(context, self._completer, fleets)
         self._second_look = SecondLook(context)
         self._collector = AbandonedCollector(context)
@@ -163,13 +165,22 @@ class Upkeep:
     def head_due(self) -> bool:
         """Whether something on the backends waits for nothing but a head, and none was published for long.
 
-        Else a file system at rest would keep it for ever.
+        Else a file system at rest would keep it for ever.  Soon, where nothing could be restored as it is.
         """
-        if self._context.clock.monotonic() - self._head_at < HEAD_SECONDS:
-            return False
+        since = self._context.clock.monotonic() - self._head_at
+        if since >= _LOST_HEAD_SECONDS and self.lost_is_named:
+            return True
+        return since >= HEAD_SECONDS and (self.dead.waits_for_a_head or self.strays.waits_for_a_head)
+
+    @property
+    def lost_is_named(self) -> bool:
+        """Whether the published head names metadata packs that cannot be read: nothing could be restored by it."""
         lost = self.salvage.metadata
-        needs_lost = bool(lost) and not lost.isdisjoint(listed_ids(self._base().head))
-        return needs_lost or self.dead.waits_for_a_head or self.strays.waits_for_a_head
+        return bool(lost) and not lost.isdisjoint(listed_ids(self._base().head))
+
+    def lost(self) -> dict[str, int]:
+        """`Salvage.report`, and whether the published head names metadata packs that cannot be read."""
+        return {**self.salvage.report(), "head_unreadable": int(self.lost_is_named)}
 
     def want_head(self) -> None:
         """Has a head that something waits for made with the next cut, however long ago the last one was."""
@@ -217,6 +228,7 @@ class Upkeep:
                 self._look,
                 self._complete,
                 self.salvage.work,
+                self.salvage.rescue,
                 self._collect,
                 self.dead.work,
                 self.strays.work,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -69,3 +69,19 @@ class Waits:
             wait.unblocked = True
             wait.scope.cancel()
         return len(ended)
+
+
+class SaidLately:
+    """What people were told lately, so that it is not said for each page."""
+
+    def __init__(self) -> None:
+        self._until: dict[Hashable, float] = {}
+
+    def again(self, what: Hashable, seconds: float) -> bool:
+        """Whether it was said already; if not it is now, for so many seconds."""
+        now = trio.current_time()
+        if now < self._until.get(what, 0.0):
+            return True
+        self._until = {known: until for known, until in self._until.items() if until > now}
+        self._until[what] = now + seconds
+        return False

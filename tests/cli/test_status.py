@@ -7,6 +7,10 @@ from typing import Any
 from qsfs.cli.status import lines
 
 SAFE = {"bytes": 0, "age": 0.0}
+LOST = (
+    "packs", "metadata_packs", "local_bytes", "rescued_bytes", "unreadable_bytes", "unreadable_packs", "packs_to_read",
+    "head_unreadable",
+)  # fmt: skip
 
 
 def backend(number: int, state: str = "up", **fields: Any) -> dict[str, Any]:
@@ -55,6 +59,7 @@ def status(**fields: Any) -> dict[str, Any]:
             "packs_not_full": 0,
             "drain": {"packs_left": {}, "moved_packs": 0, "forgotten_shards": 0},
             "dead": {"packs": 0, "bytes": 0, "strays": {"packs": 0, "bytes": 0}, "unreclaimed": []},
+            "lost": dict.fromkeys(LOST, 0),
             "packs_not_looked_at": 0,
             "next_look_seconds": None,
             "last_error": "",
@@ -111,6 +116,21 @@ def test_backends_that_are_being_emptied_are_told_with_how_far_that_is():
     assert emptied[0] == "backend 10.0.0.2:9900/qsfs is being emptied: 7 packs left"
     assert "10.0.0.3" in emptied[1] and "fleet apply" in emptied[1]
     assert emptied[2] == "backend 9 is being emptied: 1 pack left"
+
+
+def test_what_became_of_lost_packs_comes_first():
+    """What is gone, what was saved, and what is still to be looked for."""
+    lost = {"packs": 3, "local_bytes": 4096, "rescued_bytes": 1 << 20, "unreadable_bytes": 8192, "packs_to_read": 1}
+    lost["unreadable_packs"] = 2
+    shown = lines(status(flush=flush(lost=dict.fromkeys(LOST, 0) | lost)))
+    assert shown[1] == "DATA LOST: 8.0 KiB in 2 packs cannot be read any more; 'qsfs fsck --deep' names the files"
+    assert shown[2] == (
+        "3 packs lost more shards than the code can replace: uploaded anew are 4.0 KiB from the cache and 1.0 MiB from "
+        "the shards that are left; 1 pack left to read"
+    )
+    assert shown[3] == ""
+    shown = lines(status(flush=flush(lost=dict.fromkeys(LOST, 0) | {"head_unreadable": 1})))
+    assert shown[1].startswith("NO RESTORE: ") and shown[2] == ""
 
 
 def test_nothing_passes_for_full_before_it_was_looked_at():

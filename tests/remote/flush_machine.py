@@ -429,6 +429,9 @@ class DirectReader:
 
     async def shards(self, pack: StoredPack, wanted: Collection[int]) -> dict[int, memoryview]:
         await trio.lowlevel.checkpoint()
+        here = shards_left(self.world, pack.ref)
+        if here.keys() >= set(wanted):
+            return {number: here[number] for number in wanted}
         try:
             body = memoryview(read_body(self.world, pack.ref))
         except AssertionError as error:
@@ -572,8 +575,8 @@ def read_extent(world: World, pack: PackRow, inode: int, row: ExtentRow) -> list
     return [data[i : i + PAGE] for i in range(0, len(data), PAGE)]
 
 
-def read_body(world: World, ref: PackRef) -> bytes:
-    """A pack's body, from whichever backends hold its shards: placement is a hint that is not used here."""
+def shards_left(world: World, ref: PackRef) -> dict[int, memoryview]:
+    """The payloads of a pack's shards, from whichever backends hold them: placement is a hint that is not used here."""
     have: dict[int, memoryview] = {}
     for number in range(world.code.n):
         key = shard_key(world.keys.fsid, ref.owner_epoch, ref.pack_id, number)
@@ -582,6 +585,12 @@ def read_body(world: World, ref: PackRef) -> bytes:
             if value is not None:
                 have[number] = open_shard(value, world.keys, key=key).payload
                 break
+    return have
+
+
+def read_body(world: World, ref: PackRef) -> bytes:
+    """A pack's body."""
+    have = shards_left(world, ref)
     assert len(have) >= world.code.k, f"pack {ref.pack_id.hex()} is lost"
     return b"".join(Code(world.code).decode(have))
 

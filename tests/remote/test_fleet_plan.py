@@ -163,16 +163,20 @@ def test_giving_up_backends_without_which_packs_are_lost_is_refused_and_names_th
     table.add(b"a" * 16, 1, (1, 2, 3))
     table.add(b"b" * 16, 1, (1, 2, 4))
     now, after = table.outcomes
-    check_losses(plan, now, after, CODE.k)
+    check_losses(plan, now, after, CODE.k, accepted=False)
     assert not plan.refusals
     table.add(b"c" * 16, 1, (1, 4, 5))
-    check_losses(plan, now, after, CODE.k)
+    check_losses(plan, now, after, CODE.k, accepted=False)
     assert len(plan.refusals) == 1 and f"{(b'c' * 16).hex()} (1 of 2)" in plan.refusals[0]
+    # Who knows that they are gone for good, and says so, is told what it costs.
+    plan.refusals.clear()
+    check_losses(plan, now, after, CODE.k, accepted=True)
+    assert not plan.refusals and "1 pack with 1 B of data" in plan.notes[-1]
     # What cannot be read anyway does not tie the operator to backends that are gone.
     plan.refusals.clear()
     gone = LossTable(entries, CODE, [Loss("", frozenset()), Loss("", frozenset({4, 5}))])
     gone.add(b"d" * 16, 1, (-1, -1, 4))
-    check_losses(plan, *gone.outcomes, CODE.k)  # type: ignore[misc]
+    check_losses(plan, *gone.outcomes, CODE.k, accepted=False)  # type: ignore[misc]
     assert not plan.refusals
 
 

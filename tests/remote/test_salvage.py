@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 import trio
 
+from qsfs.errors import Unavailable
 from qsfs.format.extent import PackKind
 from qsfs.format.shard import parse_shard_key
 from qsfs.remote.chain import listed_ids
+from qsfs.remote.complete import Completer
 from qsfs.remote.flush import Flusher
 from qsfs.remote.salvage import Salvage
 from qsfs.remote.second_look import SecondLook
 from qsfs.store.eviction import Evictor
+from qsfs.store.packs import set_placement
 from qsfs.store.schema import PAGE, PackRow, PackState, Table, u64
-from tests.remote.flush_machine import FlushMachine, restore
+from tests.remote.flush_machine import DirectReader, FlushMachine, restore
 from tests.remote.flushing import flushing, pack_rows, page, until
 from tests.remote.harness import World
 
+EXPECTED = "gone|lacks shards|fewer shards than it needs|acknowledged|shards that are left|fail their checksum"
+
 
 def lose(world: World, row: PackRow, leave: int) -> None:
-    """All but `leave` shards of a pack go, with what their backends had not written to their disks."""
-    for place in row.placement[: len(row.placement) - leave]:
-        store = world.data[place - 1]
+    """All but the last `leave` shards of a pack go, with what their backends had not written to their disks."""
+    lose_shards(world, row, range(len(row.placement) - leave))
+
+
+def lose_shards(world: World, row: PackRow, shards: Iterable[int]) -> None:
+    """These shards of a pack go."""
+    for shard in shards:
+        store = world.data[row.placement[shard] - 1]
         for key in list(store.keys()):
             named = parse_shard_key(key)
             if named is not None and named.pack_id == row.pack_id:
@@ -56,13 +68,13 @@ async def test_a_page_whose_local_bytes_are_damaged_is_not_uploaded(
     world: World, machine: FlushMachine, clock, expect_log
 ):
     """It alone is lost: the others are uploaded anew, and generations go on."""
-    expect_log("gone|lacks shards|fewer shards than it needs|acknowledged|fail their checksum", optional=True)
+    expect_log(EXPECTED)
     async with flushing(machine) as flusher:
         number, row = await written(flusher, machine)
         await machine.committer.commit()
         damage(machine, next(iter(machine.store.scan(Table.VALUES, b"", None)))[0])
         lose(world, row, 1)
-        await until(lambda: flusher._upkeep.salvage.salvaged_pages)
+        await until(lambda: flusher._upkeep.salvage.local_pages)
         await until(lambda: pack_rows(machine)[number].live == PAGE)
         before = flusher.status()["generation"]
         machine.create("b")
@@ -103,13 +115,13 @@ async def test_what_was_recorded_and_is_not_committed_is_uploaded_anew_too(machi
         await machine.precopy()
         number = next(number for number, row in pack_rows(machine).items() if row.kind == PackKind.DATA)
         assert machine.store.dirty
-        salvage = Salvage(machine.context)
+        salvage = Salvage(machine.context, DirectReader(machine.world), short_of_room=lambda: False)
         salvage.lost.add(number)
         with machine.store.extents.recording(number):
             await salvage.work()
-            assert not salvage.salvaged_pages, "more of it may be recorded yet"
+            assert not salvage.local_pages, "more of it may be recorded yet"
         await salvage.work()
-        assert salvage.salvaged_pages == 16
+        assert salvage.local_pages == 16
 
 
 async def test_what_enough_backends_have_is_enough_for_who_is_short_of_room(machine: FlushMachine, clock):
@@ -161,6 +173,186 @@ async def test_what_only_a_lost_metadata_pack_held_is_written_anew(
         base = flusher.generations.base
         await trio.sleep(3000)
         assert flusher.generations.base.head.generation <= base.head.generation + 1, "then it is at rest"
+
+
+class LostPack:
+    """a pack of files of 2 pages, all only remote; of its shards the first is left, which holds data."""
+
+    def __init__(self, machine: FlushMachine) -> None:
+        self.machine = machine
+        self.files: dict[int, bytes] = {}
+        self.number = 0
+        self.row: PackRow
+
+    async def upload(self, flusher: Flusher) -> None:
+        chance = random.Random(3)
+        for name in "abcdefgh":
+            number = self.machine.create(name)
+            self.files[number] = chance.randbytes(2 * PAGE)
+            self.machine.write(number, 0, self.files[number])
+        await flusher.sync()
+        (self.number, self.row), = ((n, row) for n, row in pack_rows(self.machine).items() if row.live == 16 * PAGE)
+
+    async def lose(self) -> None:
+        for number in self.files:
+            self.machine.evict(number)
+        await self.machine.committer.commit()
+        self.lose_shards()
+
+    def lose_shards(self) -> None:
+        lose_shards(self.machine.world, self.row, (1, 2, 3))
+
+    def readable(self) -> set[int]:
+        """The files whose bytes can be had; those that can are right."""
+        found = set()
+        for number, data in self.files.items():
+            try:
+                assert self.machine.content(number) == data
+            except AssertionError as error:
+                assert "is lost" in str(error)
+                continue
+            found.add(number)
+        return found
+
+    def left_in_it(self) -> set[int]:
+        """The files of which something lies in the lost pack."""
+        return {
+            number for number in self.files
+            if any(row.pack == self.number for row in self.machine.store.extents.overlapping(number, 0, 2))
+        }  # fmt: skip
+
+
+async def test_what_lies_in_shards_that_are_left_is_read_and_uploaded_anew(
+    world: World, machine: FlushMachine, clock, expect_log
+):
+    """More shards are gone than the code can replace, and nothing is local: what can be read is saved and told."""
+    expect_log(EXPECTED)
+    lost = LostPack(machine)
+    async with flushing(machine) as flusher:
+        await lost.upload(flusher)
+        await lost.lose()
+        await until(lambda: flusher.status()["lost"]["rescued_bytes"])
+        await until(lambda: not flusher.status()["lost"]["packs_to_read"])
+        await flusher.sync()
+        await machine.committer.commit()
+        report = flusher.status()["lost"]
+        assert report["packs"] == 1 and not report["local_bytes"]
+        assert report["rescued_bytes"] + report["unreadable_bytes"] == 16 * PAGE
+        gone = lost.left_in_it()
+        assert gone and len(gone) * 2 * PAGE == report["unreadable_bytes"]
+        for number in lost.files:
+            machine.evict(number)
+        assert lost.readable() == lost.files.keys() - gone
+        names = dict(zip("abcdefgh", lost.files, strict=True))
+        for name, number in names.items():
+            if number in gone:
+                machine.unlink(name, number)
+        await flusher.sync()
+        assert restore(world).files == {n: lost.files[i] for n, i in names.items() if i not in gone}
+
+
+async def test_who_is_short_of_room_reads_lost_packs_later(
+    machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log
+):
+    """What is saved of them is dirty, and must not take the room that writers wait for."""
+    expect_log(EXPECTED + "|short of room")
+    lost = LostPack(machine)
+    short = True
+    async with flushing(machine) as flusher:
+        await lost.upload(flusher)
+        monkeypatch.setattr(Flusher, "short_of_room", property(lambda self: short))
+        await lost.lose()
+        await until(lambda: flusher.status()["lost"]["packs_to_read"])
+        await trio.sleep(600)
+        assert not flusher.status()["lost"]["rescued_bytes"]
+        short = False
+        await until(lambda: flusher.status()["lost"]["rescued_bytes"])
+
+
+async def test_no_more_than_a_part_of_lost_packs_is_on_its_way(machine: FlushMachine, clock, expect_log):
+    """The next extent is read once what was marked lies in other packs."""
+    expect_log(EXPECTED)
+    lost = LostPack(machine)
+    async with flushing(machine) as flusher:
+        await lost.upload(flusher)
+        salvage = flusher._upkeep.salvage
+        salvage._most_bytes = PAGE
+        seen = set()
+
+        def marked() -> set[int]:
+            return {n for n in lost.files if any(
+                (block := machine.store.blocks.state(n, b)) is not None and block.dirty for b in (0,)
+            )}  # fmt: skip
+
+        await lost.lose()
+        while not flusher.status()["lost"]["unreadable_bytes"]:
+            seen.add(frozenset(marked()))
+            await trio.sleep(0.25)
+        assert max(map(len, seen)) == 1
+        assert len(seen) > 2, "more than one of them was saved"
+
+
+async def test_backends_that_do_not_answer_are_asked_again(
+    machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log
+):
+    """What could not be read now is not taken for gone."""
+    expect_log(EXPECTED)
+    lost = LostPack(machine)
+    async with flushing(machine) as flusher:
+        await lost.upload(flusher)
+        reader = flusher._upkeep.salvage._reader
+        asked = 0
+        shards = reader.shards
+
+        async def silent(pack, wanted):
+            nonlocal asked
+            asked += 1
+            if asked < 3:
+                raise Unavailable("silence")
+            return await shards(pack, wanted)
+
+        await lost.lose()
+        await until(lambda: flusher._upkeep.salvage.lost)
+        monkeypatch.setattr(reader, "shards", silent)
+        await until(lambda: flusher.status()["lost"]["rescued_bytes"])
+        assert asked > 3
+
+
+async def test_what_is_damaged_here_is_read_from_shards_that_are_left(machine: FlushMachine, clock, expect_log):
+    """All is local; bytes that rotted here and lie in a shard that is left are not lost."""
+    expect_log(EXPECTED)
+    lost = LostPack(machine)
+    async with flushing(machine) as flusher:
+        await lost.upload(flusher)
+        await machine.committer.commit()
+        for key, _ in list(machine.store.scan(Table.VALUES, b"", None)):
+            damage(machine, key)
+        lost.lose_shards()
+        await until(lambda: flusher.status()["lost"]["unreadable_bytes"])
+        report = flusher.status()["lost"]
+        total = report["local_bytes"] + report["rescued_bytes"] + report["unreadable_bytes"]
+        assert total == 16 * PAGE and report["rescued_bytes"] >= 4 * PAGE
+        saved = report["local_bytes"] + report["rescued_bytes"]
+        await until(lambda: pack_rows(machine)[lost.number].live == 16 * PAGE - saved)
+
+
+async def test_a_pack_is_known_as_lost_where_no_room_is_for_its_shards(
+    world: World, machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log
+):
+    """All backends that are left have a shard already: it cannot be completed, and is saved all the same."""
+    expect_log(EXPECTED, optional=True)
+    lost = LostPack(machine)
+    async with flushing(machine) as flusher:
+        await lost.upload(flusher)
+        for member in machine.fleet_members:
+            monkeypatch.setattr(type(member), "writable", property(lambda m: m.number == lost.row.placement[0]))
+        placement = (lost.row.placement[0], -1, -1, -1)
+        lost.lose_shards()
+        row = set_placement(machine.store, lost.number, placement, machine.clock.time_ns())
+        machine.context.ledger.note(lost.number, row)
+        completer = Completer(machine.context, DirectReader(world), found := set())
+        await completer.complete_packs(1)
+        assert found == {lost.number}
 
 
 def damage(machine: FlushMachine, block: bytes) -> None:

@@ -111,6 +111,7 @@ class Cluster:
         self.spare = 2
         self._add_spare()
         self.numbers = list(range(1, count + self.spare + 1))
+        self.spares = frozenset(self.numbers[count:])
         self.quorum = fence_quorum(count, self.m, 1)
         tolerated = min(-(-self.m // 2), self.quorum.may_be_stale)
         self.liars = frozenset(chance.sample(self.numbers[:count], chance.randint(0, tolerated)))

@@ -62,6 +62,7 @@ class History(Stage):
             self._ambush: 1.5 if self.crashes else 0,
             self._freeze: 0.8,
             self._take_over: 0.7,
+            self._divide: 0.4,
             self._roll_back: 0.5,
             self._clone: 0.15,
             self._change_fleet: 0.5,
@@ -193,6 +194,42 @@ class History(Stage):
         else:
             return
         await self.take_over(machine, self.chance.choice((5, 60)))
+
+    async def _divide(self) -> None:
+        """The network falls apart: one machine goes on with a part of the backends, another takes over with another.
+
+        Either part is about a quorum, and they overlap as little as they can.
+        """
+        life = self._writable()
+        others = [machine for machine in self.machines if machine.life is None]
+        if life is None or (not others and len(self.machines) >= 6):
+            return
+        machine = self.chance.choice(others) if others else self.new_machine()
+        numbers = self.chance.sample(self.cluster.numbers, len(self.cluster.numbers))
+        if self.chance.random() < 0.7:
+            numbers.sort(key=lambda number: number in self.cluster.spares)
+            numbers = numbers[: -len(self.cluster.spares)]
+        sizes = [self.cluster.quorum.needed - self.chance.choice((0, 1)) for _ in range(2)]
+        parts = set(numbers[: sizes[0]]), set(numbers[-sizes[1] :])
+        ours, theirs = (frozenset(set(self.cluster.numbers) - part) for part in parts)
+        self.trace.note(f"{life.name} does not reach {sorted(ours)}, {machine.name} not {sorted(theirs)}")
+        life.cut_off = ours
+        await self._write_and_sync(life)
+        await self.take_over(machine, 60, theirs)
+        other = machine.writable
+        for each in self.chance.sample([life, other], 2):
+            if each is not None and each.ready:
+                await self._write_and_sync(each)
+        self.trace.note("the network is whole again")
+        for each in (life, machine.life):
+            if each is not None:
+                each.cut_off = frozenset()
+
+    async def _write_and_sync(self, life: Life) -> None:
+        if life.machine.writable is life:
+            await self.in_life(life, lambda: self.applications.change(life), 35.0)
+        if life.machine.writable is life:
+            await self.sync(life)
 
     async def _roll_back(self) -> None:
         """Back to some kept generation; the mount ends for that."""

@@ -89,10 +89,10 @@ class Stage:
         self.machines.append(machine)
         return machine
 
-    def mount(self, machine: Machine) -> None:
+    def mount(self, machine: Machine, cut_off: frozenset[int] = frozenset()) -> None:
         """Boots a machine's daemon; a takeover that was cut short is given again."""
         works = (self._taking_over, Life.mount) if machine.takes_over else (Life.mount,)
-        Life(machine).start(self.nursery, *works)
+        Life(machine, cut_off).start(self.nursery, *works)
 
     async def _taking_over(self, life: Life) -> None:
         machine = life.machine
@@ -209,14 +209,14 @@ class Stage:
 
         await self.in_life(life, fsync, seconds)
 
-    async def take_over(self, machine: Machine, seconds: float) -> None:
+    async def take_over(self, machine: Machine, seconds: float, cut_off: frozenset[int] = frozenset()) -> None:
         """Restores on a machine whose disk is empty, owns and mounts; waits for that at most so long."""
         machine.error = None
         machine.forget()
         machine.durable = 1
         machine.takes_over = True
         self.trace.note(f"{machine.name} takes over")
-        self.mount(machine)
+        self.mount(machine, cut_off)
         await self.wait_for(machine, seconds)
 
     async def roll_back(self, life: Life, target: KeptGeneration, seconds: float) -> None:

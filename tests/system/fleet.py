@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,12 @@ SILENCE = (r"waiting for a quorum of backends",)
 def content(name: str, size: int) -> bytes:
     """`size` bytes that do not compress and follow from the name."""
     return random.Random(name).randbytes(size)
+
+
+def configured(fs: FileSystem) -> list[dict[str, Any]]:
+    """The backends in the configuration."""
+    tables: list[dict[str, Any]] = tomllib.loads(fs.config.read_text())["backend"]
+    return tables
 
 
 def store(fs: FileSystem, name: str, size: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,11 @@ import pytest
 from qsfs.daemon.control import ask
 from tests.support.backends import HOST, Servers
 from tests.support.daemon import PATIENCE, FileSystem
-from tests.system.fleet import QUICK, Inside, check, cold, dead, eventually, status, store, up
+from tests.system.fleet import QUICK, Inside, check, cold, configured, dead, eventually, status, store, up
 
 pytestmark = pytest.mark.mount
 
 KIB = 1 << 10
-
-
-def configured(fs: FileSystem) -> list[dict[str, Any]]:
-    tables: list[dict[str, Any]] = tomllib.loads(fs.config.read_text())["backend"]
-    return tables
 
 
 def backend(fs: FileSystem, index: int, **settings: Any) -> dict[str, Any]:
