@@ -234,10 +234,9 @@ class Cluster:
             setattr(faults, name, chance.choice((0.0, 0.0, 0.3, 1.0)))
         stores = self._stores(number)
         if turn < 0.3 or number not in self._images:
-            self._images[number] = (stores[0].copy(), stores[1].copy())
+            self.remember(number)
         elif turn < 0.55:
-            for store, image in zip(stores, self._images[number], strict=True):
-                store.go_back_to(image)
+            self.go_back(number)
         elif turn < 0.8:
             for store in set(stores):
                 keys = [key for key in sorted(store.keys()) if not key.startswith(b"qsfs:i:")]
@@ -247,6 +246,16 @@ class Cluster:
                     else:
                         store.rot(key, lambda value: value[:-1] + bytes([value[-1] ^ 1]))
 
+    def remember(self, number: int) -> None:
+        """What a backend that lies may go back to."""
+        data, control = self._stores(number)
+        self._images[number] = (data.copy(), control.copy())
+
+    def go_back(self, number: int) -> None:
+        """A backend is again as it was once."""
+        for store, image in zip(self._stores(number), self._images[number], strict=True):
+            store.go_back_to(image)
+
     def _stores(self, number: int) -> tuple[MemoryStore, MemoryStore]:
         return self.world.data[number - 1], self.world.control[number - 1]
 
@@ -255,6 +264,12 @@ class Cluster:
         faults.down = faults.full = False
         faults.flap = None
         faults.slow = faults.hang = faults.fail = faults.fail_after = 0.0
+
+    def calm(self) -> None:
+        """Every backend answers again; those that lie go on with that."""
+        for number in self.numbers:
+            self._heal(number)
+            self._note(number)
 
     def heal(self) -> None:
         """Every backend answers again; what liars lost stays lost."""

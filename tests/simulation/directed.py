@@ -23,8 +23,8 @@ _HELD: contextvars.ContextVar[bool] = contextvars.ContextVar("held", default=Fal
 class Directed(Stage):
     """A stage whose backends do what they should."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(5, root, Trace(), (2, 1, 5))
+    def __init__(self, root: Path, code: tuple[int, int, int]) -> None:
+        super().__init__(5, root, Trace(), code)
         self.cluster.liars = frozenset()
         self.cluster.faulty.clear()
         self.retention = 0.0
@@ -101,12 +101,15 @@ class Directed(Stage):
         await checks.at_the_end(self)
 
 
-def live(root: Path, story: Story, allowed_log: str = "") -> None:
-    """Lives through `story` on a stage of its own, and checks the end; logs that match `allowed_log` are no bugs."""
+def live(root: Path, story: Story, allowed_log: str = "", code: tuple[int, int, int] = (2, 1, 5)) -> None:
+    """Lives through `story` on a stage of its own, and checks the end; logs that match `allowed_log` are no bugs.
+
+    `code`: data shards, parity shards, backends.
+    """
     prepare()
 
     async def main() -> None:
-        stage = Directed(root)
+        stage = Directed(root, code)
         stage.allowed_log = allowed_log
         with stage.wired():
             async with trio.open_nursery() as stage.nursery:

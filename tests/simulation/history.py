@@ -196,29 +196,38 @@ class History(Stage):
         await self.take_over(machine, self.chance.choice((5, 60)))
 
     async def _divide(self) -> None:
-        """The network falls apart: one machine goes on with a part of the backends, another takes over with another.
+        """The network falls apart: one machine goes on with about a quorum, another takes over with the rest.
 
-        Either part is about a quorum, and they overlap as little as they can.
+        They have few backends in common, first of all those that lie: these forget what the other one wrote.
         """
         life = self._writable()
         others = [machine for machine in self.machines if machine.life is None]
         if life is None or (not others and len(self.machines) >= 6):
             return
         machine = self.chance.choice(others) if others else self.new_machine()
-        numbers = self.chance.sample(self.cluster.numbers, len(self.cluster.numbers))
         if self.chance.random() < 0.7:
-            numbers.sort(key=lambda number: number in self.cluster.spares)
-            numbers = numbers[: -len(self.cluster.spares)]
-        sizes = [self.cluster.quorum.needed - self.chance.choice((0, 1)) for _ in range(2)]
-        parts = set(numbers[: sizes[0]]), set(numbers[-sizes[1] :])
-        ours, theirs = (frozenset(set(self.cluster.numbers) - part) for part in parts)
+            self.cluster.calm()
+        liars = sorted(self.cluster.liars)
+        honest = [number for number in self.cluster.numbers if number not in liars]
+        self.chance.shuffle(honest)
+        honest.sort(key=lambda number: number in self.cluster.spares)
+        quorum = self.cluster.quorum
+        size = quorum.needed - self.chance.choice((0, 1, 1, 1))
+        least = 2 * size - quorum.backends + self.chance.choice((0, 0, 1))
+        shared = liars + honest[: max(0, least - len(liars))]
+        apart = [number for number in honest if number not in shared]
+        ours, theirs = frozenset(apart[size - len(shared) :]), frozenset(apart[: size - len(shared)])
         self.trace.note(f"{life.name} does not reach {sorted(ours)}, {machine.name} not {sorted(theirs)}")
         life.cut_off = ours
-        await self._write_and_sync(life)
+        for number in liars:
+            self.cluster.remember(number)
+        if self.chance.random() < 0.3:
+            await self._write_and_sync(life)
         await self.take_over(machine, 60, theirs)
-        other = machine.writable
-        for each in self.chance.sample([life, other], 2):
-            if each is not None and each.ready:
+        for number in liars:
+            self.cluster.go_back(number)
+        for each in self.chance.sample([life, machine.life], 2):
+            if each is not None:
                 await self._write_and_sync(each)
         self.trace.note("the network is whole again")
         for each in (life, machine.life):

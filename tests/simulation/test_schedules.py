@@ -92,6 +92,37 @@ def test_a_shard_that_moved_stays_as_long_as_its_pack_is_named(scratch: Path) ->
     live(scratch, story)
 
 
+def test_a_backend_that_forgets_the_new_owner_lets_nobody_publish_beside_it(scratch: Path, expect_log) -> None:
+    """A reaches 3 of 6, B takes over with the other 3 and one of A's, and that one goes back to before: Q is 4.
+
+    With a fence quorum of 3, A would publish at the only backend that has both, after it forgot B.
+    """
+    expect_log("has taken over")
+    expect_log("acknowledged it and has lost it", optional=True)
+
+    async def story(stage: Directed) -> None:
+        life = await stage.up(stage.first)
+        await stage.write(life, "f", 8, "a")
+        await stage.publish(life)
+        life.cut_off = frozenset(stage.cluster.numbers) - {1, 2, 3}
+        stage.cluster.liars = frozenset({3})
+        stage.cluster.remember(3)
+        second = stage.new_machine()
+        await stage.take_over(second, 600, frozenset({1, 2}))
+        other = await stage.up(second)
+        stage.cluster.go_back(3)
+        await stage.write(life, "f", 8, "z")
+        await stage.sync(life, 120)
+        await stage.write(other, "g", 8, "b")
+        await stage.publish(other)
+        assert stage.ledger.published[-1][0] == other.name
+        life.cut_off = frozenset()
+        await trio.sleep(120)
+        assert life.fenced is not None
+
+    live(scratch, story, code=(2, 2, 6))
+
+
 def test_a_machine_that_is_alone_is_never_refused(scratch: Path) -> None:
     """Cut, head sent, crash before its record, again and again: it knows its own heads."""
 
