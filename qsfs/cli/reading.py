@@ -38,6 +38,8 @@ def status_lines(found: Mapping[str, Any], now: float) -> list[str]:
     if found["mode"] == "follow":
         held = f", but stays here: {found['held']}" if found["held"] else ""
         out.append(f"follows the newest generation{held}; {found['moves']} moves so far")
+        if found["donors"]:
+            out.append(f"what is the same in {counted(found['donors'], 'older generation')} is not fetched again")
         for older in found["older"]:
             kept = "" if older["kept"] else ", not kept any more"
             out.append(f"generation {older['generation']}: {counted(older['open'], 'open file')}{kept}")

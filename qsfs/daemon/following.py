@@ -3,6 +3,7 @@
 Each generation is an image of its own, built beside the one that is shown; then one assignment between two
 requests makes it the one that new path walks see.  An older image stays while something is open in it, and
 a little longer if the kernel still knows names in it (of a working directory too, which is then stale).
+After that it is a donor while nobody needs its room: what it holds of the same extents need not be fetched again.
 All images together keep within the configured size: each has its share of it, the template that they are
 copied from another, and while older ones that are in use take all others but one, the mount stays where it is, and
 says so.
@@ -10,9 +11,10 @@ says so.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ import trio
 from qsfs.clock import Clock
 from qsfs.daemon.image import Image, build
 from qsfs.daemon.sightings import Sightings
-from qsfs.errors import LimitExceeded, QsfsError
+from qsfs.errors import CacheError, LimitExceeded, QsfsError
 from qsfs.fuse.generations import MOST_INODES, MOST_TAGS, GenerationOperations
 from qsfs.remote.images import image_directory
 from qsfs.remote.readable import Published, owner_host, read_head
@@ -31,7 +33,7 @@ from qsfs.remote.source import Source
 from qsfs.remote.survey import Timing
 from qsfs.remote.template import Template
 from qsfs.store.limits import Limits
-from qsfs.store.store import NEXT_INODE
+from qsfs.store.store import NEXT_INODE, Store
 from qsfs.values import counted
 
 _log = logging.getLogger(__name__)
@@ -55,8 +57,8 @@ MakeImage = Callable[[Path, Source, int], Image]
 class Follower:
     """Moves one mount.  `images` are those that are open, the last is the one shown.
 
-    `held` says why it does not move although there is something newer, `error` why the last move failed;
-    "" otherwise.
+    `donors` are those in which nothing is shown any more, oldest first.  `held` says why it does not move although
+    there is something newer, `error` why the last move failed; "" otherwise.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Follower:
     ) -> None:
         """`make` opens the image that lies in a directory, for a source and with a tag; `template` builds them."""
         self.images = [first]
+        self.donors: list[Image] = []
         self.held = ""
         self.error = ""
         self.moves = 0
@@ -137,6 +140,9 @@ class Follower:
         if len(self.images) >= MOST_IMAGES:
             self._hold()
             return
+        while self.donors and len(self.images) + len(self.donors) >= MOST_IMAGES:
+            # One that was shown for long may hold more of what is still the same than some that came after it.
+            await self._drop(min(self.donors, key=lambda image: image.store.used_bytes))
         self.held = ""
         begin = trio.current_time()
         try:
@@ -172,6 +178,7 @@ class Follower:
                 place, source, self._limits, self._clock, deadline_seconds=self._deadline, template=self._template
             )
             image = self._make(place, source, self._next_tag)
+            image.inheritance.donors = partial(self._donors_of, image)
             if image.store.counter(NEXT_INODE) >= MOST_INODES:
                 raise LimitExceeded(f"generation {head.generation} has more inodes than a mount that follows can show")
             image.host = self.current.host
@@ -191,8 +198,16 @@ class Follower:
         self._sightings.watched.add(image.ref)
         _log.info("moved to generation %d", image.ref.generation)
 
+    def _donors_of(self, image: Image) -> Iterator[Store]:
+        """The stores of what was shown before an image, the newest first."""
+        older = [one for one in (*self.donors, *self.images) if one.generation.tag < image.generation.tag]
+        return (one.store for one in sorted(older, key=lambda one: -one.generation.tag))
+
     async def _retire(self, *, idle_too: bool) -> None:
-        """Drops older images in which nothing is open, and that the kernel forgot or had time to; or all idle ones."""
+        """Makes donors of older images in which nothing is open, and that the kernel forgot or had time to.
+
+        Or of all idle ones.
+        """
         now = trio.current_time()
         for image in self.images[:-1]:
             generation = image.generation
@@ -207,12 +222,20 @@ class Follower:
             self.images.remove(image)
             self._sightings.watched.discard(image.ref)
             scope, ended = self._scopes.pop(image)
+            # What is in memory only would stay there; a local disk that failed is no reason to keep an image.
+            with contextlib.suppress(CacheError):
+                await image.commit()
             scope.cancel()
             with trio.CancelScope(shield=True):
                 await ended.wait()
-                image.close()
-                await trio.to_thread.run_sync(partial(shutil.rmtree, image.directory, ignore_errors=True))
+            self.donors.append(image)
             _log.debug("generation %d is not shown any more", image.ref.generation)
+
+    async def _drop(self, donor: Image) -> None:
+        self.donors.remove(donor)
+        with trio.CancelScope(shield=True):
+            donor.close()
+            await trio.to_thread.run_sync(partial(shutil.rmtree, donor.directory, ignore_errors=True))
 
     def status(self) -> dict[str, Any]:
         """What `qsfs status` adds for a mount that follows."""
@@ -220,6 +243,7 @@ class Follower:
             "moves": self.moves,
             "held": self.held,
             "move_error": self.error,
+            "donors": len(self.donors),
             "older": [
                 {
                     "generation": image.ref.generation,

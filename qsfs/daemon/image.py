@@ -34,6 +34,7 @@ from qsfs.fuse.operations import Operations
 from qsfs.fuse.state import ReadOnlyState
 from qsfs.remote.advance import NotAdvanced
 from qsfs.remote.fetch import Fetcher
+from qsfs.remote.inherit import Inheritance
 from qsfs.remote.reader import PackReader
 from qsfs.remote.restore import restore_into
 from qsfs.remote.source import Source
@@ -127,6 +128,7 @@ class Image:
         self.namespace = Namespace(self.store, self.contents, Policies(()))
         self.committer = Committer(self.store, self.contents, config.cache.group_seconds, alone=loop.nothing_waits)
         self.keeper = Keeper(self.store, self.contents, self.committer, clock, all_remote=True)
+        self.inheritance = Inheritance(self.store)
         self.fetcher = Fetcher(
             self.store,
             reader,
@@ -135,13 +137,14 @@ class Image:
             deadline_seconds=config.fetch.deadline_seconds,
             path_of=partial(path_of, self.namespace.tree),
             expired=lambda: expired(self.ref),
+            at_hand=self.inheritance.extent,
         )
         self.space = DaemonSpace(self.store, source.members, source.superblock.code, sent_bytes, lambda: False)
         self.state = ReadOnlyState()
         self.generation = Generation(tag, self.namespace)
         self.operations = self.generation.operations = Operations(
             self.namespace,
-            _Waiter(self.fetcher),
+            _Waiter(self.fetcher, self.inheritance),
             self.committer,
             self.space,
             self.state,
@@ -172,11 +175,13 @@ class Image:
 class _Waiter:
     """What handlers wait with: only for pages, since nothing here changes anything."""
 
-    def __init__(self, fetcher: Fetcher) -> None:
+    def __init__(self, fetcher: Fetcher, inheritance: Inheritance) -> None:
         self._fetcher = fetcher
+        self._inheritance = inheritance
 
     async def satisfy(self, need: Need) -> None:
         """Returns when the operation should be tried again; raises what the application shall get."""
         if not isinstance(need, NeedPages):
             raise PosixError(5)
-        await self._fetcher.fetch(need.inode, need.first, need.count)
+        if not self._inheritance.take(need.inode, need.first, need.count):
+            await self._fetcher.fetch(need.inode, need.first, need.count)

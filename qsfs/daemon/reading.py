@@ -164,7 +164,7 @@ class Reading:
                     await self._pending.answered()
                 nursery.cancel_scope.cancel()
         finally:
-            for opened in self.images:
+            for opened in (*self.images, *(() if self.follower is None else self.follower.donors)):
                 opened.close()
             if self._template is not None:
                 self._template.drop()

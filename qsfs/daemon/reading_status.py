@@ -43,6 +43,7 @@ def status_of(reading: Reading) -> dict[str, Any]:
     found["read_only"] = _generation(reading, image)
     found["cache"] = _cache(reading, image)
     found["waits"] = [wait for each in reading.images for wait in _waits(each.fetcher)]
+    found["taken_over_bytes"] = image.inheritance.pages * PAGE
     found["fetched_bytes"] = (image.fetcher.fetched_pages + image.fetcher.start.counts.pages) * PAGE
     found["reads"] = dataclasses.asdict(image.fetcher.reader.counts)
     found["requests"] = _requests(image.operations.counts)

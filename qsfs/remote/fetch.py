@@ -8,7 +8,7 @@ a truncation, write or newer extent that came meanwhile wins.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Never, Protocol
 
@@ -17,6 +17,7 @@ import trio
 from qsfs import failpoints
 from qsfs.errors import CacheError, Corrupt, DataLost, GenerationExpired, QsfsBug, QsfsError, Unavailable
 from qsfs.format.units import MAX_EXTENT, PAGE
+from qsfs.remote.fetch_job import Job, JobKey, Stream, Wanted, page_name, runs
 from qsfs.remote.readahead import ReadAhead
 from qsfs.remote.reader import PackReader
 from qsfs.remote.start_fetch import Room, StartFetcher
@@ -50,43 +51,6 @@ class Transient(Protocol):
         ...
 
 
-class _Job:
-    """One extent on its way; `readers` counts who waits for it.
-
-    It is `held` if it is to stay with the reader of packs, not installed, while no page is needed; `arrived` once
-    the backends have given it and only the local store may keep it back.
-    `stream` is set while it takes a place among what is fetched ahead.
-    """
-
-    __slots__ = ("arrived", "done", "error", "held", "inode", "needed", "pack", "readers", "row", "scope", "stream")
-
-    def __init__(self, inode: int, row: ExtentRow, *, held: bool) -> None:
-        self.inode = inode
-        self.row = row
-        self.held = held
-        self.arrived = False
-        self.needed: set[int] = set()
-        self.readers = 0
-        self.pack: StoredPack | None = None
-        self.stream: _Stream | None = None
-        self.error: QsfsError | None = None
-        self.done = trio.Event()
-        self.scope = trio.CancelScope()
-
-
-class _Stream:
-    """What is fetched ahead of one reader: it ends with the first extent that does not come."""
-
-    __slots__ = ("failed",)
-
-    def __init__(self) -> None:
-        self.failed = False
-
-
-_JobKey = tuple[int, int, int]
-_Wanted = dict[_JobKey, tuple[ExtentRow, set[int]]]
-
-
 class Fetcher:
     """Fetches for all readers of one mount.  `run` must be running."""
 
@@ -100,10 +64,12 @@ class Fetcher:
         deadline_seconds: float,
         path_of: Callable[[int], str] = lambda inode: "",
         expired: Callable[[], str] = lambda: "",
+        at_hand: Callable[[int, ExtentRow], bytes | None] = lambda inode, row: None,
     ) -> None:
         """`path_of` gives a path of an inode, for people; the policy `error` waits for `deadline_seconds`.
 
-        `expired` says why data that are positively lost had to be expected to go; "" if they had not.
+        `expired` says why data that are positively lost had to be expected to go; "" if they had not.  `at_hand`
+        gives the pages of an extent row that can be had without the backends.
         """
         self.reader = reader
         self.waits = Waits()
@@ -115,9 +81,10 @@ class Fetcher:
         self._deadline = deadline_seconds
         self._path_of = path_of
         self._expired = expired
+        self._at_hand = at_hand
         self.expired_reads = 0
-        self._jobs: dict[_JobKey, _Job] = {}
-        self._given_up: dict[_JobKey, float] = {}
+        self._jobs: dict[JobKey, Job] = {}
+        self._given_up: dict[JobKey, float] = {}
         self._said = SaidLately()
         self.start = StartFetcher(store, reader, room, deadline_seconds=deadline_seconds)
         self._ahead = ReadAhead()
@@ -162,9 +129,9 @@ class Fetcher:
             if wanted:
                 await self._fetch_extents(inode, wanted, may_wait)
 
-    def _wanted(self, inode: int, page: int, stop: int) -> tuple[_Wanted, int]:
+    def _wanted(self, inode: int, page: int, stop: int) -> tuple[Wanted, int]:
         """The extents that hold remote-only pages from `page` on, up to a batch, and where to go on."""
-        found: _Wanted = {}
+        found: Wanted = {}
         rows = list(islice(self._store.extents.overlapping(inode, page, stop), EXTENTS_AT_ONCE))
         for row in rows:
             for number, bits in self._store.blocks.remote_blocks(inode, row, page, stop):
@@ -174,7 +141,7 @@ class Fetcher:
             return found, stop
         return found, rows[-1].first + rows[-1].pages
 
-    async def _fetch_extents(self, inode: int, wanted: _Wanted, may_wait: bool) -> None:
+    async def _fetch_extents(self, inode: int, wanted: Wanted, may_wait: bool) -> None:
         live = self._store.inode(inode)
         again = self._was_given_up(wanted)
         wait = Wait(
@@ -200,7 +167,7 @@ class Fetcher:
             for job in jobs:
                 self._leave(job)
 
-    def _was_given_up(self, wanted: _Wanted) -> bool:
+    def _was_given_up(self, wanted: Wanted) -> bool:
         """Whether a read of one of these extents has just failed."""
         now = trio.current_time()
         return any(now < self._given_up.get(key, 0.0) for key in wanted)
@@ -210,14 +177,14 @@ class Fetcher:
         now = trio.current_time()
         return any(now < until for until in self._given_up.values())
 
-    def _give_up(self, wanted: _Wanted) -> None:
+    def _give_up(self, wanted: Wanted) -> None:
         now = trio.current_time()
         for key in [key for key, until in self._given_up.items() if until <= now]:
             del self._given_up[key]
         for key in wanted:
             self._given_up.setdefault(key, now + _GIVEN_UP_SECONDS)
 
-    async def _wait(self, wait: Wait, jobs: dict[_Job, set[int]]) -> None:
+    async def _wait(self, wait: Wait, jobs: dict[Job, set[int]]) -> None:
         """Waits for pages of extents: until they are here or need not come any more, else as the policy says."""
         seconds = min(self._deadline, _AGAIN_SECONDS) if wait.again else self._deadline
         while True:
@@ -241,7 +208,7 @@ class Fetcher:
             self._warn(wait, late[0], seconds)
             seconds = min(2 * seconds, max(self._deadline, _WARN_SECONDS))
 
-    def _warn(self, wait: Wait, job: _Job, seconds: float) -> None:
+    def _warn(self, wait: Wait, job: Job, seconds: float) -> None:
         """Says that a read waits; of many that wait for one pack only one is named."""
         if self._said.again(job.row.pack, seconds):
             return
@@ -249,16 +216,16 @@ class Fetcher:
         for other in self.waits:
             if other.inode == job.inode:
                 other.path = path
-        log.warning("%s: has been waiting for %.0f s: %s", _page(job, path), wait.seconds, wait.why)
+        log.warning("%s: has been waiting for %.0f s: %s", page_name(job, path), wait.seconds, wait.why)
 
-    def _fail(self, wait: Wait, job: _Job, why: str, kind: type[QsfsError]) -> Never:
+    def _fail(self, wait: Wait, job: Job, why: str, kind: type[QsfsError]) -> Never:
         """Logs and raises the end of a read; of what is lost, one for each file and pack now and then."""
         self.failed_reads += 1
         if kind is DataLost and (expired := self._expired()):
             name = "" if job.pack is None else f" (pack {job.pack.name} is gone)"
             kind, why = GenerationExpired, expired + name
             self.expired_reads += 1
-        message = f"{_page(job, self._path_of(job.inode))}: {why}"
+        message = f"{page_name(job, self._path_of(job.inode))}: {why}"
         if kind is Unavailable:
             said_already = wait.again
         else:
@@ -266,39 +233,39 @@ class Fetcher:
         log.log(logging.DEBUG if said_already else logging.ERROR, "%s", message)
         raise kind(message)
 
-    def _current(self, job: _Job, pages: set[int]) -> bool:
+    def _current(self, job: Job, pages: set[int]) -> bool:
         """Whether one of these pages is still only in this extent."""
         rows = ((page, self._row(job, page)) for page in pages)
         return any(row and self._store.blocks.remote_blocks(job.inode, row, page, page + 1) for page, row in rows)
 
-    def _row(self, job: _Job, page: int) -> ExtentRow | None:
+    def _row(self, job: Job, page: int) -> ExtentRow | None:
         """The row that holds a page now, if it still is of this extent."""
         here = self._store.blocks.remote_extent(job.inode, page)
         return here if here and (here.pack, here.ordinal) == (job.row.pack, job.row.ordinal) else None
 
-    def _explain(self, jobs: Iterable[_Job]) -> str:
+    def _explain(self, jobs: Iterable[Job]) -> str:
         named = [self._explain_one(job, job.pack) for job in jobs if job.pack is not None and not job.done.is_set()]
         return "; ".join(dict.fromkeys(named)) or "on its way"
 
-    def _explain_one(self, job: _Job, pack: StoredPack) -> str:
+    def _explain_one(self, job: Job, pack: StoredPack) -> str:
         if job.arrived:
             return f"pack {pack.name}: its data came, but the local store is busy and had no room for it yet"
         return self.reader.explain(pack)
 
     # jobs
 
-    def _job(self, key: _JobKey, row: ExtentRow, pages: set[int], *, held: bool = False) -> _Job:
+    def _job(self, key: JobKey, row: ExtentRow, pages: set[int], *, held: bool = False) -> Job:
         job = self._jobs.get(key)
         if job is None or job.done.is_set():
             if self._nursery is None:
                 raise Unavailable("pages that are only remote cannot be read: the daemon starts or stops")
-            job = self._jobs[key] = _Job(key[0], row, held=held)
+            job = self._jobs[key] = Job(key[0], row, held=held)
             self._nursery.start_soon(self._run_job, key, job)
         job.readers += 1
         job.needed |= pages
         return job
 
-    def _leave(self, job: _Job) -> None:
+    def _leave(self, job: Job) -> None:
         job.readers -= 1
         if not job.readers and not job.done.is_set():
             job.scope.cancel()
@@ -306,7 +273,7 @@ class Fetcher:
             if self._jobs.get(key) is job:
                 del self._jobs[key]
 
-    async def _run_job(self, key: _JobKey, job: _Job) -> None:
+    async def _run_job(self, key: JobKey, job: Job) -> None:
         finished = False
         try:
             with job.scope:
@@ -325,7 +292,12 @@ class Fetcher:
             if self._jobs.get(key) is job:
                 del self._jobs[key]
 
-    async def _bring(self, job: _Job) -> None:
+    async def _bring(self, job: Job) -> None:
+        here = self._at_hand(job.inode, job.row)
+        if here is not None:
+            if job.needed or not job.held:
+                await self._install(job, job.row.first, here)
+            return
         row = self._store.get(Table.PACKS, u64(job.row.pack))
         if row is None:
             raise Corrupt(f"its extent lies in pack number {job.row.pack}, which is unknown; run 'qsfs fsck'")
@@ -342,26 +314,26 @@ class Fetcher:
         failpoints.hit("fetch.arrived")
         await self._install(job, entry.first_page, data)
 
-    async def _install(self, job: _Job, first: int, data: bytes) -> None:
+    async def _install(self, job: Job, first: int, data: bytes) -> None:
         """Installs the pages that readers wait for, then the rest of the extent if that costs nobody."""
         done: set[int] = set()
         await self._install_needed(job, done, first, data)
         rest = set(range(first, first + len(data) // PAGE)) - done
-        for start, stop in _runs(rest, self._most_at_once):
+        for start, stop in runs(rest, self._most_at_once):
             if not self._has_room(stop - start) or self._group_is_busy():
                 break
             self._put(job, start, stop, first, data)
             await trio.lowlevel.checkpoint()
         await self._install_needed(job, done, first, data)
 
-    async def _install_needed(self, job: _Job, done: set[int], first: int, data: bytes) -> None:
+    async def _install_needed(self, job: Job, done: set[int], first: int, data: bytes) -> None:
         while fresh := job.needed - done:
             done |= fresh
-            for start, stop in _runs(fresh, self._most_at_once):
+            for start, stop in runs(fresh, self._most_at_once):
                 await self._install_run(job, start, stop, first, data)
                 await trio.lowlevel.checkpoint()
 
-    async def _install_run(self, job: _Job, start: int, stop: int, first: int, data: bytes) -> None:
+    async def _install_run(self, job: Job, start: int, stop: int, first: int, data: bytes) -> None:
         while self._has_room(stop - start):
             if not self._store.group_is_full():
                 self._put(job, start, stop, first, data)
@@ -379,12 +351,13 @@ class Fetcher:
                 offset = (page - first) * PAGE
                 self._transient.put(job.inode, page, data[offset : offset + PAGE], here)
 
-    def _put(self, job: _Job, start: int, stop: int, first: int, data: bytes) -> None:
+    def _put(self, job: Job, start: int, stop: int, first: int, data: bytes) -> None:
         """Installs the pages [start, stop) of an extent whose bytes begin with page `first`."""
         inode = self._store.inode(job.inode)
         if inode is not None:
             part = memoryview(data)[(start - first) * PAGE : (stop - first) * PAGE]
-            self.fetched_pages += self._store.blocks.install(inode, start, part, job.row)
+            installed = self._store.blocks.install(inode, start, part, job.row)
+            self.fetched_pages += installed if job.arrived else 0
 
     @property
     def _most_at_once(self) -> int:
@@ -415,8 +388,8 @@ class Fetcher:
 
         Gives each up after a deadline: nobody waits for it.
         """
-        stream = _Stream()
-        begun: list[tuple[float, _Job]] = []
+        stream = Stream()
+        begun: list[tuple[float, Job]] = []
         try:
             await self._begin_stream(stream, begun, inode, first, stop)
             for until, job in begun:
@@ -428,7 +401,7 @@ class Fetcher:
                 self._end_ahead(job)
 
     async def _begin_stream(
-        self, stream: _Stream, begun: list[tuple[float, _Job]], inode: int, first: int, stop: int
+        self, stream: Stream, begun: list[tuple[float, Job]], inode: int, first: int, stop: int
     ) -> None:
         while first < stop:
             rows = list(islice(self._store.extents.overlapping(inode, first, stop), AHEAD_AT_ONCE))
@@ -464,7 +437,7 @@ class Fetcher:
             return not scope.cancelled_caught
         return True
 
-    def _end_ahead(self, job: _Job) -> None:
+    def _end_ahead(self, job: Job) -> None:
         """Gives back the place that a job took, if it still has one; without an end it was too slow."""
         if job.stream is not None:
             job.stream.failed |= job.error is not None or not job.done.is_set()
@@ -472,27 +445,9 @@ class Fetcher:
             self._ahead_slots.release()
             self._leave(job)
 
-    def _worth_fetching(self, key: _JobKey, row: ExtentRow) -> bool:
+    def _worth_fetching(self, key: JobKey, row: ExtentRow) -> bool:
         """Whether an extent is not on its way and its first or last page is only remote: it was not fetched lately."""
         ends = (row.first, row.first + row.pages - 1)
         return key not in self._jobs and any(
             self._store.blocks.remote_blocks(key[0], row, page, page + 1) for page in ends
         )
-
-
-def _runs(pages: Iterable[int], most: int) -> Iterator[tuple[int, int]]:
-    """The pages as runs [start, stop) of at most `most`, in order."""
-    start = stop = -1
-    for page in sorted(pages):
-        if page != stop or stop - start >= most:
-            if start >= 0:
-                yield start, stop
-            start = page
-        stop = page + 1
-    if start >= 0:
-        yield start, stop
-
-
-def _page(job: _Job, path: str) -> str:
-    name = f"{path} (inode {job.inode})" if path else f"inode {job.inode}"
-    return f"{name}, page {min(job.needed, default=job.row.first)}"

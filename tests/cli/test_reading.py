@@ -51,11 +51,14 @@ def test_what_somebody_must_act_on_is_told() -> None:
         "held": "2 open files of older generations (10, 11)",
         "moves": 3,
         "move_error": "metadata do not come",
+        "donors": 2,
         "older": [{"generation": 11, "open": 1, "kept": False}],
     }
     told = "\n".join(status_lines(held, NOW))
     assert "stays here: 2 open files of older generations" in told and "cannot move now: metadata" in told
     assert "generation 11: 1 open file, not kept any more" in told
+    assert "what is the same in 2 older generations is not fetched again" in told
+    assert "older generation" not in "\n".join(status_lines(held | {"donors": 0, "held": ""}, NOW))
 
 
 def test_a_start_that_still_looks_says_for_what() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pyfuse3
@@ -24,7 +25,7 @@ from qsfs.remote.readable import Published
 from qsfs.remote.source import find_source
 from qsfs.remote.survey import Timing
 from qsfs.remote.template import Template
-from qsfs.store.schema import PAGE
+from qsfs.store.schema import PAGE, PackRow, Table
 from tests.remote.small_fs import LIMITS, SECRET, SmallFs, noise
 
 TIMING = Timing(attempt=2.0, retry=0.01, retry_most=0.02, grace=0.2)
@@ -102,7 +103,7 @@ def machines(scratch, monkeypatch):
             both.nursery = nursery
             yield both
             nursery.cancel_scope.cancel()
-        for image in both.follower.images:
+        for image in (*both.follower.images, *both.follower.donors):
             image.close()
         fs.close()
 
@@ -163,12 +164,107 @@ async def test_an_older_image_goes_with_its_last_handle_and_lookup(machines):
         assert len(both.follower.images) == 2 and first.exists(), "it is open"
         await both.operations.release(handle)
         await both.step(both.nursery)
-        assert len(both.follower.images) == 1 and not first.exists()
+        assert len(both.follower.images) == len(both.follower.donors) == 1
         with pytest.raises(pyfuse3.FUSEError) as caught:
             await both.operations.getattr(inode, None)
         assert caught.value.errno == errno.ESTALE
         # The kernel's word for it may come as late as it likes.
         await both.operations.forget([(inode, 1)])
+        for _ in range(MOST_IMAGES):
+            rewrite(both)
+            await both.step(both.nursery)
+        assert not first.exists(), "others needed the room"
+        assert len(both.follower.images) + len(both.follower.donors) == MOST_IMAGES
+
+
+async def read(both: Machines, name: bytes, size: int) -> bytes:
+    """Opens, reads and closes a file in the generation that is shown."""
+    inode, handle = await both.open(name)
+    found = await both.operations.read(handle, 0, size)
+    await both.operations.release(handle)
+    await both.operations.forget([(inode, 1)])
+    return found
+
+
+async def test_what_was_read_before_a_move_and_is_the_same_is_not_fetched_again(machines):
+    """Also two generations later; what changed is, and of a file that changed in part the rest is not."""
+    async with machines() as both:
+        both.fs.remote_file("same", noise(70 * PAGE))
+        both.publish()
+        await both.step(both.nursery)
+        assert await read(both, b"same", 70 * PAGE) == noise(70 * PAGE)
+        assert await read(both, b"a", 4 * PAGE) == noise(4 * PAGE)
+        for _ in range(2):
+            new = rewrite(both)
+            await both.step(both.nursery)
+            await both.step(both.nursery)
+        fetcher, inheritance = both.follower.current.fetcher, both.follower.current.inheritance
+        gets = fetcher.reader.counts.gets
+        assert await read(both, b"same", 70 * PAGE) == noise(70 * PAGE)
+        assert (fetcher.fetched_pages, fetcher.reader.counts.gets) == (0, gets)
+        assert inheritance.pages == 70
+        assert await read(both, b"a", 4 * PAGE) == new
+        assert fetcher.fetched_pages == 4
+
+
+async def test_what_is_fetched_ahead_of_a_reader_is_taken_over_too(machines):
+    """A stream that meets what changed does not fetch again what did not."""
+    async with machines() as both:
+        number = both.fs.remote_file("long", noise(1024 * PAGE))
+        both.publish()
+        await both.step(both.nursery)
+        assert await read(both, b"long", 1024 * PAGE) == noise(1024 * PAGE)
+        for page in range(0, 1024, 256):
+            both.fs.overwrite(number, page, b"n" * PAGE)
+        both.fs.commit()
+        both.fs.upload(number)
+        both.publish()
+        await both.step(both.nursery)
+        _, handle = await both.open(b"long")
+        for page in range(0, 1024, 32):
+            found = await both.operations.read(handle, page * PAGE, 32 * PAGE)
+            wanted = bytearray(noise(1024 * PAGE)[page * PAGE : (page + 32) * PAGE])
+            if not page % 256:
+                wanted[:PAGE] = b"n" * PAGE
+            assert found == wanted
+        await both.operations.release(handle)
+        assert both.follower.current.fetcher.fetched_pages == 4
+
+
+async def test_an_extent_of_another_pack_under_the_same_number_is_not_taken(machines):
+    """Two lines of a file system count packs alike: what says which pack it is, is its id."""
+    async with machines() as both:
+        assert await read(both, b"a", 4 * PAGE) == noise(4 * PAGE)
+        both.fs.create("b")
+        both.fs.commit()
+        both.publish()
+        await both.step(both.nursery)
+        store = (both.follower.images + both.follower.donors)[0].store
+        assert store is not both.follower.current.store
+        ((key, row),) = store.scan(Table.PACKS, b"", None)
+        store.layers.put(Table.PACKS, key, replace(PackRow.decode(row), pack_id=b"another pack's..").encode())
+        fetcher = both.follower.current.fetcher
+        assert await read(both, b"a", 4 * PAGE) == noise(4 * PAGE)
+        assert fetcher.fetched_pages == 4 and not both.follower.current.inheritance.pages
+
+
+async def test_what_is_damaged_in_an_older_image_is_fetched(machines):
+    """Its checksums are asked as for any read."""
+    async with machines() as both:
+        assert await read(both, b"a", 4 * PAGE) == noise(4 * PAGE)
+        older = both.follower.current
+        await older.commit()
+        both.fs.create("b")
+        both.fs.commit()
+        both.publish()
+        await both.step(both.nursery)
+        values = older.store.environment.databases[Table.VALUES]
+        with older.store.environment.write() as txn:
+            (key, value), *_ = list(txn.cursor(values))
+            txn.put(bytes(key), bytes([value[0] ^ 1]) + bytes(value)[1:], db=values)
+        older.store.layers.renew_view()
+        assert await read(both, b"a", 4 * PAGE) == noise(4 * PAGE)
+        assert both.follower.current.fetcher.fetched_pages == 4
 
 
 async def test_what_is_only_known_makes_room_and_what_is_open_does_not(machines, expect_log):
