@@ -28,6 +28,7 @@ from qsfs.daemon.sightings import Sightings
 from qsfs.errors import CacheError, LimitExceeded, QsfsError
 from qsfs.fuse.generations import MOST_INODES, MOST_TAGS, GenerationOperations
 from qsfs.remote.images import image_directory
+from qsfs.remote.inherit import Donor
 from qsfs.remote.readable import Published, owner_host, read_head
 from qsfs.remote.source import Source
 from qsfs.remote.survey import Timing
@@ -72,13 +73,18 @@ class Follower:
         timing: Timing,
         make: MakeImage,
         template: Template,
+        left: Donor | None = None,
         *,
         xattr: bool,
         deadline_seconds: float,
     ) -> None:
-        """`make` opens the image that lies in a directory, for a source and with a tag; `template` builds them."""
+        """`make` opens the image that lies in a directory, for a source and with a tag; `template` builds them.
+
+        `left` is what an earlier mount has left of an older generation.
+        """
         self.images = [first]
-        self.donors: list[Image] = []
+        self.donors: list[Donor] = [] if left is None else [left]
+        first.inheritance.donors = partial(self._donors_of, first)
         self.held = ""
         self.error = ""
         self.moves = 0
@@ -142,7 +148,7 @@ class Follower:
             return
         while self.donors and len(self.images) + len(self.donors) >= MOST_IMAGES:
             # One that was shown for long may hold more of what is still the same than some that came after it.
-            await self._drop(min(self.donors, key=lambda image: image.store.used_bytes))
+            await self._drop(min(self.donors, key=lambda donor: donor.store.used_bytes))
         self.held = ""
         begin = trio.current_time()
         try:
@@ -200,8 +206,9 @@ class Follower:
 
     def _donors_of(self, image: Image) -> Iterator[Store]:
         """The stores of what was shown before an image, the newest first."""
-        older = [one for one in (*self.donors, *self.images) if one.generation.tag < image.generation.tag]
-        return (one.store for one in sorted(older, key=lambda one: -one.generation.tag))
+        shown = ((one.generation.tag, one.store) for one in self.images)
+        stores = dict([*((one.tag, one.store) for one in self.donors), *shown])
+        return (stores[tag] for tag in sorted(stores, reverse=True) if tag < image.generation.tag)
 
     async def _retire(self, *, idle_too: bool) -> None:
         """Makes donors of older images in which nothing is open, and that the kernel forgot or had time to.
@@ -228,13 +235,13 @@ class Follower:
             scope.cancel()
             with trio.CancelScope(shield=True):
                 await ended.wait()
-            self.donors.append(image)
+            self.donors.append(Donor(image.store, image.directory, generation.tag))
             _log.debug("generation %d is not shown any more", image.ref.generation)
 
-    async def _drop(self, donor: Image) -> None:
+    async def _drop(self, donor: Donor) -> None:
         self.donors.remove(donor)
         with trio.CancelScope(shield=True):
-            donor.close()
+            donor.store.close()
             await trio.to_thread.run_sync(partial(shutil.rmtree, donor.directory, ignore_errors=True))
 
     def status(self) -> dict[str, Any]:

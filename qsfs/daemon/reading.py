@@ -10,6 +10,7 @@ follows moves with it.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -47,7 +48,8 @@ from qsfs.format.erasure import Code
 from qsfs.format.slots import Secret
 from qsfs.fuse import session
 from qsfs.remote.control import Records
-from qsfs.remote.images import image_directory, refuse_writer, remove_others, template_directory
+from qsfs.remote.images import image_directory, latest_image, refuse_writer, remove_others, template_directory
+from qsfs.remote.inherit import Donor
 from qsfs.remote.readable import Published, Wanted, owner_host, source_of
 from qsfs.remote.reader import PackReader
 from qsfs.remote.source import Source, find_source
@@ -55,6 +57,7 @@ from qsfs.remote.survey import Timing
 from qsfs.remote.template import Template
 from qsfs.store.limits import Limits
 from qsfs.store.schema import BLOCK_SIZE
+from qsfs.store.store import Store
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +108,7 @@ class Reading:
         self._unmounts = control.Pending()
         self._timing = Timing()
         self._first: Image | None = None
+        self._left: Donor | None = None
 
     @property
     def image(self) -> Image | None:
@@ -164,8 +168,12 @@ class Reading:
                     await self._pending.answered()
                 nursery.cancel_scope.cancel()
         finally:
-            for opened in (*self.images, *(() if self.follower is None else self.follower.donors)):
+            for opened in self.images:
                 opened.close()
+            left = [self._left] if self.follower is None else self.follower.donors
+            for donor in left:
+                if donor is not None:
+                    donor.store.close()
             if self._template is not None:
                 self._template.drop()
 
@@ -183,7 +191,8 @@ class Reading:
                 _check(newest)
                 source = await source_of(newest, self.wanted, self._timing)
                 place = image_directory(directory, source.found.ref, limits.map_bytes)
-                await trio.to_thread.run_sync(remove_others, directory, {place})
+                left = latest_image(directory, limits.map_bytes, place) if self.follow else None
+                await trio.to_thread.run_sync(remove_others, directory, {place, left})
                 await make_store(place, source, limits, self.clock)
             except _WAITED_FOR as error:
                 self.wait_for(f"backends: {error}")
@@ -213,13 +222,25 @@ class Reading:
         except (CacheError, Corrupt, FormatMismatch) as error:
             # All of it can be had again: an image that another version left, or that is damaged, is built anew.
             _log.info("the image in %s cannot be used and is built anew: %s", place, error)
-            await trio.to_thread.run_sync(remove_others, directory, ())
+            await trio.to_thread.run_sync(remove_others, directory, {left})
             if self._template is not None:
                 await trio.to_thread.run_sync(self._template.drop)
             await make_store(place, source, limits, self.clock)
             image = self._make(place, source, tag)
         image.host = host
+        self._left = self._open_left(left)
         return image
+
+    def _open_left(self, place: Path | None) -> Donor | None:
+        """The store that an earlier mount has left of an older generation, if it can be used."""
+        if place is None:
+            return None
+        try:
+            return Donor(Store(place, self._limits, self.clock), place, 0)
+        except (CacheError, Corrupt, FormatMismatch) as error:
+            _log.info("the image in %s cannot be used: %s", place, error)
+            shutil.rmtree(place, ignore_errors=True)
+            return None
 
     def _make(self, place: Path, source: Source, tag: int) -> Image:
         reader = PackReader(source.members, source.keys, Code(source.superblock.code))
@@ -247,6 +268,7 @@ class Reading:
             self._timing,
             self._make,
             self._template,
+            self._left,
             xattr=self.config.mount.xattr,
             deadline_seconds=self.config.fetch.deadline_seconds,
         )

@@ -51,12 +51,18 @@ def image_directory(directory: Path, ref: HeadRef, map_bytes: int) -> Path:
     return directory / DIRECTORY / name
 
 
+def latest_image(directory: Path, map_bytes: int, other_than: Path) -> Path | None:
+    """The image of this size that was used last, but for one; None if there is none."""
+    found = [data for data in (directory / DIRECTORY).glob(f"*-{map_bytes:x}/{_DATA}") if data.parent != other_than]
+    return max(found, key=lambda data: data.stat().st_mtime_ns).parent if found else None
+
+
 def template_directory(directory: Path) -> Path:
     """Where the template of a mount that follows lies, while it runs."""
     return directory / DIRECTORY / _TEMPLATE
 
 
-def remove_others(directory: Path, keep: Container[Path]) -> None:
+def remove_others(directory: Path, keep: Container[Path | None]) -> None:
     """Deletes all images but those in `keep`, and what was left of others.  Blocks.  Raises `CacheError`."""
     place = directory / DIRECTORY
     try:

@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 from qsfs.remote.stored import entry_of
 from qsfs.store.packs import pack_row
 from qsfs.store.reading import LocalDamage
 from qsfs.store.schema import BLOCK_PAGES, BLOCK_SIZE, PAGE, ExtentRow
 from qsfs.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Donor:
+    """The store of a generation that is not shown any more; the higher its tag the newer it is."""
+
+    store: Store
+    directory: Path
+    tag: int
 
 
 class Inheritance:

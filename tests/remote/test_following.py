@@ -103,8 +103,8 @@ def machines(scratch, monkeypatch):
             both.nursery = nursery
             yield both
             nursery.cancel_scope.cancel()
-        for image in (*both.follower.images, *both.follower.donors):
-            image.close()
+        for one in (*both.follower.images, *both.follower.donors):
+            one.store.close()
         fs.close()
 
     return made

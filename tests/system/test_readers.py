@@ -306,3 +306,29 @@ def test_a_follower_keeps_within_its_bound_however_much_is_held_open(scratch: Pa
             files.close()
             two.umount()
         one.umount()
+
+
+def test_a_follower_that_was_restarted_fetches_what_changed_since(scratch: Path, fleet: Servers) -> None:
+    """What it had read of the generation that it showed before is taken over; what is new comes from the backends."""
+    with machines(scratch, fleet, "again") as one:
+        one.format()
+        one.mount()
+        (one.mountpoint / "same").write_bytes(content("same", 3 * MIB))
+        (one.mountpoint / "other").write_bytes(content("other", MIB))
+        one.sync()
+        with one.another_machine(scratch / "two") as two:
+            two.mount("--read-only", "--follow")
+            for name, size in (("same", 3 * MIB), ("other", MIB)):
+                assert (two.mountpoint / name).read_bytes() == content(name, size)
+            assert status(two)["fetched_bytes"] == 4 * MIB and not status(two)["taken_over_bytes"]
+            two.umount()
+            (one.mountpoint / "other").write_bytes(content("newer", MIB))
+            one.sync()
+            two.mount("--read-only", "--follow")
+            for name, size in (("same", 3 * MIB), ("newer", MIB)):
+                found = (two.mountpoint / name.replace("newer", "other")).read_bytes()
+                assert found == content(name, size)
+            assert (status(two)["taken_over_bytes"], status(two)["fetched_bytes"]) == (3 * MIB, MIB)
+            assert len(list((two.cache / "readers").iterdir())) == 3, "two images and the template"
+            two.umount()
+        one.umount()
