@@ -95,8 +95,11 @@ class Environment:
             )
 
     def read(self) -> ReadView:
-        """A new read view of the last commit.  The caller closes it within seconds."""
-        view = ReadView(self, self.env.begin(buffers=True))
+        """A new read view of the last commit.  The caller closes it within seconds.  Raises `CacheError`."""
+        try:
+            view = ReadView(self, self.env.begin(buffers=True))
+        except (lmdb.Error, OSError) as error:
+            raise CacheError(f"{self.directory}: the local store cannot be read: {error}") from error
         self._views.add(view)
         return view
 

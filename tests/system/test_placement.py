@@ -58,6 +58,11 @@ def test_losses_and_promises_are_told_mounted_and_unmounted(scratch: Path, fleet
         assert lost["worst"][0]["shards"] == 2
         assert "--lose group:g9" in fs.run("placement", "check", "--lose", "group:g9", code=3).stderr
         assert not [line for line in status(fs)["warnings"] if "redundant" in line]
+        # A fleet that could not keep what is promised now is refused, and nothing is changed.
+        fs.config.write_text(re.sub(r'"g[12]"', '"g0"', grouped_once))
+        assert "redundant_groups = 1 cannot be kept" in fs.run("fleet", "apply", code=3).stderr
+        fs.config.write_text(grouped_once)
+        assert check(fs)["broken_promises"] == []
         fs.umount()
         unmounted = check(fs)
         for key in ("any_may_be_lost", "code", "sentences", "backend_names"):
