@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 
+from qsfs.errors import Corrupt
 from qsfs.format.extent import ExtentEntry
 from qsfs.format.pack import open_extent
 from qsfs.remote.context import FlushContext
@@ -36,8 +37,11 @@ class Anew:
         return [row for row in rows if (row.pack, row.ordinal) == (number, entry.ordinal)]
 
     def absent(self, number: int, entry: ExtentEntry) -> int:
-        """How many pages of what is left of it are not here, or damaged here."""
+        """How many pages of what is left of it are not here, or damaged here; none of a file that was removed."""
         blocks, found = self._context.store.blocks, 0
+        inode = self._context.store.inode(entry.inode)
+        if inode is None or not inode.nlink:
+            return 0
         for row in self.rows(number, entry):
             remote = blocks.remote_blocks(entry.inode, row, row.first, row.first + row.pages)
             found += sum(bits.bit_count() for _, bits in remote)
@@ -106,6 +110,8 @@ class Anew:
 
     async def _read(self, pack: StoredPack, entry: ExtentEntry) -> bytes:
         ref, keys = pack.ref, self._context.sealer.keys
+        if entry.offset + entry.sealed_length > ref.body_length:
+            raise Corrupt(f"pack {pack.name}: extent {entry.ordinal} ends behind the pack; run 'qsfs fsck'")
         numbers = entry.shards(ref)
         shards = await self._reader.shards(pack, numbers)
         start = entry.offset - numbers[0] * ref.shard_size

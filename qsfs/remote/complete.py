@@ -11,6 +11,7 @@ import trio
 from qsfs import failpoints
 from qsfs.errors import CacheError, DataLost, QsfsError
 from qsfs.remote.context import FlushContext
+from qsfs.remote.members import State
 from qsfs.remote.shards import ShardReader, rebuild
 from qsfs.remote.stored import StoredPack
 from qsfs.store.packs import pack_row, set_placement
@@ -28,25 +29,21 @@ _LOOKED_AT = 128
 class Completer:
     """Rebuilds and stores missing shards, one pack at a time.
 
-    A shard on a backend that is `leaving` counts as missing, until another one has it.  The numbers of packs of
-    which too few shards are left are added to `lost`.
+    A shard on a backend that is `leaving` counts as missing, until another one has it.  The ledger is told
+    of packs of which too few shards are left.
     """
 
     def __init__(
-        self,
-        context: FlushContext,
-        reader: ShardReader,
-        lost: set[int],
-        leaving: Callable[[], Set[int]] = frozenset,
+        self, context: FlushContext, reader: ShardReader, leaving: Callable[[], Set[int]] = frozenset
     ) -> None:
         self.completed = 0
         self.problem = ""
         self._context = context
         self._reader = reader
-        self._lost = lost
         self._leaving = leaving
         self._not_before: dict[int, float] = {}
         self._round: list[int] = []
+        self._answering: set[int] = set()
 
     async def complete_packs(self, most: int) -> int:
         """Tries at most `most` packs that can become more than they are; returns how many did.
@@ -54,6 +51,7 @@ class Completer:
         Raises nothing of the backends': a pack that cannot be completed now is tried again later.
         """
         now = self._context.clock.monotonic()
+        self._see_who_answers(now)
         done = tried = 0
         for number in self._next():
             if self._not_before.get(number, 0.0) > now or not self._can_become_more(number):
@@ -64,6 +62,14 @@ class Completer:
             if tried >= most:
                 break
         return done
+
+    def _see_who_answers(self, now: float) -> None:
+        """Who answers again may have brought back what was lost."""
+        members = self._context.uploader.members
+        answering = {m.number for m in members if m.identified and m.state is not State.DOWN}
+        if answering - self._answering:
+            self._not_before = {number: min(at, now + _RETRY_SECONDS) for number, at in self._not_before.items()}
+        self._answering = answering
 
     def _next(self) -> Iterator[int]:
         """The packs that are not full, in turn, some at a call: while a backend is away they may be very many."""
@@ -82,8 +88,16 @@ class Completer:
         if row is None or row.unnamed_since_ns:
             context.ledger.forget(number)
             return False
-        # Where no room is for it, whoever lost it is still to be told.
-        return self.room_for(row.placement) or _places(row.placement) < context.sealer.code.params.k
+        return self.room_for(row.placement) and self._can_be_read(row.placement)
+
+    def _can_be_read(self, placement: tuple[int, ...]) -> bool:
+        """Whether enough backends answer that should have a shard, or all do, and it is soon known what is left.
+
+        Else one silent backend would hold up each pack that is lost, and all others behind it, for as long as may be.
+        """
+        context = self._context
+        here = sum(place in self._answering for place in placement)
+        return here >= context.sealer.code.params.k or len(self._answering) == len(context.uploader.members)
 
     async def complete(self, number: int) -> bool:
         """Stores what a pack lacks, whatever was tried before; whether it has got any more.
@@ -101,7 +115,7 @@ class Completer:
             raise
         except QsfsError as error:
             if isinstance(error, DataLost):
-                self._lost.add(number)
+                self._context.ledger.lost.add(number)
                 self._not_before[number] = self._context.clock.monotonic() + _LOST_RETRY_SECONDS
             self.problem = str(error)
             _log.warning("pack %s lacks shards and could not be completed: %s", row.pack_id.hex(), error)
@@ -143,7 +157,3 @@ class Completer:
             self._not_before.pop(number, None)
             self.completed += upload.full
         return True
-
-
-def _places(placement: tuple[int, ...]) -> int:
-    return sum(place >= 0 for place in placement)

@@ -83,6 +83,7 @@ class Flusher:
         The spool was opened before that head was published.
         """
         self.context = context
+        context.store.backends = context.uploader.members.numbers
         self.generations: Generations | None = None
         self.last_error = ""
         self.phase = "starting"
@@ -108,6 +109,7 @@ class Flusher:
             retention_seconds=config.retention_seconds,
             rewrite_below=config.rewrite_below,
             fleets=lambda: self._generations.fleets,
+            renewing=lambda: self._generations.renewal is not None and self._generations.renewed is None,
             # What is marked counts as exposed, though a published head has it: it must not make cuts by itself.
             rewrite_bytes=config.exposure_bytes // 8 or MARKED_BYTES,
         )
@@ -363,7 +365,10 @@ class Flusher:
         `DeadlineExceeded` if flushing stops first.
         """
         await self.publish_all()
-        while not self.knows_packs or self._upkeep.lost_is_named:
+        while not self.knows_packs:
+            await self.progress()
+        await self._upkeep.look_at_metadata()
+        while self._upkeep.lost_is_named:
             await self.progress()
         base = self._generations.base
         return SyncResult(base.head.generation, "full" if not self.context.ledger.incomplete else "written")
@@ -467,6 +472,9 @@ class Flusher:
         waiting = list(dict.fromkeys(self.context.uploader.waiting.values()))
         if self.generations is not None and self.generations.waiting:
             waiting.append(self.generations.waiting)
+        if self._upkeep.lost_is_named:
+            why = f": {self._renewer.problem}" if self._renewer.problem else ""
+            waiting.append(f"metadata that backends have lost are written anew{why}")
         return waiting
 
     def _tell(self) -> None:

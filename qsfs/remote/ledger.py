@@ -63,13 +63,15 @@ class Ledger:
     `incomplete` maps those that are not full to (live bytes, when they were written, wall time);
     `looks` those that were not looked at again to when that is due (running time).  `emptied` are data
     packs that had no live bytes when the rows were read, `thin` those that had fewer than half of their size, `small`
-    those whose shards are small: who acts on these takes them out.
+    those whose shards are small: who acts on these takes them out.  `lost` are those of which too few shards have a
+    place, and those that who reads them adds.
     """
 
     def __init__(self, clock: Clock, second_look_seconds: float) -> None:
         self.incomplete: dict[int, tuple[int, int]] = {}
         self.looks: dict[int, float] = {}
         self.metadata: dict[bytes, int] = {}
+        self.lost: set[int] = set()
         self.emptied: set[int] = set()
         self.thin: set[int] = set()
         self.small: set[int] = set()
@@ -86,6 +88,7 @@ class Ledger:
             self.incomplete.pop(number, None)
         else:
             self.incomplete[number] = (row.live or row.body_length, row.written_at_ns)
+        (self.lost.discard if row.readable else self.lost.add)(number)
         if row.looked_at:
             self.looks.pop(number, None)
         else:
@@ -109,6 +112,7 @@ class Ledger:
         """Drops a pack that is gone or that nothing lives in."""
         self.incomplete.pop(number, None)
         self.looks.pop(number, None)
+        self.lost.discard(number)
 
     def due(self, most: int, *, written_too: bool) -> list[int]:
         """Packs to look at now: full ones, and with `written_too` those that are only written."""

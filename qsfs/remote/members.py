@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, KeysView
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -252,6 +252,11 @@ class Members:
     def by_number(self, number: int) -> Member | None:
         """The member that placements call `number`; None if no configured backend is that entry."""
         return self._members.get(number)
+
+    @property
+    def numbers(self) -> KeysView[int]:
+        """The numbers of all members, also of those that come later."""
+        return self._members.keys()
 
     def of(self, numbers: Collection[int]) -> list[Member]:
         """The members with these numbers, in order; numbers without a member are left out."""

@@ -33,7 +33,7 @@ class Renewer:
         self._ratio = ratio
         self._lost = lost
         self._merge_failed = False
-        self._problem = ""
+        self.problem = ""
 
     def begin(self, generations: Generations, nursery: trio.Nursery) -> None:
         """Starts what is due in `nursery`, unless a renewal is under way or waits to be listed."""
@@ -57,9 +57,9 @@ class Renewer:
             else:
                 await RefreshUpload(self._context, renewal).run()
         except QsfsError as error:
-            if str(error) != self._problem:
+            if str(error) != self.problem:
                 _log.warning("metadata were not written anew, which is tried again: %s", error)
-            self._problem = str(error)
+            self.problem = str(error)
             generations.renewal = None
         else:
-            self._problem = ""
+            self.problem = ""

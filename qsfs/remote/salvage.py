@@ -11,13 +11,14 @@ Which extents lie in such a pack is found by reading all of them, in steps on a 
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from functools import partial
 
 import trio
 
-from qsfs.errors import BackendError, Corrupt, DataLost, FormatMismatch
+from qsfs.errors import BackendError, CacheError, Corrupt, DataLost, FormatMismatch, QsfsError
 from qsfs.format.extent import ExtentEntry, PackKind
 from qsfs.remote.anew import Anew
 from qsfs.remote.context import FlushContext
@@ -36,110 +37,158 @@ _PAGES_A_ROUND = 1 << 18
 _MARKED_BYTES = 256 << 20
 """Bytes of pages that were fetched and are on their way at a time: they cannot be evicted."""
 _LONGEST_SECONDS = 600.0
-_READ_SECONDS = 60.0
+_READ_SECONDS = 20.0
 _RETRY_SECONDS = 60.0
+_LOST_RETRY_SECONDS = 3600.0
+"""After which what nobody has is looked for again: a backend may have come back with an old copy."""
 
 
 class Salvage:
-    """What is done about packs that are `lost`, whose numbers are added there; each once in a mount.
+    """What is done about packs that the ledger knows as lost.
 
     `local_pages` counts the pages that were marked dirty because the cache had them, `rescued_pages` those that were
-    read from shards that are left, `unreadable_pages` those that nobody has.  `metadata` are the ids of metadata packs
-    among them, whose rows are all in the local tables.
+    read from shards that are left.  `metadata` are the ids of metadata packs among them, whose rows are all in the
+    local tables.
     """
 
     def __init__(self, context: FlushContext, reader: ShardReader, *, short_of_room: Callable[[], bool]) -> None:
-        self.lost: set[int] = set()
         self.metadata: set[bytes] = set()
         self.local_pages = 0
         self.rescued_pages = 0
-        self.unreadable_pages = 0
-        self._unreadable_packs = 0
         self._context = context
         self._reader = reader
         self._anew = Anew(context, reader)
         self._short_of_room = short_of_room
         limits = context.store.limits
         self._most_bytes = min(_MARKED_BYTES, (limits.high_bytes - limits.low_bytes) // 2)
+        # Packs that `work` has dealt with; of data packs when to read what is left, and the pages that nobody has.
         self._done: set[int] = set()
-        self._to_read: set[int] = set()
-        self._not_before = 0.0
+        self._to_read: dict[int, float] = {}
+        self._gone: dict[int, int] = {}
         # Of each pack that is on its way the live bytes at which what was marked of it is elsewhere.
         self._on_its_way: dict[int, int] = {}
         self._marked_bytes = 0
 
     def report(self) -> dict[str, int]:
-        """How many data packs were found lost since the mount began, what became of their bytes, and what is left."""
+        """How many data packs are lost, what became of their bytes since the mount began, and what is left to read."""
         return {
-            "packs": len(self._done),
+            "packs": len(self._to_read.keys() | self._gone.keys()),
             "metadata_packs": len(self.metadata),
             "local_bytes": self.local_pages * PAGE,
             "rescued_bytes": self.rescued_pages * PAGE,
-            "unreadable_bytes": self.unreadable_pages * PAGE,
-            "unreadable_packs": self._unreadable_packs,
-            "packs_to_read": len(self._to_read),
+            "unreadable_bytes": sum(self._gone.values()) * PAGE,
+            "unreadable_packs": sum(pages > 0 for pages in self._gone.values()),
+            "packs_to_read": len(self._to_read.keys() - self._gone.keys()),
         }
 
     async def work(self) -> None:
         """Marks what is local of the packs that became known as lost since the last call."""
-        extents = self._context.store.extents
-        new = (number for number in self.lost - self._done if not extents.in_work(number))
-        lost = frozenset(number for number in new if not self._is_metadata(number))
+        context = self._context
+        self._let_go()
+        self.take_metadata()
+        extents = context.store.extents
+        lost = frozenset(number for number in context.ledger.lost - self._done if not extents.in_work(number))
         if not lost:
             return
         # What lies in them may have been recorded just now.
-        await self._context.committer.commit()
+        await context.committer.commit()
         found: Counter[int] = Counter()
         position: bytes | None = b""
         while position is not None:
-            some, position = await self._context.in_thread(partial(self._extents, position, lost))
+            some, position = await context.in_thread(partial(self._extents, position, lost))
             for inode, row in some:
-                await self._context.committer.room()
+                await context.committer.room()
                 found[row.pack] += self._anew.mark_local(row.pack, entry_of(inode, row))
                 await trio.lowlevel.checkpoint()
         self._done |= lost
-        self._to_read |= lost
         self.local_pages += found.total()
         for number in sorted(lost):
             pack = self._row(number)
-            if pack is not None:
+            if pack is not None and (pack.live or found[number]):
+                self._to_read[number] = 0.0
                 _log.warning(
                     "pack %s has fewer shards than it needs: %s of it are local and are uploaded anew; what else "
                     "lives in it is looked for in the shards that are left", pack.pack_id.hex(),
                     counted(found[number], "page"),
                 )  # fmt: skip
 
+    def _let_go(self) -> None:
+        """Forgets packs that are gone, or have come back."""
+        if gone := self._done - self._context.ledger.lost:
+            self._done -= gone
+            for number in gone:
+                self._to_read.pop(number, None)
+                self._gone.pop(number, None)
+
+    # metadata
+
+    def take_metadata(self) -> None:
+        """Takes in the metadata packs that the ledger knows as lost."""
+        for number in self._context.ledger.lost - self._done:
+            row = pack_row(self._context.store, number)
+            if row is not None and row.kind == PackKind.METADATA:
+                self._done.add(number)
+                self._lost_metadata(row)
+
+    async def look_at_metadata(self, named: Set[bytes]) -> None:
+        """Takes in those metadata packs, given by their ids, of which too few shards are on backends of the fleet.
+
+        Nobody is asked: writing one anew that could still be read costs an upload.
+        """
+        ledger, members = self._context.ledger, self._context.uploader.members
+        there = {member.number for member in members}
+        for index, pack_id in enumerate(sorted(named - self.metadata)):
+            row = self._row(ledger.metadata.get(pack_id, 0))
+            if row is not None and not row.readable_on(there):
+                self._lost_metadata(row)
+            if not index % 64:
+                await trio.lowlevel.checkpoint()
+
+    def _lost_metadata(self, row: PackRow) -> None:
+        if row.pack_id not in self.metadata:
+            self.metadata.add(row.pack_id)
+            _log.warning(
+                "metadata pack %s has fewer shards than it needs: if the newest generation needs it, nothing can be "
+                "restored without this machine until its rows are written anew, which begins now", row.pack_id.hex(),
+            )  # fmt: skip
+
+    # what is left on the backends
+
     async def rescue(self) -> None:
         """Reads some lost packs as far as their shards are left, and has that uploaded anew."""
         context = self._context
-        if not self._to_read or context.clock.monotonic() < self._not_before:
-            return
         if self._short_of_room() or not context.uploader.enough_backends():
             return
         numbers = self._next()
+        if not numbers:
+            return
         extents: defaultdict[int, list[tuple[int, ExtentRow]]] = defaultdict(list)
         position: bytes | None = b""
-        while position is not None and numbers:
+        while position is not None:
             some, position = await context.in_thread(partial(self._extents, position, numbers))
             for inode, row in some:
                 extents[row.pack].append((inode, row))
         for number in sorted(numbers):
+            again = _RETRY_SECONDS
             try:
-                await self._read_pack(number, extents[number])
-            except (BackendError, trio.TooSlowError) as error:
-                _log.info("what is left of a lost pack is not read now, which is tried again: %s", error)
-                self._not_before = context.clock.monotonic() + _RETRY_SECONDS
-                return
-            self._to_read.discard(number)
+                again = await self._read_pack(number, extents.pop(number, []))
+            except CacheError:
+                raise
+            except QsfsError as error:
+                _log.error("pack number %d, which lost shards, is not read, which is tried again: %s", number, error)
+            self._to_read[number] = context.clock.monotonic() + again
 
     def _next(self) -> frozenset[int]:
-        """Some packs of which something may be left to read; the others are let go of."""
+        """Some packs of which something may be left to read now; those that nothing lives in are let go of."""
         chosen: set[int] = set()
-        pages = 0
-        for number in sorted(self._to_read):
+        pages, now = 0, self._context.clock.monotonic()
+        for number, due in list(self._to_read.items()):
+            if due > now:
+                continue
             row = self._row(number)
             if row is None or not row.live:
-                self._to_read.discard(number)
+                del self._to_read[number]
+                self._gone.pop(number, None)
                 continue
             chosen.add(number)
             pages += row.live // PAGE
@@ -147,50 +196,56 @@ class Salvage:
                 break
         return frozenset(chosen)
 
-    async def _read_pack(self, number: int, extents: Iterable[tuple[int, ExtentRow]]) -> None:
+    async def _read_pack(self, number: int, extents: Iterable[tuple[int, ExtentRow]]) -> float:
+        """Marks those of these extents of a pack that can be read; after how many seconds to try the others again."""
         row = self._row(number)
         if row is None:
-            return
-        try:
-            pack = StoredPack.of_row(row, self._context.sealer.code.params)
-        except Corrupt as error:
-            _log.error("%s", error)
-            return
+            return math.inf
+        pack = StoredPack.of_row(row, self._context.sealer.code.params)
         entries = {found.ordinal: found for found in (entry_of(inode, row) for inode, row in extents)}
-        absent = []
-        for entry in entries.values():
-            if self._anew.absent(number, entry):
-                absent.append(entry)
-            await trio.lowlevel.checkpoint()
-        left = await self._left(pack, {shard for entry in absent for shard in entry.shards(pack.ref)})
+        absent = await self._absent(number, entries.values())
+        left, unknown = await self._left(pack, {shard for entry in absent for shard in entry.shards(pack.ref)})
         rescued = 0
         for entry in sorted(absent, key=lambda entry: entry.offset):
             if left.issuperset(entry.shards(pack.ref)):
                 await self._wait_for_room()
                 rescued += await self._mark(number, pack, entry)
-        gone = sum(self._anew.absent(number, entry) for entry in absent)
-        self.rescued_pages += rescued
-        self.unreadable_pages += gone
-        self._unreadable_packs += bool(gone)
-        if gone:
+        if unknown:
+            return _RETRY_SECONDS
+        gone = sum((await self._absent(number, absent)).values())
+        if gone and gone != self._gone.get(number):
             _log.error(
                 "pack %s: read from the shards that are left, and uploaded anew: %s; %s cannot be read any more, and "
                 "'qsfs fsck --deep' names the files", pack.name, counted(rescued, "page"), counted(gone, "page"),
             )  # fmt: skip
-        elif absent:
+        elif absent and not gone:
             _log.warning("pack %s: all that lives in it was read from the shards that are left", pack.name)
+        self._gone[number] = gone
+        return _LOST_RETRY_SECONDS if gone else math.inf
 
-    async def _left(self, pack: StoredPack, shards: Iterable[int]) -> set[int]:
-        """Which of these data shards can be read."""
-        left = set()
+    async def _absent(self, number: int, entries: Iterable[ExtentEntry]) -> dict[ExtentEntry, int]:
+        """The extents of which pages are not here, with how many."""
+        found = {}
+        for entry in entries:
+            if pages := self._anew.absent(number, entry):
+                found[entry] = pages
+            await trio.lowlevel.checkpoint()
+        return found
+
+    async def _left(self, pack: StoredPack, shards: Iterable[int]) -> tuple[set[int], bool]:
+        """Which of these data shards can be read, and whether that is not known of some."""
+        left, unknown = set(), False
         for shard in sorted(shards):
             try:
                 with trio.fail_after(_READ_SECONDS):
                     await self._reader.shards(pack, (shard,))
             except DataLost:
                 continue
-            left.add(shard)
-        return left
+            except (BackendError, trio.TooSlowError):
+                unknown = True
+            else:
+                left.add(shard)
+        return left, unknown
 
     async def _mark(self, number: int, pack: StoredPack, entry: ExtentEntry) -> int:
         row = self._row(number)
@@ -199,11 +254,12 @@ class Salvage:
         try:
             with trio.fail_after(_READ_SECONDS):
                 marked = await self._anew.mark(number, pack, entry)
-        except (DataLost, Corrupt, FormatMismatch) as error:
+        except (BackendError, DataLost, Corrupt, FormatMismatch, trio.TooSlowError) as error:
             _log.error("pack %s, extent %d: %s", pack.name, entry.ordinal, error)
             return 0
         self._on_its_way[number] = self._on_its_way.get(number, row.live) - marked * PAGE
         self._marked_bytes += marked * PAGE
+        self.rescued_pages += marked
         return marked
 
     async def _wait_for_room(self) -> None:
@@ -224,18 +280,6 @@ class Salvage:
         """The row of a pack that somebody needs."""
         row = pack_row(self._context.store, number)
         return None if row is None or row.unnamed_since_ns else row
-
-    def _is_metadata(self, number: int) -> bool:
-        row = pack_row(self._context.store, number)
-        if row is None or row.kind != PackKind.METADATA:
-            return False
-        self._done.add(number)
-        self.metadata.add(row.pack_id)
-        _log.warning(
-            "metadata pack %s has fewer shards than it needs: until its rows are written anew, which begins now, "
-            "nothing can be restored without this machine", row.pack_id.hex(),
-        )  # fmt: skip
-        return True
 
     def _extents(self, start: bytes, lost: frozenset[int]) -> tuple[list[tuple[int, ExtentRow]], bytes | None]:
         """For a worker thread: extents in `lost` packs, as of the last commit, and where to go on."""

@@ -86,16 +86,22 @@ class Upkeep:
         rewrite_below: float,
         rewrite_bytes: int,
         fleets: Callable[[], tuple[Fleet, ...]] = tuple,
+        renewing: Callable[[], bool] = lambda: False,
     ) -> None:
-        """What the spool has given up by now was given up before this mount published its first head."""
+        """`renewing` says whether metadata are being written anew, and no head can list them yet.
+
+        What the spool has given up by now was given up before this mount published its first head."""
         self.problem = ""
         self._context = context
         self._short_of_room = short_of_room
         self._named = named
         self._owner_epoch = owner_epoch
         self._base = base
+        self._renewing = renewing
+        self._lost_pause = _LOST_HEAD_SECONDS
+        self._seen: object = None
         self.salvage = Salvage(context, reader, short_of_room=short_of_room)
-        self._completer = Completer(context, reader, self.salvage.lost, lambda: self.drainer.leaving)
+        self._completer = Completer(context, reader, lambda: self.drainer.leaving)
         self.drainer = Drainer(context, self._completer, fleets)
         self._second_look = SecondLook(context)
         self._collector = AbandonedCollector(context)
@@ -160,6 +166,7 @@ class Upkeep:
         self.strays.published(view.strays)
         self.rewriter.published()
         self._head_at = self._context.clock.monotonic()
+        self._lost_pause = min(2 * self._lost_pause, HEAD_SECONDS) if self.lost_is_named else _LOST_HEAD_SECONDS
 
     @property
     def head_due(self) -> bool:
@@ -168,7 +175,7 @@ class Upkeep:
         Else a file system at rest would keep it for ever.  Soon, where nothing could be restored as it is.
         """
         since = self._context.clock.monotonic() - self._head_at
-        if since >= _LOST_HEAD_SECONDS and self.lost_is_named:
+        if since >= self._lost_pause and not self._renewing() and self.lost_is_named:
             return True
         return since >= HEAD_SECONDS and (self.dead.waits_for_a_head or self.strays.waits_for_a_head)
 
@@ -177,6 +184,15 @@ class Upkeep:
         """Whether the published head names metadata packs that cannot be read: nothing could be restored by it."""
         lost = self.salvage.metadata
         return bool(lost) and not lost.isdisjoint(listed_ids(self._base().head))
+
+    async def look_at_metadata(self) -> None:
+        """Has `lost_is_named` know what the rows of packs say now."""
+        self.salvage.take_metadata()
+        base = self._base()
+        seen = base.sealed.ref, frozenset(member.number for member in self._context.uploader.members)
+        if seen != self._seen:
+            await self.salvage.look_at_metadata(listed_ids(base.head))
+            self._seen = seen
 
     def lost(self) -> dict[str, int]:
         """`Salvage.report`, and whether the published head names metadata packs that cannot be read."""
@@ -227,6 +243,7 @@ class Upkeep:
             for work in (
                 self._look,
                 self._complete,
+                self.look_at_metadata,
                 self.salvage.work,
                 self.salvage.rescue,
                 self._collect,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import trio
 
+_FORGET_FROM = 1000
+
 
 @dataclass(eq=False, slots=True)
 class Wait:
@@ -76,12 +78,15 @@ class SaidLately:
 
     def __init__(self) -> None:
         self._until: dict[Hashable, float] = {}
+        self._most = _FORGET_FROM
 
     def again(self, what: Hashable, seconds: float) -> bool:
         """Whether it was said already; if not it is now, for so many seconds."""
         now = trio.current_time()
         if now < self._until.get(what, 0.0):
             return True
-        self._until = {known: until for known, until in self._until.items() if until > now}
         self._until[what] = now + seconds
+        if len(self._until) >= self._most:
+            self._until = {known: until for known, until in self._until.items() if until > now}
+            self._most = max(_FORGET_FROM, 2 * len(self._until))
         return False

@@ -66,8 +66,8 @@ class Dropper:
         return known[extent.pack]
 
     def _why_pack(self, number: int) -> Stays | None:
-        row = self._store.get(Table.PACKS, u64(number))
-        state = 0 if row is None else PackRow.decode(row).state
-        if not state & PackState.FULL:
+        encoded = self._store.get(Table.PACKS, u64(number))
+        row = None if encoded is None else PackRow.decode(encoded)
+        if row is None or not row.state & PackState.FULL or not row.readable_on(self._store.backends):
             return Stays.NOT_FULL
-        return None if state & PackState.LOOKED else Stays.NOT_LOOKED
+        return None if row.state & PackState.LOOKED else Stays.NOT_LOOKED

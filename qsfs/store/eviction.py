@@ -124,6 +124,6 @@ class Evictor:
         if row is None:
             return False
         found = PackRow.decode(row)
-        if not found.state & PackState.LOOKED:
+        if not found.state & PackState.LOOKED or not found.readable_on(self._store.backends):
             return False
         return bool(found.state & PackState.FULL) or (written_will_do and found.written)

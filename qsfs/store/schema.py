@@ -8,7 +8,7 @@ version.  Rows are little-endian structs; a first byte names the row's version w
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any
@@ -301,8 +301,21 @@ class PackRow:
     @property
     def written(self) -> bool:
         """Whether as many shards have a place as a pack needs to count as written: k + ceil(m / 2)."""
-        k, n = self.body_length // max(1, self.shard_size), len(self.placement)
+        k, n = self._k, len(self.placement)
         return n - self.placement.count(-1) >= k + (n - k + 1) // 2
+
+    @property
+    def readable(self) -> bool:
+        """Whether as many shards have a place as it takes to read all of the pack: k."""
+        return len(self.placement) - self.placement.count(-1) >= self._k
+
+    def readable_on(self, backends: Container[int]) -> bool:
+        """As `readable`, if only places on these backends count."""
+        return sum(place >= 0 and place in backends for place in self.placement) >= self._k
+
+    @property
+    def _k(self) -> int:
+        return self.body_length // max(1, self.shard_size)
 
     @property
     def looked_at(self) -> bool:

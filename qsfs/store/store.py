@@ -13,7 +13,7 @@ the disk is handed out and done elsewhere, by whoever drives the store (the daem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 from qsfs.clock import Clock
@@ -66,6 +66,13 @@ def _never() -> float | None:
     return None
 
 
+class _Everyone:
+    """The backends as long as nobody knows which there are."""
+
+    def __contains__(self, number: object) -> bool:
+        return True
+
+
 class CommitNeeded(Exception):
     """An fsync that the journal cannot serve: the groups must be committed."""
 
@@ -74,6 +81,7 @@ class Store:
     """The local store of one file system.
 
     `on_stream` is called when `streams` begins to hold while nothing commits; it must not change the store.
+    `backends` are those of which shards count for eviction.
     `promised_bytes` tells what writes that are in no group yet will take, `promised_since` the running time
     of the oldest of them.  `limits` are those that hold now: they leave the more room for commits, the larger
     the trees are.
@@ -101,6 +109,7 @@ class Store:
         }
         self._counters_changed: set[bytes] = set()
         self.on_stream: Callable[[], None] = _nothing
+        self.backends: Container[int] = _Everyone()
         self.promised_bytes: Callable[[], int] = _no_bytes
         self.promised_since: Callable[[], float | None] = _never
         self.write_number = self.layers.committed_write_number

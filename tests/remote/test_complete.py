@@ -53,7 +53,7 @@ async def test_packs_that_cannot_become_full_hold_nobody_up(
             return True
 
         monkeypatch.setattr(complete, "pack_row", look)
-        completer = Completer(machine.context, DirectReader(world), set())
+        completer = Completer(machine.context, DirectReader(world))
         monkeypatch.setattr(completer, "complete", one)
         rounds = 0
         while not tried:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 import pytest
 import trio
 
-from qsfs.errors import Unavailable
+import tests.remote.flushing
+from qsfs.errors import BackendUnavailable, Unavailable
+from qsfs.format.erasure import Code
 from qsfs.format.extent import PackKind
 from qsfs.format.shard import parse_shard_key
+from qsfs.remote import salvage as salvage_module
 from qsfs.remote.chain import listed_ids
-from qsfs.remote.complete import Completer
 from qsfs.remote.flush import Flusher
+from qsfs.remote.members import State
+from qsfs.remote.metadata import RefreshUpload
+from qsfs.remote.reader import PackReader
 from qsfs.remote.salvage import Salvage
 from qsfs.remote.second_look import SecondLook
+from qsfs.remote.stored import StoredPack
+from qsfs.store.dropping import Dropper, Stays
 from qsfs.store.eviction import Evictor
 from qsfs.store.packs import set_placement
 from qsfs.store.schema import PAGE, PackRow, PackState, Table, u64
@@ -116,7 +123,7 @@ async def test_what_was_recorded_and_is_not_committed_is_uploaded_anew_too(machi
         number = next(number for number, row in pack_rows(machine).items() if row.kind == PackKind.DATA)
         assert machine.store.dirty
         salvage = Salvage(machine.context, DirectReader(machine.world), short_of_room=lambda: False)
-        salvage.lost.add(number)
+        machine.context.ledger.lost.add(number)
         with machine.store.extents.recording(number):
             await salvage.work()
             assert not salvage.local_pages, "more of it may be recorded yet"
@@ -173,6 +180,9 @@ async def test_what_only_a_lost_metadata_pack_held_is_written_anew(
         base = flusher.generations.base
         await trio.sleep(3000)
         assert flusher.generations.base.head.generation <= base.head.generation + 1, "then it is at rest"
+
+
+KINDS = ("rescued", "unreadable")
 
 
 class LostPack:
@@ -312,7 +322,7 @@ async def test_backends_that_do_not_answer_are_asked_again(
             return await shards(pack, wanted)
 
         await lost.lose()
-        await until(lambda: flusher._upkeep.salvage.lost)
+        await until(lambda: machine.context.ledger.lost)
         monkeypatch.setattr(reader, "shards", silent)
         await until(lambda: flusher.status()["lost"]["rescued_bytes"])
         assert asked > 3
@@ -336,23 +346,210 @@ async def test_what_is_damaged_here_is_read_from_shards_that_are_left(machine: F
         await until(lambda: pack_rows(machine)[lost.number].live == 16 * PAGE - saved)
 
 
-async def test_a_pack_is_known_as_lost_where_no_room_is_for_its_shards(
+def give_up(machine: FlushMachine, number: int, shards: Iterable[int]) -> None:
+    """What is done to the row of a pack whose backends were given up; its shards there are gone."""
+    row = pack_rows(machine)[number]
+    lose_shards(machine.world, row, shards)
+    placement = tuple(-1 if shard in shards else place for shard, place in enumerate(row.placement))
+    changed = set_placement(machine.store, number, placement, machine.clock.time_ns())
+    assert changed is not None
+    machine.context.ledger.note(number, changed)
+
+
+async def test_lost_metadata_are_known_before_anything_is_read(world: World, machine: FlushMachine, clock, expect_log):
+    """However many packs wait to be completed: a sync does not vouch for a head by which nothing can be restored."""
+    expect_log(EXPECTED, optional=True)
+    async with flushing(machine, cut_seconds=86400, rewrite_below=0.0) as flusher:
+        for number in range(12):
+            machine.write(machine.create(f"f{number}"), 0, random.Random(number).randbytes(16 * PAGE))
+            await flusher.sync()
+        pack = flusher.generations.chain.all_packs()[-1]
+        for number, row in sorted(pack_rows(machine).items()):
+            if not row.unnamed_since_ns:
+                give_up(machine, number, (1, 2, 3) if number == pack.number else (1,))
+        completed = flusher._upkeep._completer.completed
+        await flusher.sync()
+        assert flusher._upkeep._completer.completed < completed + len(pack_rows(machine))
+        assert pack.ref.pack_id not in listed_ids(flusher.generations.base.head)
+        assert len(restore(world).files) == 12
+
+
+async def test_metadata_on_backends_that_left_are_known_as_lost_before_their_rows_say_so(
+    machine: FlushMachine, clock, expect_log
+):
+    """Rows are brought up to date in steps, which takes its time."""
+    expect_log(EXPECTED)
+    async with flushing(machine, cut_seconds=86400) as flusher:
+        machine.write(machine.create("a"), 0, page("a"))
+        await flusher.sync()
+        ids = listed_ids(flusher.generations.base.head)
+        row = next(row for row in pack_rows(machine).values() if row.pack_id in ids)
+        for place in row.placement[1:]:
+            machine.fleet_members.remove(place)
+        await flusher._upkeep.look_at_metadata()
+        assert flusher._upkeep.lost_is_named
+        assert any("metadata" in what for what in flusher.status()["waiting"])
+
+
+async def test_heads_wait_for_the_renewal_that_makes_them_readable(
     world: World, machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log
 ):
-    """All backends that are left have a shard already: it cannot be completed, and is saved all the same."""
+    """Else one would be published every ten seconds, which helps nobody."""
+    expect_log(EXPECTED)
+
+    async def never(_: object) -> None:
+        await trio.sleep_forever()
+
+    async with flushing(machine, cut_seconds=86400) as flusher:
+        machine.write(machine.create("a"), 0, page("a"))
+        await flusher.sync()
+        monkeypatch.setattr(RefreshUpload, "run", never)
+        for pack in flusher.generations.chain.all_packs():
+            lose(world, pack_rows(machine)[pack.number], 1)
+        await until(lambda: flusher._upkeep.lost_is_named)
+        before = flusher.generations.base.head.generation
+        await trio.sleep(3600)
+        assert flusher.generations.base.head.generation <= before + 1
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_lost_packs_do_not_hold_up_those_that_can_be_completed(
+    world: World, machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log, silent: bool
+):
+    """Not even where one more backend is silent, and nobody can say for sure that they are lost."""
     expect_log(EXPECTED, optional=True)
+    monkeypatch.setattr(tests.remote.flushing, "DirectReader", lambda world: reader)
+    reader = PackReader(machine.members(), world.keys, Code(world.code))
+    async with trio.open_nursery() as nursery, flushing(machine, rewrite_below=0.0) as flusher:
+        reader.members = machine.fleet_members
+        await nursery.start(reader.run)
+        for number in range(8):
+            machine.write(machine.create(f"f{number}"), 0, random.Random(number).randbytes(16 * PAGE))
+        await flusher.sync()
+        await trio.sleep(300)
+        data = [number for number, row in pack_rows(machine).items() if row.live and row.kind == PackKind.DATA]
+        machine.backends[5].down = silent
+        await until(lambda: (machine.fleet_members.by_number(6).state is State.DOWN) is silent)  # type: ignore[union-attr]
+        for index, number in enumerate(data):
+            give_up(machine, number, (1, 2, 3) if index % 2 else (1,))
+        begin = trio.current_time()
+        ledger = machine.context.ledger
+        needed = [n for n in data[::2] if silent and 6 in pack_rows(machine)[n].placement]
+        await until(lambda: not ledger.incomplete.keys() & (set(data[::2]) - set(needed)))
+        await until(lambda: not any(pack_rows(machine)[number].live for number in data[1::2]))
+        assert trio.current_time() - begin < 120
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_shard_of_which_nobody_knows_holds_up_nothing_else(
+    machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log
+):
+    """One pack's second data shard may be on a backend that is silent: the first is read, and all other packs are."""
+    expect_log(EXPECTED)
+    async with flushing(machine, rewrite_below=0.0) as flusher:
+        files = {machine.create(name): random.Random(name).randbytes(2 * PAGE) for name in "abcdefghijklmnop"}
+        for number, data in files.items():
+            machine.write(number, 0, data)
+        await flusher.sync()
+        packs = {n: row for n, row in pack_rows(machine).items() if row.live == 16 * PAGE}
+        assert len(packs) == 2
+        for number in files:
+            machine.evict(number)
+        await machine.committer.commit()
+        reader = flusher._upkeep.salvage._reader
+        shards = reader.shards
+
+        async def silent(pack: StoredPack, wanted: Collection[int]) -> dict[int, memoryview]:
+            if pack.ref.pack_id == packs[min(packs)].pack_id and 1 in wanted:
+                await trio.sleep_forever()
+            return await shards(pack, wanted)
+
+        monkeypatch.setattr(reader, "shards", silent)
+        for number in packs:
+            give_up(machine, number, (1, 2, 3))
+        await until(lambda: flusher.status()["lost"]["unreadable_packs"] == 1)
+        await until(lambda: flusher.status()["lost"]["rescued_bytes"] >= 2 * 6 * PAGE)
+        assert flusher.status()["lost"]["packs_to_read"] == 1, "what is not known is not called gone"
+
+
+async def test_a_pack_that_comes_back_is_lost_no_more(
+    world: World, machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log
+):
+    """An old copy of a backend was found: the alarm ends, and a second loss is dealt with like the first."""
+    expect_log(EXPECTED)
+    monkeypatch.setattr(salvage_module, "_LOST_RETRY_SECONDS", 1e9)
+    lost = LostPack(machine)
+    async with flushing(machine, rewrite_below=0.0) as flusher:
+        await lost.upload(flusher)
+        before = [{key: store.peek(key) for key in list(store.keys())} for store in world.data]
+        await lost.lose()
+        await until(lambda: flusher.status()["lost"]["unreadable_bytes"])
+        gone = machine.fleet_members.by_number(lost.row.placement[1])
+        assert gone is not None
+        machine.backends[gone.number - 1].down = True
+        while gone.state is not State.DOWN:
+            gone.failed(BackendUnavailable("its disk is being copied"))
+        await trio.sleep(5)
+        for store, old in zip(world.data, before, strict=True):
+            for key in set(old).difference(store.keys()):
+                store.put(key, old[key])
+        machine.backends[gone.number - 1].down = False
+        gone.succeeded()
+        begin = trio.current_time()
+        await until(lambda: lost.number not in machine.context.ledger.incomplete)
+        assert trio.current_time() - begin < 200, "whoever answers again is asked soon"
+        await until(lambda: not flusher.status()["lost"]["packs"])
+        assert not flusher.status()["lost"]["unreadable_bytes"]
+        rescued = flusher.status()["lost"]["rescued_bytes"]
+        give_up(machine, lost.number, (0, 2, 3))
+        await until(lambda: flusher.status()["lost"]["rescued_bytes"] > rescued)
+
+
+async def test_the_only_copy_of_what_lies_on_backends_that_left_is_not_evicted(
+    machine: FlushMachine, clock, expect_log
+):
+    """Rows are full and looked at until they are brought up to date, and that takes its time."""
+    expect_log(EXPECTED, optional=True)
+    lost = LostPack(machine)
+    async with flushing(machine, rewrite_below=0.0) as flusher:
+        await lost.upload(flusher)
+        await trio.sleep(300)
+        for place in lost.row.placement[1:]:
+            machine.fleet_members.remove(place)
+        done = Evictor(machine.store).step(1000, 1000, recent_too=True, written_will_do=True, start_too=True)
+        assert not done.bytes
+        dropper = Dropper(machine.store)
+        for number in lost.files:
+            dropper.step(machine.inode(number), 0, 100)
+        assert not dropper.dropped and dropper.stays == {Stays.NOT_FULL: 16}
+
+
+async def test_what_was_saved_is_counted_though_reading_on_fails(
+    machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log
+):
+    """And metadata packs are no data packs."""
+    expect_log(EXPECTED + "|silence")
     lost = LostPack(machine)
     async with flushing(machine) as flusher:
         await lost.upload(flusher)
-        for member in machine.fleet_members:
-            monkeypatch.setattr(type(member), "writable", property(lambda m: m.number == lost.row.placement[0]))
-        placement = (lost.row.placement[0], -1, -1, -1)
-        lost.lose_shards()
-        row = set_placement(machine.store, lost.number, placement, machine.clock.time_ns())
-        machine.context.ledger.note(lost.number, row)
-        completer = Completer(machine.context, DirectReader(world), found := set())
-        await completer.complete_packs(1)
-        assert found == {lost.number}
+        mark, calls = flusher._upkeep.salvage._anew.mark, 0
+
+        async def once(*arguments: object) -> int:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise Unavailable("silence")
+            return await mark(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(flusher._upkeep.salvage._anew, "mark", once)
+        await lost.lose()
+        await until(lambda: flusher.status()["lost"]["unreadable_bytes"])
+        await until(lambda: sum(flusher.status()["lost"][f"{what}_bytes"] for what in KINDS) == 16 * PAGE)
+        assert flusher.status()["lost"]["packs"] == 1
+        for pack in flusher.generations.chain.all_packs():
+            give_up(machine, pack.number, (0, 1, 2))
+        await until(lambda: flusher.status()["lost"]["metadata_packs"])
+        assert flusher.status()["lost"]["packs"] == 1
 
 
 def damage(machine: FlushMachine, block: bytes) -> None:
