@@ -114,11 +114,14 @@ class Completer:
         except CacheError:
             raise
         except QsfsError as error:
+            level = logging.WARNING
             if isinstance(error, DataLost):
+                # Of those whose rows say so people were told, of all together.
+                level = logging.DEBUG if number in self._context.ledger.lost else level
                 self._context.ledger.lost.add(number)
                 self._not_before[number] = self._context.clock.monotonic() + _LOST_RETRY_SECONDS
             self.problem = str(error)
-            _log.warning("pack %s lacks shards and could not be completed: %s", row.pack_id.hex(), error)
+            _log.log(level, "pack %s lacks shards and could not be completed: %s", row.pack_id.hex(), error)
         return False
 
     def room_for(self, placement: tuple[int, ...]) -> bool:

@@ -38,6 +38,7 @@ _MARKED_BYTES = 256 << 20
 """Bytes of pages that were fetched and are on their way at a time: they cannot be evicted."""
 _LONGEST_SECONDS = 600.0
 _READ_SECONDS = 20.0
+_NAMED = 3
 _RETRY_SECONDS = 60.0
 _LOST_RETRY_SECONDS = 3600.0
 """After which what nobody has is looked for again: a backend may have come back with an old copy."""
@@ -102,15 +103,17 @@ class Salvage:
                 await trio.lowlevel.checkpoint()
         self._done |= lost
         self.local_pages += found.total()
+        names = []
         for number in sorted(lost):
             pack = self._row(number)
             if pack is not None and (pack.live or found[number]):
                 self._to_read[number] = 0.0
-                _log.warning(
-                    "pack %s has fewer shards than it needs: %s of it are local and are uploaded anew; what else "
-                    "lives in it is looked for in the shards that are left", pack.pack_id.hex(),
-                    counted(found[number], "page"),
-                )  # fmt: skip
+                names.append(pack.pack_id.hex())
+        if names:
+            _log.warning(
+                "%s has fewer shards than it needs: %s are local and are uploaded anew; what else lives there is "
+                "looked for in the shards that are left", _each_of(names), counted(found.total(), "page"),
+            )  # fmt: skip
 
     def _let_go(self) -> None:
         """Forgets packs that are gone, or have come back."""
@@ -168,7 +171,9 @@ class Salvage:
             some, position = await context.in_thread(partial(self._extents, position, numbers))
             for inode, row in some:
                 extents[row.pack].append((inode, row))
+        rescued, names = self.rescued_pages, []
         for number in sorted(numbers):
+            before = self._gone.get(number, 0)
             again = _RETRY_SECONDS
             try:
                 again = await self._read_pack(number, extents.pop(number, []))
@@ -177,6 +182,14 @@ class Salvage:
             except QsfsError as error:
                 _log.error("pack number %d, which lost shards, is not read, which is tried again: %s", number, error)
             self._to_read[number] = context.clock.monotonic() + again
+            pack = self._row(number)
+            if pack is not None and self._gone.get(number, 0) > before:
+                names.append(pack.pack_id.hex())
+        if rescued != self.rescued_pages:
+            size = counted(self.rescued_pages - rescued, "page")
+            _log.warning("read from the shards that are left of packs that lost some, and uploaded anew: %s", size)
+        if names:
+            _log.error("%s has pages that cannot be read any more: 'qsfs fsck --deep' names the files", _each_of(names))
 
     def _next(self) -> frozenset[int]:
         """Some packs of which something may be left to read now; those that nothing lives in are let go of."""
@@ -205,21 +218,18 @@ class Salvage:
         entries = {found.ordinal: found for found in (entry_of(inode, row) for inode, row in extents)}
         absent = await self._absent(number, entries.values())
         left, unknown = await self._left(pack, {shard for entry in absent for shard in entry.shards(pack.ref)})
-        rescued = 0
         for entry in sorted(absent, key=lambda entry: entry.offset):
             if left.issuperset(entry.shards(pack.ref)):
                 await self._wait_for_room()
-                rescued += await self._mark(number, pack, entry)
+                try:
+                    await self._mark(number, pack, entry)
+                except (BackendError, trio.TooSlowError):
+                    unknown = True
+                except (DataLost, Corrupt, FormatMismatch) as error:
+                    _log.error("pack %s, extent %d: %s", pack.name, entry.ordinal, error)
         if unknown:
             return _RETRY_SECONDS
         gone = sum((await self._absent(number, absent)).values())
-        if gone and gone != self._gone.get(number):
-            _log.error(
-                "pack %s: read from the shards that are left, and uploaded anew: %s; %s cannot be read any more, and "
-                "'qsfs fsck --deep' names the files", pack.name, counted(rescued, "page"), counted(gone, "page"),
-            )  # fmt: skip
-        elif absent and not gone:
-            _log.warning("pack %s: all that lives in it was read from the shards that are left", pack.name)
         self._gone[number] = gone
         return _LOST_RETRY_SECONDS if gone else math.inf
 
@@ -247,20 +257,15 @@ class Salvage:
                 left.add(shard)
         return left, unknown
 
-    async def _mark(self, number: int, pack: StoredPack, entry: ExtentEntry) -> int:
+    async def _mark(self, number: int, pack: StoredPack, entry: ExtentEntry) -> None:
         row = self._row(number)
         if row is None:
-            return 0
-        try:
-            with trio.fail_after(_READ_SECONDS):
-                marked = await self._anew.mark(number, pack, entry)
-        except (BackendError, DataLost, Corrupt, FormatMismatch, trio.TooSlowError) as error:
-            _log.error("pack %s, extent %d: %s", pack.name, entry.ordinal, error)
-            return 0
+            return
+        with trio.fail_after(_READ_SECONDS):
+            marked = await self._anew.mark(number, pack, entry)
         self._on_its_way[number] = self._on_its_way.get(number, row.live) - marked * PAGE
         self._marked_bytes += marked * PAGE
         self.rescued_pages += marked
-        return marked
 
     async def _wait_for_room(self) -> None:
         """Waits until what was marked is uploaded, if that is much, and while the cache is short of room."""
@@ -295,3 +300,11 @@ class Salvage:
                 if context.clock.monotonic() >= until:
                     return found, key + b"\0"
         return found, None
+
+
+def _each_of(names: list[str]) -> str:
+    """Packs as the subject of a sentence, some of them by name."""
+    if len(names) == 1:
+        return f"pack {names[0]}"
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"each of {counted(len(names), 'pack')} ({', '.join(names[:_NAMED])}{more})"

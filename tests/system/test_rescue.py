@@ -71,7 +71,7 @@ def test_three_of_nine_are_gone_where_two_may_be(scratch: Path, fleet: Servers) 
         gone_backends = whose_loss_is_one_too_many(fs)
         with dead(fs.servers, gone_backends):
             fs.expect("lacks shards and could not be completed|fewer shards than it needs|shards that are left")
-            fs.expect("is lost: all 6 backends answered")
+            fs.expect("is lost: all 6 backends answered", "cannot be read any more")
             eventually(lambda: not up(fs, 7), "their loss is noticed")
             fs.set({"backend": [one for index, one in enumerate(configured(fs)) if index not in gone_backends]})
             give_up = ("fleet", "apply", "--lost", *(str(index + 1) for index in gone_backends))
