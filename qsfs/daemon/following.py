@@ -229,11 +229,11 @@ class Follower:
             self.images.remove(image)
             self._sightings.watched.discard(image.ref)
             scope, ended = self._scopes.pop(image)
-            # What is in memory only would stay there; a local disk that failed is no reason to keep an image.
-            with contextlib.suppress(CacheError):
-                await image.commit()
-            scope.cancel()
             with trio.CancelScope(shield=True):
+                # What is in memory only would stay there; a local disk that failed is no reason to keep an image.
+                with contextlib.suppress(CacheError):
+                    await image.commit()
+                scope.cancel()
                 await ended.wait()
             self.donors.append(Donor(image.store, image.directory, generation.tag))
             _log.debug("generation %d is not shown any more", image.ref.generation)

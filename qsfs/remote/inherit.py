@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qsfs.errors import CacheError, Corrupt
 from qsfs.remote.stored import entry_of
 from qsfs.store.packs import pack_row
-from qsfs.store.reading import LocalDamage
-from qsfs.store.schema import BLOCK_PAGES, BLOCK_SIZE, PAGE, ExtentRow
+from qsfs.store.schema import BLOCK_PAGES, BLOCK_SIZE, ExtentRow
 from qsfs.store.store import Store
 
 
@@ -71,13 +71,12 @@ class Inheritance:
         return None
 
     def _from(self, donor: Store, inode: int, row: ExtentRow) -> bytes | None:
-        if not self._same(donor, inode, row):
-            return None
-        with contextlib.suppress(LocalDamage):
-            pages = donor.blocks.pages(inode, row.first, row.pages)
-            if None not in pages:
-                data = b"".join(page for page in pages if page is not None)
-                return data if len(data) == row.pages * PAGE else None
+        """What is damaged there, rows or pages, is not there."""
+        with contextlib.suppress(Corrupt, CacheError):
+            if self._same(donor, inode, row):
+                pages = donor.blocks.pages(inode, row.first, row.pages)
+                if None not in pages:
+                    return b"".join(page for page in pages if page is not None)
         return None
 
     def _same(self, donor: Store, inode: int, row: ExtentRow) -> bool:
