@@ -45,6 +45,7 @@ SHARES = MOST_IMAGES + 1
 """Into so many parts of one size the cache is divided: one is the template's."""
 
 _TICK_SECONDS = 1.0
+_COMMIT_SECONDS = 10.0
 LINGER_SECONDS = 60.0
 """How long an image stays in which nothing is open any more, where the kernel has not forgotten its names.
 
@@ -179,6 +180,10 @@ class Follower:
         source = replace(source, found=found, sealed=sealed)
         place = image_directory(self._directory, newest.ref, self._limits.map_bytes)
         image = None
+        for donor in [donor for donor in self.donors if donor.directory == place]:
+            # An earlier mount has shown this very generation: its image is opened as it is.
+            self.donors.remove(donor)
+            donor.store.close()
         try:
             await build(
                 place, source, self._limits, self._clock, deadline_seconds=self._deadline, template=self._template
@@ -231,7 +236,7 @@ class Follower:
             scope, ended = self._scopes.pop(image)
             with trio.CancelScope(shield=True):
                 # What is in memory only would stay there; a local disk that failed is no reason to keep an image.
-                with contextlib.suppress(CacheError):
+                with contextlib.suppress(CacheError), trio.move_on_after(_COMMIT_SECONDS):
                     await image.commit()
                 scope.cancel()
                 await ended.wait()

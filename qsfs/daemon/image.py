@@ -137,7 +137,7 @@ class Image:
             deadline_seconds=config.fetch.deadline_seconds,
             path_of=partial(path_of, self.namespace.tree),
             expired=lambda: expired(self.ref),
-            at_hand=self.inheritance.extent,
+            take=self.inheritance.take,
         )
         self.space = DaemonSpace(self.store, source.members, source.superblock.code, sent_bytes, lambda: False)
         self.state = ReadOnlyState()

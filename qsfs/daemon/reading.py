@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import trio
 
 from qsfs.clock import Clock
@@ -237,7 +238,7 @@ class Reading:
             return None
         try:
             return Donor(Store(place, self._limits, self.clock), place, 0)
-        except (CacheError, Corrupt, FormatMismatch) as error:
+        except (CacheError, Corrupt, FormatMismatch, lmdb.Error) as error:
             _log.info("the image in %s cannot be used: %s", place, error)
             shutil.rmtree(place, ignore_errors=True)
             return None

@@ -8,9 +8,10 @@ import trio
 
 from qsfs.daemon.committer import Committer
 from qsfs.daemon.flushing import Flushing
-from qsfs.errors import QsfsError
+from qsfs.errors import DataLost, QsfsError
 from qsfs.remote.flush import Flusher
 from qsfs.remote.members import State
+from qsfs.values import counted
 
 _WATCH_SECONDS = 0.5
 CLASSES = ("local", "written", "full")
@@ -65,11 +66,19 @@ async def sync_to(flushing: Flushing, committer: Committer, wanted: str, timeout
 
 
 async def _full(flusher: Flusher) -> None:
-    """Waits until every pack that is not full now has all of its shards; raises why none will get any."""
+    """Waits until every pack that is not full now has all of its shards; raises why none will get any.
+
+    `DataLost` if some never will, since what lives in them cannot be read any more.
+    """
     incomplete = flusher.context.ledger.incomplete
     pending = set(incomplete)
     while pending := pending & incomplete.keys():
         flusher.raise_if_ended()
+        if lost := len(pending & flusher.unreadable_packs):
+            raise DataLost(
+                f"{counted(lost, 'pack')} lost more shards than the code can replace and cannot become full: 'qsfs "
+                "status' tells what of them is saved and what cannot be read; all else is published"
+            )
         await trio.sleep(_WATCH_SECONDS)
 
 

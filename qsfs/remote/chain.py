@@ -342,7 +342,7 @@ class Chain:
         listed = sum(len(part.packs) for part in self.ranges)
         growth = self.deltas[-1].bytes if self.deltas else 0
         wanted = max(_LEAST_AT_ONCE, int(_PACKED * growth / ratio) // pack_bytes + 1, 2 * listed // most + 1)
-        most_packs = min(wanted, _MOST_AT_ONCE)
+        most_packs = _MOST_AT_ONCE if needing else min(wanted, _MOST_AT_ONCE)
         waiting = needing or [index for index, part in enumerate(self.ranges) if part.since < self.next_number]
         chosen: list[int] = []
         packs = 0

@@ -11,7 +11,7 @@ import trio
 from qsfs import failpoints
 from qsfs.errors import CacheError, DataLost, QsfsError
 from qsfs.remote.context import FlushContext
-from qsfs.remote.members import State
+from qsfs.remote.members import Members, State
 from qsfs.remote.shards import ShardReader, rebuild
 from qsfs.remote.stored import StoredPack
 from qsfs.store.packs import pack_row, set_placement
@@ -65,8 +65,7 @@ class Completer:
 
     def _see_who_answers(self, now: float) -> None:
         """Who answers again may have brought back what was lost."""
-        members = self._context.uploader.members
-        answering = {m.number for m in members if m.identified and m.state is not State.DOWN}
+        answering = _answering(self._context.uploader.members)
         if answering - self._answering:
             self._not_before = {number: min(at, now + _RETRY_SECONDS) for number, at in self._not_before.items()}
         self._answering = answering
@@ -88,16 +87,18 @@ class Completer:
         if row is None or row.unnamed_since_ns:
             context.ledger.forget(number)
             return False
-        return self.room_for(row.placement) and self._can_be_read(row.placement)
+        return self.room_for(row.placement) and self.can_be_read(row.placement)
 
-    def _can_be_read(self, placement: tuple[int, ...]) -> bool:
+    def can_be_read(self, placement: tuple[int, ...]) -> bool:
         """Whether enough backends answer that should have a shard, or all do, and it is soon known what is left.
 
         Else one silent backend would hold up each pack that is lost, and all others behind it, for as long as may be.
         """
-        context = self._context
-        here = sum(place in self._answering for place in placement)
-        return here >= context.sealer.code.params.k or len(self._answering) == len(context.uploader.members)
+        members = self._context.uploader.members
+        answering = _answering(members)
+        if sum(place in answering for place in placement) >= self._context.sealer.code.params.k:
+            return True
+        return len(answering) == len(members) and all(place < 0 or place in answering for place in placement)
 
     async def complete(self, number: int) -> bool:
         """Stores what a pack lacks, whatever was tried before; whether it has got any more.
@@ -118,7 +119,7 @@ class Completer:
             if isinstance(error, DataLost):
                 # Of those whose rows say so people were told, of all together.
                 level = logging.DEBUG if number in self._context.ledger.lost else level
-                self._context.ledger.lost.add(number)
+                self._context.ledger.lose(number, row)
                 self._not_before[number] = self._context.clock.monotonic() + _LOST_RETRY_SECONDS
             self.problem = str(error)
             _log.log(level, "pack %s lacks shards and could not be completed: %s", row.pack_id.hex(), error)
@@ -160,3 +161,7 @@ class Completer:
             self._not_before.pop(number, None)
             self.completed += upload.full
         return True
+
+
+def _answering(members: Members) -> set[int]:
+    return {member.number for member in members if member.identified and member.state is not State.DOWN}

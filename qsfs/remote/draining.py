@@ -215,7 +215,7 @@ class Drainer:
         if row is None or row.unnamed_since_ns or not self._completer.room_for(row.placement):
             return
         before = leaving.intersection(row.placement)
-        if not before or not await self._completer.complete(number):
+        if not before or not self._completer.can_be_read(row.placement) or not await self._completer.complete(number):
             return
         row = pack_row(self._context.store, number)
         after = frozenset() if row is None else leaving.intersection(row.placement)

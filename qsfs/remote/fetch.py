@@ -64,12 +64,12 @@ class Fetcher:
         deadline_seconds: float,
         path_of: Callable[[int], str] = lambda inode: "",
         expired: Callable[[], str] = lambda: "",
-        at_hand: Callable[[int, ExtentRow], bytes | None] = lambda inode, row: None,
+        take: Callable[[int, int, int], bool] = lambda inode, first, count: False,
     ) -> None:
         """`path_of` gives a path of an inode, for people; the policy `error` waits for `deadline_seconds`.
 
-        `expired` says why data that are positively lost had to be expected to go; "" if they had not.  `at_hand`
-        gives the pages of an extent row that can be had without the backends.
+        `expired` says why data that are positively lost had to be expected to go; "" if they had not.  `take`
+        installs what can be had of a run of pages without the backends; whether all of them are here then.
         """
         self.reader = reader
         self.waits = Waits()
@@ -81,7 +81,7 @@ class Fetcher:
         self._deadline = deadline_seconds
         self._path_of = path_of
         self._expired = expired
-        self._at_hand = at_hand
+        self._take = take
         self.expired_reads = 0
         self._jobs: dict[JobKey, Job] = {}
         self._given_up: dict[JobKey, float] = {}
@@ -293,11 +293,6 @@ class Fetcher:
                 del self._jobs[key]
 
     async def _bring(self, job: Job) -> None:
-        here = self._at_hand(job.inode, job.row)
-        if here is not None:
-            if job.needed or not job.held:
-                await self._install(job, job.row.first, here)
-            return
         row = self._store.get(Table.PACKS, u64(job.row.pack))
         if row is None:
             raise Corrupt(f"its extent lies in pack number {job.row.pack}, which is unknown; run 'qsfs fsck'")
@@ -356,8 +351,7 @@ class Fetcher:
         inode = self._store.inode(job.inode)
         if inode is not None:
             part = memoryview(data)[(start - first) * PAGE : (stop - first) * PAGE]
-            installed = self._store.blocks.install(inode, start, part, job.row)
-            self.fetched_pages += installed if job.arrived else 0
+            self.fetched_pages += self._store.blocks.install(inode, start, part, job.row)
 
     @property
     def _most_at_once(self) -> int:
@@ -410,6 +404,9 @@ class Fetcher:
                     return
                 key = (inode, row.pack, row.ordinal)
                 if not self._worth_fetching(key, row):
+                    continue
+                if self._take(inode, row.first, row.pages):
+                    await trio.lowlevel.checkpoint()
                     continue
                 placed = await self._place_ahead()
                 if stream.failed or self._nursery is None or not placed:

@@ -432,6 +432,11 @@ class Flusher:
         """Bytes that turned clean ahead of cuts since this mount began."""
         return self._precopier.bytes_recorded
 
+    @property
+    def unreadable_packs(self) -> frozenset[int]:
+        """The numbers of packs of which something cannot be read any more."""
+        return self._upkeep.salvage.unreadable
+
     def fence(self, error: QsfsError) -> None:
         """Ends flushing at once and for good: this mount does not own the file system any more."""
         if self._fenced is None:

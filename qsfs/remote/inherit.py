@@ -30,7 +30,7 @@ class Donor:
 class Inheritance:
     """Takes over into `store`.  `donors` gives the other stores, those first that are likely to have it.
 
-    `pages` counts what they gave.
+    `pages` counts what was taken over.
     """
 
     def __init__(self, store: Store) -> None:
@@ -54,24 +54,15 @@ class Inheritance:
             blocks = row.pages // BLOCK_PAGES + 2
             if store.group_is_full() or store.expected_bytes() + blocks * BLOCK_SIZE > store.limits.full_bytes:
                 return False
-            data = self.extent(inode, row)
+            data = next(filter(None, (self._from(donor, inode, row) for donor in self.donors())), None)
             if data is None:
                 complete = False
             else:
-                store.blocks.install(live, row.first, data, row)
+                self.pages += store.blocks.install(live, row.first, data, row)
         return complete
 
-    def extent(self, inode: int, row: ExtentRow) -> bytes | None:
-        """All pages of an extent row of the store, if another one has them."""
-        for donor in self.donors():
-            data = self._from(donor, inode, row)
-            if data is not None:
-                self.pages += row.pages
-                return data
-        return None
-
     def _from(self, donor: Store, inode: int, row: ExtentRow) -> bytes | None:
-        """What is damaged there, rows or pages, is not there."""
+        """All pages of an extent row, if they are there; what is damaged there, rows or pages, is not."""
         with contextlib.suppress(Corrupt, CacheError):
             if self._same(donor, inode, row):
                 pages = donor.blocks.pages(inode, row.first, row.pages)

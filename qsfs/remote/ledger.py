@@ -64,7 +64,7 @@ class Ledger:
     `looks` those that were not looked at again to when that is due (running time).  `emptied` are data
     packs that had no live bytes when the rows were read, `thin` those that had fewer than half of their size, `small`
     those whose shards are small: who acts on these takes them out.  `lost` are those of which too few shards have a
-    place, and those that who reads them adds.
+    place, and those that who reads them adds; `lost_metadata` the metadata packs among them.
     """
 
     def __init__(self, clock: Clock, second_look_seconds: float) -> None:
@@ -72,6 +72,7 @@ class Ledger:
         self.looks: dict[int, float] = {}
         self.metadata: dict[bytes, int] = {}
         self.lost: set[int] = set()
+        self.lost_metadata: set[int] = set()
         self.emptied: set[int] = set()
         self.thin: set[int] = set()
         self.small: set[int] = set()
@@ -88,7 +89,11 @@ class Ledger:
             self.incomplete.pop(number, None)
         else:
             self.incomplete[number] = (row.live or row.body_length, row.written_at_ns)
-        (self.lost.discard if row.readable else self.lost.add)(number)
+        if row.readable:
+            self.lost.discard(number)
+            self.lost_metadata.discard(number)
+        else:
+            self.lose(number, row)
         if row.looked_at:
             self.looks.pop(number, None)
         else:
@@ -113,13 +118,20 @@ class Ledger:
         self.incomplete.pop(number, None)
         self.looks.pop(number, None)
         self.lost.discard(number)
+        self.lost_metadata.discard(number)
+
+    def lose(self, number: int, row: PackRow) -> None:
+        """Takes note that fewer shards of a pack are left than it takes to read it."""
+        self.lost.add(number)
+        if row.kind == PackKind.METADATA:
+            self.lost_metadata.add(number)
 
     def due(self, most: int, *, written_too: bool) -> list[int]:
         """Packs to look at now: full ones, and with `written_too` those that are only written."""
         now = self._clock.monotonic()
         found = []
         for number, when in self.looks.items():
-            if when <= now and (written_too or number not in self.incomplete):
+            if when <= now and number not in self.lost and (written_too or number not in self.incomplete):
                 found.append(number)
                 if len(found) >= most:
                     break
@@ -128,7 +140,13 @@ class Ledger:
     @property
     def next_look_seconds(self) -> float | None:
         """In how long the next pack is due for its second look; None if all were looked at."""
-        return max(0.0, min(self.looks.values()) - self._clock.monotonic()) if self.looks else None
+        due = min((when for number, when in self.looks.items() if number not in self.lost), default=None)
+        return None if due is None else max(0.0, due - self._clock.monotonic())
+
+    @property
+    def looks_help(self) -> bool:
+        """Whether any pack may still be looked at: no look finds enough of one that is lost."""
+        return len(self.looks) > len(self.lost) or not self.looks.keys() <= self.lost
 
     def later(self, number: int, seconds: float) -> None:
         """Puts a look off, behind all others: those that cannot be looked at hold up none that can."""

@@ -21,7 +21,7 @@ def more_will_be_evictable(store: Store, ledger: Ledger) -> bool:
     What is not committed counts: data turn dirty with it, and eviction tries again once it knows of packs.
     """
     layers = store.layers
-    if layers.view.count(Table.DIRTY) or ledger.looks:
+    if layers.view.count(Table.DIRTY) or ledger.looks_help:
         return True
     groups = (layers.open, layers.committing)
     return any(group.filled_blocks or group.rows[Table.PACKS] for group in groups if group is not None)

@@ -10,8 +10,8 @@ Which extents lie in such a pack is found by reading all of them, in steps on a 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Set
 from functools import partial
@@ -40,6 +40,7 @@ _LONGEST_SECONDS = 600.0
 _READ_SECONDS = 20.0
 _NAMED = 3
 _RETRY_SECONDS = 60.0
+_PAUSE_SECONDS = 300.0
 _LOST_RETRY_SECONDS = 3600.0
 """After which what nobody has is looked for again: a backend may have come back with an old copy."""
 
@@ -82,6 +83,11 @@ class Salvage:
             "packs_to_read": len(self._to_read.keys() - self._gone.keys()),
         }
 
+    @property
+    def unreadable(self) -> frozenset[int]:
+        """The numbers of packs of which nobody has all that lives in them."""
+        return frozenset(number for number, pages in self._gone.items() if pages)
+
     async def work(self) -> None:
         """Marks what is local of the packs that became known as lost since the last call."""
         context = self._context
@@ -104,9 +110,11 @@ class Salvage:
         self._done |= lost
         self.local_pages += found.total()
         names = []
-        for number in sorted(lost):
+        for index, number in enumerate(sorted(lost)):
+            if not index % 64:
+                await trio.lowlevel.checkpoint()
             pack = self._row(number)
-            if pack is not None and (pack.live or found[number]):
+            if pack is not None and pack.kind != PackKind.METADATA and (pack.live or found[number]):
                 self._to_read[number] = 0.0
                 names.append(pack.pack_id.hex())
         if names:
@@ -127,10 +135,10 @@ class Salvage:
 
     def take_metadata(self) -> None:
         """Takes in the metadata packs that the ledger knows as lost."""
-        for number in self._context.ledger.lost - self._done:
+        for number in self._context.ledger.lost_metadata - self._done:
+            self._done.add(number)
             row = pack_row(self._context.store, number)
-            if row is not None and row.kind == PackKind.METADATA:
-                self._done.add(number)
+            if row is not None:
                 self._lost_metadata(row)
 
     async def look_at_metadata(self, named: Set[bytes]) -> None:
@@ -140,12 +148,18 @@ class Salvage:
         """
         ledger, members = self._context.ledger, self._context.uploader.members
         there = {member.number for member in members}
+        self.metadata -= {pack_id for pack_id in self.metadata if self._is_back(pack_id, there)}
         for index, pack_id in enumerate(sorted(named - self.metadata)):
             row = self._row(ledger.metadata.get(pack_id, 0))
             if row is not None and not row.readable_on(there):
                 self._lost_metadata(row)
             if not index % 64:
                 await trio.lowlevel.checkpoint()
+
+    def _is_back(self, pack_id: bytes, there: Set[int]) -> bool:
+        number = self._context.ledger.metadata.get(pack_id, 0)
+        row = None if number in self._context.ledger.lost else self._row(number)
+        return row is not None and row.readable_on(there)
 
     def _lost_metadata(self, row: PackRow) -> None:
         if row.pack_id not in self.metadata:
@@ -158,10 +172,11 @@ class Salvage:
     # what is left on the backends
 
     async def rescue(self) -> None:
-        """Reads some lost packs as far as their shards are left, and has that uploaded anew."""
+        """Reads some lost packs as far as their shards are left, and has that uploaded anew.
+
+        What applications have read of them meanwhile is uploaded too, also where there is no room for more.
+        """
         context = self._context
-        if self._short_of_room() or not context.uploader.enough_backends():
-            return
         numbers = self._next()
         if not numbers:
             return
@@ -181,6 +196,8 @@ class Salvage:
                 raise
             except QsfsError as error:
                 _log.error("pack number %d, which lost shards, is not read, which is tried again: %s", number, error)
+            # Behind all others: what is not known yet of some holds up nothing.
+            self._to_read.pop(number, None)
             self._to_read[number] = context.clock.monotonic() + again
             pack = self._row(number)
             if pack is not None and self._gone.get(number, 0) > before:
@@ -213,9 +230,15 @@ class Salvage:
         """Marks those of these extents of a pack that can be read; after how many seconds to try the others again."""
         row = self._row(number)
         if row is None:
-            return math.inf
+            return _PAUSE_SECONDS
         pack = StoredPack.of_row(row, self._context.sealer.code.params)
         entries = {found.ordinal: found for found in (entry_of(inode, row) for inode, row in extents)}
+        for entry in entries.values():
+            await self._context.committer.room()
+            self.local_pages += self._anew.mark_local(number, entry)
+            await trio.lowlevel.checkpoint()
+        if self._short_of_room() or not self._context.uploader.enough_backends():
+            return _PAUSE_SECONDS
         absent = await self._absent(number, entries.values())
         left, unknown = await self._left(pack, {shard for entry in absent for shard in entry.shards(pack.ref)})
         for entry in sorted(absent, key=lambda entry: entry.offset):
@@ -231,7 +254,7 @@ class Salvage:
             return _RETRY_SECONDS
         gone = sum((await self._absent(number, absent)).values())
         self._gone[number] = gone
-        return _LOST_RETRY_SECONDS if gone else math.inf
+        return _LOST_RETRY_SECONDS if gone else _PAUSE_SECONDS
 
     async def _absent(self, number: int, entries: Iterable[ExtentEntry]) -> dict[ExtentEntry, int]:
         """The extents of which pages are not here, with how many."""
@@ -245,16 +268,21 @@ class Salvage:
     async def _left(self, pack: StoredPack, shards: Iterable[int]) -> tuple[set[int], bool]:
         """Which of these data shards can be read, and whether that is not known of some."""
         left, unknown = set(), False
-        for shard in sorted(shards):
-            try:
-                with trio.fail_after(_READ_SECONDS):
-                    await self._reader.shards(pack, (shard,))
-            except DataLost:
-                continue
-            except (BackendError, trio.TooSlowError):
-                unknown = True
-            else:
-                left.add(shard)
+
+        async def ask(shard: int) -> None:
+            nonlocal unknown
+            with contextlib.suppress(DataLost):
+                try:
+                    with trio.fail_after(_READ_SECONDS):
+                        await self._reader.shards(pack, (shard,))
+                except (BackendError, trio.TooSlowError):
+                    unknown = True
+                else:
+                    left.add(shard)
+
+        async with trio.open_nursery() as nursery:
+            for shard in shards:
+                nursery.start_soon(ask, shard)
         return left, unknown
 
     async def _mark(self, number: int, pack: StoredPack, entry: ExtentEntry) -> None:

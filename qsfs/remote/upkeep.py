@@ -99,6 +99,7 @@ class Upkeep:
         self._base = base
         self._renewing = renewing
         self._lost_pause = _LOST_HEAD_SECONDS
+        self._lost_named = 0
         self._seen: object = None
         self.salvage = Salvage(context, reader, short_of_room=short_of_room)
         self._completer = Completer(context, reader, lambda: self.drainer.leaving)
@@ -166,7 +167,10 @@ class Upkeep:
         self.strays.published(view.strays)
         self.rewriter.published()
         self._head_at = self._context.clock.monotonic()
-        self._lost_pause = min(2 * self._lost_pause, HEAD_SECONDS) if self.lost_is_named else _LOST_HEAD_SECONDS
+        left = len(self.salvage.metadata & listed_ids(head)) if self.salvage.metadata else 0
+        slower = left and left >= self._lost_named
+        self._lost_pause = min(2 * self._lost_pause, HEAD_SECONDS) if slower else _LOST_HEAD_SECONDS
+        self._lost_named = left
 
     @property
     def head_due(self) -> bool:

@@ -21,6 +21,7 @@ from qsfs.format.head import KeptGeneration
 from qsfs.fuse.generations import TAG_SHIFT
 from qsfs.remote.control import Records
 from qsfs.remote.images import image_directory, remove_others, template_directory
+from qsfs.remote.inherit import Donor
 from qsfs.remote.readable import Published
 from qsfs.remote.source import find_source
 from qsfs.remote.survey import Timing
@@ -231,6 +232,45 @@ async def test_what_is_fetched_ahead_of_a_reader_is_taken_over_too(machines):
         assert both.follower.current.fetcher.fetched_pages == 4
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("parts", [(0, 28), (28, 64), (0, 64)])
+async def test_the_parts_of_an_extent_that_was_split_each_have_their_own_bytes(machines, monkeypatch, full, parts):
+    """A page in its middle was overwritten; an older image has one part of it, or both, and there may be no room."""
+    async with machines() as both:
+        number = both.fs.remote_file("split", noise(64 * PAGE))
+        both.publish()
+        await both.step(both.nursery)
+        assert await read(both, b"split", 64 * PAGE) == noise(64 * PAGE)
+        older = both.follower.current
+        inode = older.store.inode(number)
+        for block in range(16):
+            if not parts[0] <= 4 * block < parts[1]:
+                older.store.blocks.evict(inode, block, 15)
+        both.fs.overwrite(number, 28, b"n" * PAGE)
+        both.fs.commit()
+        both.fs.upload(number)
+        both.publish()
+        await both.step(both.nursery)
+        current = both.follower.current
+        assert [row.pages for row in current.store.extents.overlapping(number, 24, 32)] == [4, 1, 3]
+        if full:
+            monkeypatch.setattr(current.store, "expected_bytes", lambda: 1 << 40)
+        wanted = noise(64 * PAGE)[: 28 * PAGE] + b"n" * PAGE + noise(64 * PAGE)[29 * PAGE :]
+        _, handle = await both.open(b"split")
+        found: dict[int, bytes] = {}
+
+        async def some(first: int, count: int) -> None:
+            found[first] = await both.operations.read(handle, first * PAGE, count * PAGE)
+
+        async with trio.open_nursery() as readers:
+            for first, count in ((29, 3), (0, 64), (20, 30), (25, 2)):
+                readers.start_soon(some, first, count)
+        for first, data in found.items():
+            assert data == wanted[first * PAGE : first * PAGE + len(data)] and data
+        assert len(found[0]) == 64 * PAGE
+        await both.operations.release(handle)
+
+
 async def test_an_extent_of_another_pack_under_the_same_number_is_not_taken(machines):
     """Two lines of a file system count packs alike: what says which pack it is, is its id."""
     async with machines() as both:
@@ -246,6 +286,20 @@ async def test_an_extent_of_another_pack_under_the_same_number_is_not_taken(mach
         fetcher = both.follower.current.fetcher
         assert await read(both, b"a", 4 * PAGE) == noise(4 * PAGE)
         assert fetcher.fetched_pages == 4 and not both.follower.current.inheritance.pages
+
+
+async def test_what_an_earlier_mount_left_of_the_very_next_generation_is_opened_as_it_is(machines):
+    """It had shown it already, and the backends that held its head were silent at the start."""
+    async with machines() as both:
+        rewrite(both)
+        assert await both.step(both.nursery) == 2
+        newer = both.follower.images.pop()
+        scope, ended = both.follower._scopes.pop(newer)
+        scope.cancel()
+        await ended.wait()
+        both.follower.donors.append(Donor(newer.store, newer.directory, 0))
+        assert await both.step(both.nursery) == 2
+        assert both.follower.current.directory == newer.directory and not both.follower.donors
 
 
 async def test_what_is_damaged_in_an_older_image_is_fetched(machines):

@@ -22,7 +22,7 @@ from qsfs.remote.metadata import RefreshUpload
 from qsfs.remote.reader import PackReader
 from qsfs.remote.salvage import Salvage
 from qsfs.remote.second_look import SecondLook
-from qsfs.remote.stored import StoredPack
+from qsfs.remote.stored import StoredPack, entry_of
 from qsfs.store.dropping import Dropper, Stays
 from qsfs.store.eviction import Evictor
 from qsfs.store.packs import set_placement
@@ -506,6 +506,33 @@ async def test_a_pack_that_comes_back_is_lost_no_more(
         rescued = flusher.status()["lost"]["rescued_bytes"]
         give_up(machine, lost.number, (0, 2, 3))
         await until(lambda: flusher.status()["lost"]["rescued_bytes"] > rescued)
+
+
+async def test_what_is_read_of_a_lost_pack_meanwhile_is_uploaded_anew_too(
+    machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log
+):
+    """Also while there is no room to read more of it: it is not fetched again, and must not stay for ever."""
+    expect_log(EXPECTED + "|short of room")
+    lost = LostPack(machine)
+    short = True
+    async with flushing(machine, rewrite_below=0.0) as flusher:
+        await lost.upload(flusher)
+        monkeypatch.setattr(Flusher, "short_of_room", property(lambda self: short))
+        await lost.lose()
+        await until(lambda: flusher.status()["lost"]["packs_to_read"])
+        readable = next(number for number in lost.files if is_left(lost, number))
+        row = next(machine.store.extents.overlapping(readable, 0, 2))
+        machine.store.blocks.install(machine.inode(readable), 0, lost.files[readable], row)
+        await until(lambda: flusher.status()["lost"]["local_bytes"] == 2 * PAGE)
+        await until(lambda: readable not in lost.left_in_it())
+        assert not flusher.status()["lost"]["rescued_bytes"]
+
+
+def is_left(lost: LostPack, number: int) -> bool:
+    """Whether a file can be read from the shards that are left."""
+    row = next(lost.machine.store.extents.overlapping(number, 0, 2))
+    pack = StoredPack.of_row(lost.row, lost.machine.world.code)
+    return set(entry_of(number, row).shards(pack.ref)) == {0}
 
 
 async def test_the_only_copy_of_what_lies_on_backends_that_left_is_not_evicted(
