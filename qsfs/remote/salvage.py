@@ -10,7 +10,6 @@ Which extents lie in such a pack is found by reading all of them, in steps on a 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Set
@@ -209,14 +208,14 @@ class Salvage:
             _log.error("%s has pages that cannot be read any more: 'qsfs fsck --deep' names the files", _each_of(names))
 
     def _next(self) -> frozenset[int]:
-        """Some packs of which something may be left to read now; those that nothing lives in are let go of."""
+        """Some packs of which something may be left to read now; those that need it no more are let go of."""
         chosen: set[int] = set()
         pages, now = 0, self._context.clock.monotonic()
         for number, due in list(self._to_read.items()):
             if due > now:
                 continue
             row = self._row(number)
-            if row is None or not row.live:
+            if row is None or not row.live or number not in self._context.ledger.lost:
                 del self._to_read[number]
                 self._gone.pop(number, None)
                 continue
@@ -271,14 +270,16 @@ class Salvage:
 
         async def ask(shard: int) -> None:
             nonlocal unknown
-            with contextlib.suppress(DataLost):
-                try:
-                    with trio.fail_after(_READ_SECONDS):
-                        await self._reader.shards(pack, (shard,))
-                except (BackendError, trio.TooSlowError):
-                    unknown = True
-                else:
-                    left.add(shard)
+            try:
+                with trio.fail_after(_READ_SECONDS):
+                    await self._reader.shards(pack, (shard,))
+            except DataLost:
+                return
+            except (QsfsError, trio.TooSlowError) as error:
+                _log.debug("pack %s, shard %d: not known whether it is left: %s", pack.name, shard, error)
+                unknown = True
+            else:
+                left.add(shard)
 
         async with trio.open_nursery() as nursery:
             for shard in shards:

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 import tests.remote.flushing
-from qsfs.errors import BackendUnavailable, Unavailable
+from qsfs.errors import BackendUnavailable, Corrupt, Unavailable
 from qsfs.format.erasure import Code
 from qsfs.format.extent import PackKind
 from qsfs.format.shard import parse_shard_key
@@ -305,10 +305,11 @@ async def test_no_more_than_a_part_of_lost_packs_is_on_its_way(machine: FlushMac
         assert len(seen) > 2, "more than one of them was saved"
 
 
+@pytest.mark.parametrize("error", [Unavailable("silence"), Corrupt("what nobody expects")])
 async def test_backends_that_do_not_answer_are_asked_again(
-    machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log
+    machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log, error: Exception
 ):
-    """What could not be read now is not taken for gone."""
+    """What could not be read now is not taken for gone, and no error ends the mount."""
     expect_log(EXPECTED)
     lost = LostPack(machine)
     async with flushing(machine) as flusher:
@@ -321,7 +322,7 @@ async def test_backends_that_do_not_answer_are_asked_again(
             nonlocal asked
             asked += 1
             if asked < 3:
-                raise Unavailable("silence")
+                raise error
             return await shards(pack, wanted)
 
         await lost.lose()
