@@ -17,12 +17,13 @@ import trio
 from qsfs import failpoints
 from qsfs.errors import CacheError, Corrupt, DataLost, GenerationExpired, QsfsBug, QsfsError, Unavailable
 from qsfs.format.units import MAX_EXTENT, PAGE
-from qsfs.remote.fetch_job import Job, JobKey, Stream, Wanted, page_name, runs
+from qsfs.remote.fetch_job import Job, JobKey, Stream, Wanted, page_name
 from qsfs.remote.readahead import ReadAhead
 from qsfs.remote.reader import PackReader
 from qsfs.remote.start_fetch import Room, StartFetcher
 from qsfs.remote.stored import StoredPack, entry_of
 from qsfs.remote.waits import SaidLately, Wait, Waits
+from qsfs.store.runs import runs
 from qsfs.store.schema import BLOCK_PAGES, BLOCK_SIZE, ExtentRow, InodeFlag, PackRow, Table, u64
 from qsfs.store.store import Store
 

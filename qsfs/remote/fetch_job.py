@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import trio
 
 from qsfs.errors import QsfsError
@@ -46,19 +44,6 @@ class Stream:
 
 JobKey = tuple[int, int, int]
 Wanted = dict[JobKey, tuple[ExtentRow, set[int]]]
-
-
-def runs(pages: Iterable[int], most: int) -> Iterator[tuple[int, int]]:
-    """The pages as runs [start, stop) of at most `most`, in order."""
-    start = stop = -1
-    for page in sorted(pages):
-        if page != stop or stop - start >= most:
-            if start >= 0:
-                yield start, stop
-            start = page
-        stop = page + 1
-    if start >= 0:
-        yield start, stop
 
 
 def page_name(job: Job, path: str) -> str:

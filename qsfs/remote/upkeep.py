@@ -41,8 +41,9 @@ _log = logging.getLogger(__name__)
 
 UPKEEP_SECONDS = 1.0
 HEAD_SECONDS = 600.0
-_LOST_HEAD_SECONDS = 10.0
 """How often at most a head is published only so that something may be deleted."""
+_LOST_HEAD_SECONDS = 10.0
+"""How often one is that may name no lost metadata any more, as long as each names fewer."""
 _LOOKS_A_ROUND = 32
 _COMPLETIONS_A_ROUND = 2
 
@@ -90,7 +91,8 @@ class Upkeep:
     ) -> None:
         """`renewing` says whether metadata are being written anew, and no head can list them yet.
 
-        What the spool has given up by now was given up before this mount published its first head."""
+        What the spool has given up by now was given up before this mount published its first head.
+        """
         self.problem = ""
         self._context = context
         self._short_of_room = short_of_room
@@ -168,7 +170,7 @@ class Upkeep:
         self.rewriter.published()
         self._head_at = self._context.clock.monotonic()
         left = len(self.salvage.metadata & listed_ids(head)) if self.salvage.metadata else 0
-        slower = left and left >= self._lost_named
+        slower = left >= self._lost_named > 0
         self._lost_pause = min(2 * self._lost_pause, HEAD_SECONDS) if slower else _LOST_HEAD_SECONDS
         self._lost_named = left
 

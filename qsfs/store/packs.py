@@ -7,9 +7,10 @@ was rewritten, truncated or removed meanwhile gets neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from qsfs.store.runs import runs
 from qsfs.store.schema import BLOCK_PAGES, PAGE, ExtentRow, InodeFlag, PackRow, PackState, Table, u64
 from qsfs.store.store import NEXT_PACK, Store
 
@@ -107,7 +108,7 @@ def move_run(store: Store, run: SealedRun) -> int:
         return 0
     first = run.extent.first
     moved = [page for page, write in enumerate(run.writes, first) if _is_clean(store, run.inode, page, write)]
-    for start, stop in _stretches(moved):
+    for start, stop in runs(moved):
         store.extents.insert(run.inode, run.extent.part(start, stop - start))
     # Nothing that applications changed: rewriting others earns no allowance by it.
     store.extents.recorded_bytes -= len(moved) * PAGE
@@ -132,19 +133,6 @@ def record_run(store: Store, run: SealedRun) -> int:
     if inode is None:
         return 0
     cleaned = store.blocks.clean(inode, run.extent.first, run.writes)
-    for start, stop in _stretches(cleaned):
+    for start, stop in runs(cleaned):
         store.extents.insert(run.inode, run.extent.part(start, stop - start))
     return len(cleaned)
-
-
-def _stretches(pages: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """The runs of consecutive numbers in `pages`, as [start, stop)."""
-    start = stop = -1
-    for page in pages:
-        if page != stop:
-            if stop >= 0:
-                yield start, stop
-            start = page
-        stop = page + 1
-    if stop >= 0:
-        yield start, stop

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qsfs.cli.metrics import metrics
 from qsfs.daemon import control
-from tests.cli.test_status import backend, flush, status
+from tests.cli.test_status import LOST, backend, flush, status
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = re.compile(r'([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)*)\})? (-?[0-9.e+-]+)')
@@ -53,7 +53,10 @@ def test_the_numbers_are_those_of_the_status():
         "written": {"bytes": 2, "age": 6.0},
         "full": {"bytes": 3, "age": 9.0},
     }
-    found = samples(metrics(whole(flush=flush(spool_bytes=5, exposure=exposure, waiting=["a"], packs_not_full=4))))
+    lost = dict.fromkeys(LOST, 0) | {"packs": 2, "unreadable_bytes": 4096}
+    shown = flush(spool_bytes=5, exposure=exposure, waiting=["a"], packs_not_full=4, lost=lost)
+    found = samples(metrics(whole(flush=shown)))
+    assert (found["qsfs_lost_packs", ""], found["qsfs_unreadable_bytes", ""]) == (2, 4096)
     for name, entry in exposure.items():
         assert found["qsfs_exposure_bytes", f'class="{name}"'] == entry["bytes"]
         assert found["qsfs_exposure_seconds", f'class="{name}"'] == entry["age"]

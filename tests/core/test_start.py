@@ -8,7 +8,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from qsfs.errors import FormatMismatch
+from qsfs.errors import CacheError, FormatMismatch
 from qsfs.store import start
 from qsfs.store.environment import Environment
 from qsfs.store.eviction import Evictor
@@ -396,6 +396,8 @@ def test_a_store_of_the_first_schema_is_mounted_and_gets_the_table(machine: Star
     assert next(view.scan(Table.INODES, b"", None))
     view.close()
     readonly.close()
+    with pytest.raises(CacheError, match="cannot be read"):
+        readonly.read()
     assert schema(machine.directory) == 1, "who only reads changes nothing"
     machine.open()
     machine.page(number, 3)

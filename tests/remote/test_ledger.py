@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qsfs.clock import FixedClock
 from qsfs.format.extent import PackKind, PackRef
 from qsfs.remote.ledger import Ledger
@@ -70,3 +72,21 @@ def test_packs_that_cannot_be_looked_at_hold_up_no_other() -> None:
             seen.add(number)
             ledger.later(number, 30)
     assert 5000 in seen
+
+
+def test_no_look_is_due_of_a_pack_that_is_lost():
+    """It would find too few shards each time, before all others; who comes back is looked at as ever."""
+    clock = At(DELAY)
+    ledger = Ledger(clock, DELAY)
+    ledger.note(1, replace(written(), placement=(-1, -1, 2), shard_size=50))
+    assert ledger.lost == {1} and not ledger.lost_metadata
+    clock.running += DELAY
+    assert not ledger.due(9, written_too=True) and ledger.next_look_seconds is None and not ledger.looks_help
+    ledger.note(1, replace(written(), shard_size=50))
+    assert not ledger.lost and ledger.looks_help
+    clock.running += DELAY
+    assert ledger.due(9, written_too=True) == [1]
+    ledger.note(2, replace(written(), kind=PackKind.METADATA, placement=(-1, -1, -1)))
+    assert ledger.lost == ledger.lost_metadata == {2}
+    ledger.forget(2)
+    assert not ledger.lost and not ledger.lost_metadata

@@ -10,7 +10,8 @@ import pytest
 import trio
 
 import tests.remote.flushing
-from qsfs.errors import BackendUnavailable, Corrupt, Unavailable
+from qsfs.daemon.syncing import _full as wait_until_full
+from qsfs.errors import BackendUnavailable, Corrupt, DataLost, Unavailable
 from qsfs.format.erasure import Code
 from qsfs.format.extent import PackKind
 from qsfs.format.shard import parse_shard_key
@@ -253,6 +254,8 @@ async def test_what_lies_in_shards_that_are_left_is_read_and_uploaded_anew(
         assert report["rescued_bytes"] + report["unreadable_bytes"] == 16 * PAGE
         gone = lost.left_in_it()
         assert gone and len(gone) * 2 * PAGE == report["unreadable_bytes"]
+        with pytest.raises(DataLost, match="1 pack lost more shards"):
+            await wait_until_full(flusher)
         for number in lost.files:
             machine.evict(number)
         assert lost.readable() == lost.files.keys() - gone
