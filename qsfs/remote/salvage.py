@@ -242,7 +242,9 @@ class Salvage:
         left, unknown = await self._left(pack, {shard for entry in absent for shard in entry.shards(pack.ref)})
         for entry in sorted(absent, key=lambda entry: entry.offset):
             if left.issuperset(entry.shards(pack.ref)):
-                await self._wait_for_room()
+                if not await self._wait_for_room():
+                    # What fills the cache may be what was read of other lost packs, and has to be marked first.
+                    return _PAUSE_SECONDS
                 try:
                     await self._mark(number, pack, entry)
                 except (BackendError, trio.TooSlowError):
@@ -296,19 +298,23 @@ class Salvage:
         self._marked_bytes += marked * PAGE
         self.rescued_pages += marked
 
-    async def _wait_for_room(self) -> None:
-        """Waits until what was marked is uploaded, if that is much, and while the cache is short of room."""
+    async def _wait_for_room(self) -> bool:
+        """Waits until what was marked is uploaded, if that is much; False if the cache stays short of room."""
         until = self._context.clock.monotonic() + _LONGEST_SECONDS
-        while self._short_of_room() or self._marked_bytes >= self._most_bytes:
-            rows = ((number, self._row(number)) for number in list(self._on_its_way))
-            for number, row in rows:
+        while (short := self._short_of_room()) or self._marked_bytes >= self._most_bytes:
+            for number in list(self._on_its_way):
+                row = self._row(number)
                 if row is None or row.live <= self._on_its_way[number]:
                     del self._on_its_way[number]
-            if not self._on_its_way or self._context.clock.monotonic() >= until:
+            late = self._context.clock.monotonic() >= until
+            if late or not self._on_its_way:
                 self._on_its_way.clear()
                 self._marked_bytes = 0
-            if self._short_of_room() or self._marked_bytes:
+            if late and short:
+                return False
+            if short or self._marked_bytes:
                 await trio.sleep(1)
+        return True
 
     def _row(self, number: int) -> PackRow | None:
         """The row of a pack that somebody needs."""

@@ -13,7 +13,7 @@ import tests.remote.flushing
 from qsfs.daemon.syncing import _full as wait_until_full
 from qsfs.errors import BackendUnavailable, Corrupt, DataLost, Unavailable
 from qsfs.format.erasure import Code
-from qsfs.format.extent import PackKind
+from qsfs.format.extent import ExtentEntry, PackKind
 from qsfs.format.shard import parse_shard_key
 from qsfs.remote import salvage as salvage_module
 from qsfs.remote.chain import listed_ids
@@ -530,6 +530,35 @@ async def test_what_is_read_of_a_lost_pack_meanwhile_is_uploaded_anew_too(
         await until(lambda: flusher.status()["lost"]["local_bytes"] == 2 * PAGE)
         await until(lambda: readable not in lost.left_in_it())
         assert not flusher.status()["lost"]["rescued_bytes"]
+
+
+async def test_who_waits_for_room_holds_up_nobody_who_would_make_it(
+    machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log
+):
+    """The cache fills with what is read of lost packs, while one is saved: it can be evicted only once it is marked."""
+    expect_log(EXPECTED + "|short of room")
+    lost = LostPack(machine)
+    short = False
+    async with flushing(machine, rewrite_below=0.0) as flusher:
+        await lost.upload(flusher)
+        monkeypatch.setattr(Flusher, "short_of_room", property(lambda self: short))
+        salvage = flusher._upkeep.salvage
+        mark, marked = salvage._anew.mark, []
+
+        async def then_short(number: int, pack: StoredPack, entry: ExtentEntry) -> int:
+            nonlocal short
+            short = True
+            marked.append(entry.inode)
+            return await mark(number, pack, entry)
+
+        monkeypatch.setattr(salvage._anew, "mark", then_short)
+        await lost.lose()
+        await until(lambda: marked)
+        readable = next(number for number in lost.files if is_left(lost, number) and number not in marked)
+        row = next(machine.store.extents.overlapping(readable, 0, 2))
+        machine.store.blocks.install(machine.inode(readable), 0, lost.files[readable], row)
+        await until(lambda: readable not in lost.left_in_it())
+        assert len(marked) == 1
 
 
 def is_left(lost: LostPack, number: int) -> bool:
