@@ -6,8 +6,8 @@ import trio
 
 from qsfs.backend.contract import Backend
 from qsfs.backend.limits import RateLimit, with_limits
+from qsfs.backend.link import Refusal, Target
 from qsfs.backend.metrics import Metrics, with_metrics
-from qsfs.backend.redis_link import Refusal, Target
 from qsfs.backend.retry import RetryBudget, RetryPolicy, with_retry
 from qsfs.backend.zdb import (
     DEFAULT_CALL_TIMEOUT_S,

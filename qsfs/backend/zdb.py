@@ -1,12 +1,4 @@
-"""A 0-db namespace as a backend, by way of redis-py connections in worker threads.
-
-Measured against a minimal RESP codec on trio's own sockets, 24 backends, two connections each,
-values of 256 KiB over loopback to a server in another process on two cores: 0.8 of its throughput
-when nothing else limits it, for 1.9 to 2.3 times the CPU of a SET (0.43 against 0.2 ms).  Paced to
-50, 100 and 200 MB/s, as any real line does, both deliver the same; an event loop that ticks every
-millisecond beside them is late by the same median and 95th percentile (0.2 to 0.3 and about 1 ms),
-so the threads do not starve it.  That is what keeps redis-py here.
-"""
+"""A 0-db namespace as a backend: the calls of the contract as 0-db commands, on a pool of links."""
 
 from __future__ import annotations
 
@@ -23,8 +15,8 @@ from qsfs.backend.contract import (
     check_key,
     check_value,
 )
-from qsfs.backend.redis_link import Refusal, Reply, Target
-from qsfs.backend.zdb_pool import Argument, DedicatedLink, LinkPool, backend_error
+from qsfs.backend.link import Argument, Refusal, Reply, Target
+from qsfs.backend.zdb_pool import DedicatedLink, LinkPool, backend_error
 from qsfs.clock import Clock, SystemClock
 from qsfs.errors import BackendUnavailable
 

@@ -1,8 +1,6 @@
-"""The connections to one 0-db: threads, deadlines, cancellation, reconnecting.
+"""The connections to one 0-db: deadlines, cancellation, reconnecting.
 
-A request runs in a worker thread, one per connection, so that neither a slow backend nor a large
-value holds up the event loop.  A request that is cancelled or late has its socket shut down, which
-ends the thread; that connection is never used again.
+A connection whose request is cancelled or late is closed and never used again.
 """
 
 from __future__ import annotations
@@ -14,13 +12,11 @@ from typing import TypeVar
 
 import trio
 
-from qsfs.backend.hop import in_thread
-from qsfs.backend.redis_link import Link, LinkBroken, Refusal, Reply, Target
+from qsfs.backend.link import Argument, Link, LinkBroken, Refusal, Reply, Target
 from qsfs.clock import Clock
 from qsfs.errors import BackendError, BackendFull, BackendRefused, BackendUnavailable, WrongBackend
 
 T = TypeVar("T")
-Argument = bytes | memoryview | str
 
 _BACKOFF_FIRST_S = 0.1
 _BACKOFF_LONGEST_S = 5.0
@@ -130,7 +126,7 @@ class LinkPool:
             link.close()
         self._idle = []
         for link in self._busy:
-            link.abort()
+            link.close()
         await trio.lowlevel.checkpoint()
 
     async def _take(self) -> Link:
@@ -155,10 +151,9 @@ class LinkPool:
             raise type(self._last_failure)(
                 f"{self._last_failure} (not tried again for {self._retry_at - now:.1f} s)"
             )
-        link = Link(self._target, connect_timeout=self._connect_timeout, call_timeout=self._call_timeout)
+        link = Link(self._target)
         try:
-            # Nothing can cut short the search for an address: such threads may not become many.
-            await self._guarded(link, trio.to_thread.run_sync(link.connect, abandon_on_cancel=True, limiter=threads))
+            await self._guarded(link, self._in_time(link, threads))
             await self._recognise(link)
         except Refusal as refusal:
             error = backend_error(self.name, str(refusal))
@@ -170,6 +165,12 @@ class LinkPool:
         self._failures = 0
         self._last_failure = None
         return link
+
+    async def _in_time(self, link: Link, threads: trio.CapacityLimiter) -> None:
+        with trio.move_on_after(self._connect_timeout):
+            await link.connect(threads)
+            return
+        raise LinkBroken("no answer in time")
 
     async def _recognise(self, link: Link) -> None:
         """Raises `WrongBackend` unless the link leads to what is expected."""
@@ -189,15 +190,12 @@ class LinkPool:
             )
 
     async def _ask(self, link: Link, *arguments: Argument) -> Reply:
-        return await self._guarded(link, in_thread(lambda: link.call(*arguments)))
+        return await self._guarded(link, link.call(*arguments))
 
     async def _guarded(self, link: Link, call: Awaitable[T]) -> T:
         self._busy.add(link)
         try:
             return await call
-        except trio.Cancelled:
-            link.abort()
-            raise
         except LinkBroken as failure:
             raise BackendUnavailable(f"backend {self.name}: {failure}") from failure
         finally:
@@ -244,7 +242,4 @@ class DedicatedLink:
     def end(self) -> None:
         """Closes the link."""
         self._broken = True
-        if self._link in self._pool._busy:
-            self._link.abort()
-        else:
-            self._link.close()
+        self._link.close()

@@ -1,4 +1,4 @@
-"""One suite for everything that calls itself a backend: in memory, wrapped, and a server over redis-py."""
+"""One suite for everything that calls itself a backend: in memory, wrapped, and a server over sockets."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wrapped(port: int) -> Backend:
     return with_retry(backend, FixedClock())
 
 
-def over_redis(port: int) -> Backend:
+def over_sockets(port: int) -> Backend:
     return ZdbBackend("127.0.0.1", port, "default")
 
 
@@ -49,10 +49,10 @@ def opened(port: int) -> Backend:
     )
 
 
-@pytest.fixture(params=[in_memory, wrapped, over_redis, opened], ids=lambda make: make.__name__)
+@pytest.fixture(params=[in_memory, wrapped, over_sockets, opened], ids=lambda make: make.__name__)
 async def backend(request: pytest.FixtureRequest, scratch: Path) -> AsyncIterator[Backend]:
     make: Callable[[int], Backend] = request.param
-    needs_server = make in (over_redis, opened)
+    needs_server = make in (over_sockets, opened)
     async with contextlib.AsyncExitStack() as stack:
         port = 0
         if needs_server:

@@ -126,7 +126,7 @@ def test_help_names_every_command_and_loads_nothing_heavy():
     program = (
         "import sys\nfrom qsfs.cli import main as frame\n"
         "try: frame.main(['--help'])\nexcept SystemExit: pass\n"
-        "heavy = {'trio', 'lmdb', 'pyfuse3', 'redis', 'zfec', 'zstandard', 'cryptography', 'blake3',"
+        "heavy = {'trio', 'lmdb', 'pyfuse3', 'zfec', 'zstandard', 'cryptography', 'blake3',"
         " 'msgpack', 'qsfs.config', 'asyncio', 'logging'}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)))"
     )

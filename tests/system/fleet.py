@@ -14,7 +14,9 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qsfs.backend.redis_link import Link, Target
+import trio
+
+from qsfs.backend.link import Link, Target
 from qsfs.daemon.control import ask
 from tests.support import scratch
 from tests.support.backends import HOST, Servers
@@ -144,18 +146,21 @@ class Inside:
     """What lies in a namespace of one backend, seen and changed behind the back of qsfs."""
 
     def __init__(self, servers: Servers, index: int, namespace: str, password: str = "") -> None:
-        self._link = Link(Target(HOST, servers.ports[index], namespace, password), connect_timeout=30, call_timeout=30)
-        self._link.connect()
+        self._link = Link(Target(HOST, servers.ports[index], namespace, password))
+        trio.run(self._link.connect, trio.CapacityLimiter(1))
 
     def __enter__(self) -> Inside:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._link.close()
+        async def close() -> None:
+            self._link.close()
+
+        trio.run(close)
 
     def call(self, *words: bytes | str) -> Any:
         """One command."""
-        return self._link.call(*words)
+        return trio.run(self._link.call, *words)
 
     def keys(self) -> list[bytes]:
         """All keys, oldest first."""
