@@ -125,6 +125,8 @@ class FlushConfig:
     exposure_seconds: float = _key(0.0, duration(0, 365 * 86400))
     exposure_bytes: int = _key(0, size(0))
     snapshot_ratio: float = _key(1.0, number(0.01, 100.0))
+    # Applications that write faster than backends take it for so long are slowed until a cut can be made; 0: never.
+    slow_writers_seconds: float = _key(600.0, duration(0, 365 * 86400), "slow_writers_after")
 
 
 @dataclass(frozen=True)

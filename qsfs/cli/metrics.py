@@ -57,6 +57,8 @@ def _families(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Iterabl
     yield "qsfs_generation", "gauge", "Number of the last published generation.", one(flush.get("generation"))
     age = None if published is None else max(0.0, found["time"] - published / 1e9)
     yield "qsfs_generation_age_seconds", "gauge", "Age of the last published generation's cut.", one(age)
+    slowed = None if "writers_slowed" not in flush else int(flush["writers_slowed"])
+    yield "qsfs_writers_slowed", "gauge", "1 while writes are slowed so that a generation can be made.", one(slowed)
     waiting = None if not flush else len(flush["waiting"])
     yield "qsfs_flush_waits", "gauge", "What flushing waits for backends for: so many things.", one(waiting)
     start = flush.get("start") or {}

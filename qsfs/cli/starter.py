@@ -40,6 +40,8 @@ cut_seconds = 30
 # Sooner where otherwise more than so much, or what is older, would be lost with this machine; 0 for no limit.
 exposure_bytes = 0
 exposure_seconds = 0
+# Who writes faster than backends take it keeps the next image waiting; after so long that slows writes; 0: never.
+slow_writers_after = "10min"
 # Bytes a second over all backends, 0 for no limit. What is sent again counts too; heads count and never wait.
 upload_rate = 0
 download_rate = 0

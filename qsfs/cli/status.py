@@ -100,6 +100,11 @@ def _alarms(found: dict[str, Any]) -> list[str]:
         out += [f"FLUSHING WAITS: {what}" for what in flush["waiting"]]
         if flush["pressure"]:
             out.append(f"flushing hurries: {flush['pressure']}")
+        if flush.get("writers_slowed"):
+            out.append(
+                "WRITES ARE SLOWED: for long applications wrote faster than backends take it, so that no generation "
+                "could be made ([flush] slow_writers_after); they go on at full speed once one can"
+            )
         if flush["last_error"] and flush["last_error"] != found.get("reason"):
             out.append(f"last error: {flush['last_error']}")
     out += [f"warning: {warning}" for warning in found.get("warnings", ())]

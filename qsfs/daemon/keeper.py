@@ -54,6 +54,7 @@ class Keeper:
         self._clock = clock
         self._evictor = Evictor(store, all_remote=all_remote)
         committer.after_commit.append(self._committed)
+        store.allowance.on_change = self._let_try
         self._wake = trio.Event()
         self._room = trio.Event()
         self._waiting = 0
@@ -234,6 +235,10 @@ class Keeper:
 
     async def room(self) -> None:
         """Waits until what needed room may be tried again."""
+        if self._store.allowance.used_up and not self._store.group_is_full():
+            # Evictions would not help: whoever grants says so.
+            await self._room.wait()
+            return
         self._waiting += 1
         try:
             if self._store.group_is_full():

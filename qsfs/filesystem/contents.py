@@ -205,6 +205,7 @@ class Contents:
             before = bytes(self._page(inode, u, first)[:head]) if head else b""
             after = bytes(self._page(inode, u, last)[tail:]) if tail != PAGE else b""
             whole = memoryview(b"".join((before, data, after)))
+        self._store.allowance.spend(len(data))
         target: Uncovered | Inode = inode if u is None else u
         if times:
             target.mtime_ns = target.ctime_ns = self._store.clock.time_ns()
@@ -219,9 +220,9 @@ class Contents:
         return len(data)
 
     def must_wait(self) -> bool:
-        """Whether a write must wait for a commit, an eviction or an upload."""
+        """Whether a write must wait for a commit, an eviction or uploads."""
         store = self._store
-        if store.group_is_full():
+        if store.group_is_full() or store.allowance.used_up:
             return True
         self._spill_if_full()
         if self._held.memory_bytes > 2 * store.limits.uncovered_bytes:

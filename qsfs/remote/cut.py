@@ -34,6 +34,7 @@ class NoCut(Enum):
     MOVING = "pages of atomic-sync files that were covered are still on their way to their files"
     UNCHANGED = "nothing has changed since the last generation"
     TOO_MUCH = "more is dirty than a cut may seal; it is uploaded first"
+    TOO_SCATTERED = "what is dirty is in more pieces, or changes more rows, than a cut may seal; some is uploaded first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +122,10 @@ def seal_cut(
         try:
             image = _seal_data(state, spool, sealer, clock, order, cut)
             if image is None:
-                return NoCut.TOO_MUCH
+                return NoCut.TOO_SCATTERED
             _seal_rows(state, image, spool, sealer, order, cut)
         except SpoolFull:
-            return NoCut.TOO_MUCH
+            return NoCut.TOO_SCATTERED
     spool.sync()
     failpoints.hit("flush.cut.sealed")
     return cut

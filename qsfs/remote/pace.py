@@ -23,6 +23,6 @@ class Pace:
         possible = int(size / seconds * READ_SECONDS)
         self.most_bytes = max(_LEAST, min(self._configured, possible, 2 * max(self.most_bytes, size)))
 
-    def too_much(self) -> None:
-        """A cut found more than the bound, of bytes or of extents: the next takes less at a time."""
+    def too_scattered(self) -> None:
+        """A cut found more extents or rows than it may seal: the next takes less at a time."""
         self.most_bytes = max(_LEAST, self.most_bytes // 2)

@@ -41,7 +41,7 @@ class PreCopier:
 
     `elsewhere` says of a block which of its pages a cut has sealed, as `Want.taken`.  `bytes_recorded`
     counts bytes that turned clean since the start; `garbage` holds packs of which nothing was of use when
-    they were written.
+    they were written.  `drained` is set once the last look found nothing to take, and nothing is under way.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class PreCopier:
         self.bytes_recorded = 0
         self.garbage: list[PackRef] = []
         self.problem = ""
+        self.drained = trio.Event()
         self._context = context
         self._elsewhere = elsewhere
         self._position = b""
@@ -59,6 +60,7 @@ class PreCopier:
         self._recorded: deque[tuple[int, _Pages]] = deque()
         self._held = 0
         self._under_way = 0
+        self._found = False
         self._ended = trio.Event()
         self._idle_seconds = max(quiet_seconds, LEAST_IDLE_SECONDS)
         self._wake = trio.Event()
@@ -66,8 +68,13 @@ class PreCopier:
     def press(self, why: str, *, orphans_too: bool = False) -> None:
         """Sets or, with "", ends the pressure."""
         if why and not self.pressed:
-            self._wake.set()
+            self.kick()
         self.pressed, self.orphans_too = why, orphans_too
+
+    def kick(self) -> None:
+        """Has it look at once, since there may be something to take."""
+        self.drained = trio.Event()
+        self._wake.set()
 
     @asynccontextmanager
     async def held(self, seconds: float) -> AsyncIterator[None]:
@@ -89,8 +96,10 @@ class PreCopier:
         """Goes round the dirty pages until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
-                if not await self._pass(nursery):
+                self._found = await self._pass(nursery)
+                if not self._found:
                     self._wake = trio.Event()
+                    self._look_drained()
                     # What is committed under pressure is wanted at once, and only a cut would wake.
                     with trio.move_on_after(LEAST_IDLE_SECONDS if self.pressed else self._idle_seconds):
                         await self._wake.wait()
@@ -119,6 +128,11 @@ class PreCopier:
         self._under_way -= 1
         self._ended.set()
         self._ended = trio.Event()
+        self._look_drained()
+
+    def _look_drained(self) -> None:
+        if not self._found and not self._under_way:
+            self.drained.set()
 
     async def _collect(self) -> tuple[DirtyRun, ...]:
         """The runs of the next pack, read in as many transactions as it takes."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from qsfs.clock import Clock
 from qsfs.errors import CacheError, FormatMismatch
 from qsfs.store import replay
+from qsfs.store.allowance import Allowance
 from qsfs.store.blocks import Blocks
 from qsfs.store.changes import Change
 from qsfs.store.environment import Environment, StoreFull
@@ -98,6 +99,7 @@ class Store:
         self.environment = Environment(directory, limits.map_bytes)
         self.layers = Layers(self.environment)
         self.turns = Turns()
+        self.allowance = Allowance()
         self.inodes = Inodes(self.layers)
         self.extents = Extents(self.layers)
         self.blocks = Blocks(self.layers, self.inodes, self.extents)

@@ -205,7 +205,8 @@ async def test_a_refusal_does_not_break_a_session(scratch):
 @pytest.mark.parametrize(
     "reply",
     [b":7\r\n", b"*1\r\n$1\r\nk\r\n", b"?\r\n", b"$x\r\n", b"", b"$5\r\nab", b"*999999999\r\n" * 3,
-     b"*1\r\n" * 3000, b"\r\n", b"$1\r\nk\r\n+OK\r\n", b"+" + bytes(100_000), b"#f\r\n", b"*-2\r\n", b"$-2\r\n", b"$1\r\nkxx",
+     b"*1\r\n" * 3000, b"\r\n", b"$1\r\nk\r\n+OK\r\n", b"+" + bytes(100_000), b"#f\r\n",
+     b"*-2\r\n", b"$-2\r\n", b"$1\r\nkxx",
      b"*1000000\r\n" + b":1\r\n" * 1_000_000],
 )  # fmt: skip
 async def test_whatever_a_backend_answers_ends_as_our_error(reply):

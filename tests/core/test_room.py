@@ -202,6 +202,35 @@ async def test_more_than_the_cache_holds_passes_through_it(tmp_path: Path, clock
         assert (tmp_path / "data.mdb").stat().st_size <= SMALLEST.map_bytes
 
 
+async def test_writes_wait_while_nothing_is_granted_and_nothing_is_evicted_for_it(
+    tmp_path: Path, clock: MockClock
+) -> None:
+    """Room is not what they wait for; each goes on with the first grant, and all once they are let go."""
+    written: list[int] = []
+    async with running(tmp_path) as live, trio.open_nursery() as nursery:
+        number, allowance = live.machine.create("f"), live.store.allowance
+
+        async def write() -> None:
+            for first in range(4):
+                await live.write(number, first, page("x"))
+                written.append(first)
+
+        allowance.hold_back()
+        nursery.start_soon(write)
+        await trio.sleep(600)
+        assert not written
+        assert not live.keeper.waiting
+        allowance.grant(1, PAGE)
+        await trio.sleep(600)
+        assert written == [0], "it overdraws what was granted"
+        allowance.grant(PAGE, PAGE)
+        await trio.sleep(600)
+        assert written == [0, 1]
+        allowance.let_go()
+        await trio.sleep(600)
+        assert written == [0, 1, 2, 3]
+
+
 async def test_what_is_read_at_a_start_stays_while_anything_else_can_go(tmp_path: Path, clock: MockClock) -> None:
     """Twice the cache's size is written and read beside it; what was not recorded of the same database goes."""
     async with running(tmp_path) as live:

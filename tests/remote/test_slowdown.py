@@ -1,0 +1,134 @@
+"""Applications that write faster than backends take it, for hours: generations are made nevertheless.
+
+A byte costs the backends one and a half here, so who writes as many as they take writes too many.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from qsfs.remote.ahead import Ahead
+from qsfs.remote.flush import Flusher
+from qsfs.store.schema import BLOCK_SIZE, PAGE
+from tests.remote.flush_machine import FlushMachine, restore
+from tests.remote.flushing import VirtualClock, flushing, until
+from tests.remote.harness import World
+from tests.remote.test_outage import MIB, SMALL, patient  # noqa: F401 (used by name)
+from tests.remote.test_rates import limited
+
+RATE = 10_000
+ROOMY = replace(SMALL, map_bytes=400 * MIB, high_bytes=280 * MIB, low_bytes=260 * MIB, full_bytes=300 * MIB)
+MINUTE = 60.0
+HOUR = 3600.0
+
+
+@pytest.fixture
+def machine(world: World, clock, tmp_path: Path) -> FlushMachine:
+    machine = FlushMachine(world, tmp_path / "cache", limits=ROOMY)
+    machine.clock = VirtualClock(clock)
+    return machine
+
+
+@dataclass
+class Writer:
+    """Writes a file in order, `rate` bytes a second if it is let."""
+
+    machine: FlushMachine
+    rate: float
+    content: bytearray = field(default_factory=bytearray)
+    written: int = 0
+    ended: bool = False
+
+    async def run(self) -> None:
+        source = random.Random(3)
+        machine, store = self.machine, self.machine.store
+        number, place = machine.create("a"), 0
+        while not self.ended:
+            data = source.randbytes(64 * PAGE)
+            while store.allowance.used_up:
+                await trio.sleep(5)
+                if self.ended:
+                    return
+            machine.write(number, place // PAGE, data)
+            store.allowance.spend(len(data))
+            self.content += data
+            self.written += len(data)
+            place += len(data)
+            await machine.committer.commit()
+            await trio.sleep(len(data) / self.rate)
+
+
+@dataclass
+class Heads:
+    """What is published while it watches."""
+
+    generations: set[int] = field(default_factory=set)
+    oldest: float = 0.0
+    slowed: bool = False
+    upload_rate: float = 0.0
+
+    async def run(self, flusher: Flusher) -> None:
+        while True:
+            await trio.sleep(10)
+            status = flusher.status()
+            self.generations.add(status["generation"])
+            self.oldest = max(self.oldest, status["exposure"]["written"]["age"])
+            self.slowed = self.slowed or status["writers_slowed"]
+
+
+async def load(machine: FlushMachine, writer: Writer, seconds: float) -> tuple[Heads, bytes]:
+    """So many seconds of a writer above backends that take `RATE`; then its end, and what a restore finds."""
+    meter, _, _ = limited(machine, upload=RATE)
+    heads = Heads()
+    settings = {"cut_seconds": 30.0, "cut_bytes": 6 * MIB, "slow_writers_seconds": 5 * MINUTE}
+    async with flushing(machine, **settings) as flusher, trio.open_nursery() as nursery:
+        nursery.start_soon(writer.run)
+        nursery.start_soon(heads.run, flusher)
+        await trio.sleep(seconds)
+        writer.ended = True
+        heads.upload_rate = meter.rate(trio.current_time() - seconds / 2, trio.current_time())
+        print(len(heads.generations), heads.oldest, heads.upload_rate, writer.written)
+        with trio.fail_after(HOUR):
+            await flusher.sync()
+            await until(lambda: not flusher.status()["exposure"]["written"]["bytes"])
+        assert not flusher.status()["writers_slowed"] and not machine.store.allowance.limited
+        nursery.cancel_scope.cancel()
+    return heads, restore(machine.world).files["a"]
+
+
+async def test_a_writer_that_is_too_fast_for_hours_is_slowed_until_a_generation_can_be_made(
+    machine: FlushMachine, expect_log, clock
+):
+    """What the machine's loss costs stays bounded, however large the cache is."""
+    expect_log("written faster than backends take it for")
+    writer = Writer(machine, RATE)
+    heads, found = await load(machine, writer, 3 * HOUR)
+    assert heads.slowed
+    assert len(heads.generations) >= 5
+    assert heads.oldest < 1.6 * HOUR
+    assert heads.upload_rate > 0.9 * RATE, "who is slowed does not slow the uploads"
+    assert found == bytes(writer.content)
+
+
+async def test_a_cut_is_taken_once_what_is_dirty_gets_no_less_and_is_little_enough(
+    machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock
+):
+    """A writer nearly as fast as quick uploads: at each look as much is dirty again as left since the last."""
+    looks = 0
+
+    def dirty(self: Ahead, most: int) -> int:
+        nonlocal looks
+        looks += 1
+        flusher._precopier.bytes_recorded += 20 * MIB
+        return min(most + 1, 40 * MIB)
+
+    async with flushing(machine) as flusher:
+        monkeypatch.setattr(Ahead, "_dirty_bytes", dirty)
+        monkeypatch.setattr(Ahead, "_dirty_blocks", 40 * MIB // BLOCK_SIZE)
+        await Ahead(machine.context, flusher._precopier, flusher._slowdown).pages(256 * MIB)
+    assert looks == 1
