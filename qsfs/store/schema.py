@@ -1,6 +1,6 @@
 """Tables of the local store, their keys and rows.  All integers in keys are big-endian.
 
-Tables 1 to 9 are what a generation holds on the backends, so their numbers and rows are a remote
+Tables 1 to 8 are what a generation holds on the backends, so their numbers and rows are a remote
 format too (docs/format.md, "Rows"); tables from 32 on are local and may change with the schema
 version.  Rows are little-endian structs; a first byte names the row's version where a row may grow.
 """

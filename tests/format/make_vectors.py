@@ -22,7 +22,7 @@ from qsfs.format.shard import encode_shards, shard_key
 from qsfs.format.sheet import sheet_lines
 from qsfs.format.slots import wrap
 from qsfs.format.superblock import SUPERBLOCK_KEY, create_superblock, encode_superblock, replace_slots
-from tests.format import samples
+from tests.format import row_samples, samples
 from tests.format.samples import CODE, FSID, KEYS
 
 VECTORS = Path(__file__).parent.parent / "vectors"
@@ -94,6 +94,17 @@ def ranges() -> dict[str, Any]:
     return {"head": {"key": sealed.key.hex(), "value": sealed.value.hex()}}
 
 
+def table_rows() -> dict[str, Any]:
+    """Rows of the tables that a generation holds, each by itself and all as chunks."""
+    return {
+        "rows": {
+            name: {"table": int(table), "key": key.hex(), "row": None if row is None else row.hex()}
+            for name, (table, key, row) in row_samples.ROWS.items()
+        },
+        "chunks": [chunk.hex() for chunk in encode_rows(row_samples.ROWS.values(), 600)],
+    }
+
+
 def isal() -> dict[str, Any]:
     """The shards of the data pack by the other codec, which pyeclib brings."""
     return {"data_pack": _pack(samples.data_pack(), replace(CODE, codec="isa_l_rs_cauchy"))}
@@ -119,6 +130,7 @@ def main() -> None:
         ("format-1-zstd.json", opened()),
         ("format-1-isa-l.json", isal()),
         ("format-1-ranges.json", ranges()),
+        ("format-1-rows.json", table_rows()),
         ("format-1-slots.json", slots()),
     )
     for name, vectors in files:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -16,8 +16,22 @@ from qsfs.format.rows import decode_rows
 from qsfs.format.shard import Shard, open_shard
 from qsfs.format.sheet import parse_sheet
 from qsfs.format.superblock import open_superblock
-from tests.format import make_vectors, samples
+from qsfs.store.schema import (
+    REMOTE_TABLES,
+    Entry,
+    ExtentRow,
+    Inode,
+    PackRow,
+    Table,
+    decode_truncations,
+    read_plain_u64,
+    split_u64,
+    split_u64_pair,
+)
+from tests.format import make_vectors, row_samples, samples
 from tests.format.samples import CODE, KEYS
+
+INODE_FIELDS = [field.name for field in fields(Inode)]
 
 
 def load(name: str) -> Any:
@@ -111,3 +125,38 @@ def test_slots_are_written_as_their_vectors_say_and_open_with_either_secret():
 def test_stored_rows_decode():
     chunks = load("format-1.json")["rows"]
     assert [row for chunk in chunks for row in decode_rows(bytes.fromhex(chunk))] == make_vectors.ROWS
+
+
+def test_rows_of_tables_are_written_as_their_vectors_say():
+    """These rows lie on backends: the layout of a table that a generation holds never changes."""
+    stored = load("format-1-rows.json")
+    assert json.loads(json.dumps(make_vectors.table_rows())) == stored
+    assert {row["table"] for row in stored["rows"].values()} == REMOTE_TABLES
+
+
+def test_stored_rows_of_tables_say_what_they_said():
+    rows = {
+        name: (bytes.fromhex(row["key"]), bytes.fromhex(row["row"] or ""))
+        for name, row in load("format-1-rows.json")["rows"].items()
+    }
+    for name, inode in row_samples.INODES.items():
+        key, row = rows[f"inode of a {name}"]
+        decoded = Inode.decode(split_u64(key), row)
+        assert decoded.number == inode.number
+        assert [getattr(decoded, field) for field in INODE_FIELDS] == [getattr(inode, field) for field in INODE_FIELDS]
+    assert Entry.decode(rows["entry"][1]) == row_samples.ENTRY
+    key, row = rows["extent"]
+    assert ExtentRow.decode(split_u64_pair(key)[1], row) == row_samples.EXTENT
+    assert ExtentRow.pages_and_pack(row) == (row_samples.EXTENT.pages, row_samples.EXTENT.pack)
+    assert PackRow.decode(rows["data pack"][1]) == row_samples.DATA_PACK
+    assert PackRow.decode(rows["metadata pack"][1]) == row_samples.METADATA_PACK
+    assert decode_truncations(rows["truncations"][1]) == row_samples.TRUNCATIONS
+    assert read_plain_u64(rows["counter"][1]) == row_samples.FILE
+
+
+def test_numbers_of_tables_on_backends_never_change():
+    names = ("INODES", "ENTRIES", "XATTRS", "SYMLINKS", "EXTENTS", "PACKS", "TRUNCATIONS", "COUNTERS")
+    assert [(table.name, int(table)) for table in sorted(REMOTE_TABLES)] == [
+        (name, number) for number, name in enumerate(names, 1)
+    ]
+    assert all(int(table) >= 32 for table in Table if table not in REMOTE_TABLES)
