@@ -5,8 +5,8 @@ claim counts once the value authenticates, here or anywhere before (a key has on
 Claims are opened from the largest down, as far as decisions need them.
 
 Where heads have a namespace of their own the listing is a whole SCAN.  Where they share the
-data's namespace it goes on from a stored cursor (`ControlIndex`): a 0-db appends, so what was
-stored since the last listing is found behind the cursor.
+data's namespace it goes on from where the last listing of this mount ended (`ControlIndex`): a 0-db
+appends, so what was stored since the last listing is found behind the cursor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from qsfs.backend.contract import Session
 from qsfs.errors import BackendRefused, BackendUnavailable, Corrupt, NotFound, QsfsError
-from qsfs.format import schema
 from qsfs.format.head import (
     Head,
     HeadRef,
@@ -37,7 +36,6 @@ MAX_UNPROVEN = 32
 """Claims above the newest proven one that are opened in vain before a backend is given up."""
 
 _HEADS_IN_MEMORY = 8
-_INDEX_SCHEMA = 1
 
 
 class ControlIndex:
@@ -55,19 +53,6 @@ class ControlIndex:
         """Forgets everything: the namespace is not the one that the cursor came from."""
         self.cursor = None
         self.keys.clear()
-
-    def encode(self) -> bytes:
-        """The index as bytes, for the local store."""
-        return schema.pack([_INDEX_SCHEMA, self.cursor or b"", sorted(self.keys)])
-
-    @classmethod
-    def decode(cls, data: bytes) -> ControlIndex:
-        """What `encode` gave; `Corrupt` or `FormatMismatch` if it is anything else."""
-        what = "stored index of control keys"
-        fields = schema.record(data, _INDEX_SCHEMA, 3, what)
-        cursor, keys = fields.binary(), fields.array()
-        each = schema.Fields(keys, len(keys), what)
-        return cls(cursor or None, [each.binary() for _ in keys])
 
 
 @dataclass(frozen=True, slots=True)
