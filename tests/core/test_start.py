@@ -336,6 +336,19 @@ def test_a_file_that_is_forgotten_leaves_no_rows(machine: Starting):
     assert next(machine.store.scan(Table.START, b"", None), None) is None
 
 
+def test_a_row_of_recorded_pages_is_what_the_documentation_says_byte_by_byte(machine: Starting):
+    """A golden vector, written and read: bitmaps, little-endian, without the zeros at their end, for each chunk."""
+    number = machine.database(SCATTERED)
+    for index in SCATTERED:
+        machine.page(number, index)
+    machine.remount()
+    key = number.to_bytes(8, "big")
+    first = bytes.fromhex("190002") + bytes(13) + b"\x04" + bytes(494) + b"\x80"
+    rows = [(key + bytes(8), first), (key + bytes(7) + b"\x01", b"\x01")]
+    assert list(machine.store.scan(Table.START, b"", None)) == rows
+    assert machine.recorded(number) == SCATTERED
+
+
 def clean_start(machine: Starting) -> tuple[int, int]:
     """Two blocks that may be evicted, of which the second was read at a start; the file and that block."""
     number = machine.database(list(range(8)))
