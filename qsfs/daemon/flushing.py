@@ -51,6 +51,7 @@ class Flushing:
         config: FlushConfig,
         second_look_seconds: float,
         store: Store,
+        spool: Spool,
         committer: Committer,
         opened: Opened,
         members: Members,
@@ -78,7 +79,7 @@ class Flushing:
         self._on_fenced = on_fenced
         self._tell = waiting
         self._ledger = Ledger(clock, second_look_seconds)
-        self._spool = Spool(store.directory / "spool", store.limits.spool_bytes)
+        self._spool = spool
         self._ready = trio.Event()
         self._exposure = Exposure(
             store, self._ledger, clock, lambda: 0 if self.flusher is None else self.flusher.uploaded_ahead

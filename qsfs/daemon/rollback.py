@@ -115,10 +115,10 @@ class _Work:
     async def run(self) -> RollbackReport:
         directory = self._config.cache.directory
         drop_second_names(directory)
+        spool = Spool(directory / "spool", self._limits.spool_bytes)
         self._store: Store | None = Store(directory, self._limits, self._clock)
         found = links(self._config, self._clock)
         try:
-            spool = Spool(directory / "spool", self._limits.spool_bytes)
             gate = HeadGate(spool)
             store = self._store
             opened = await open_file_system(store, found, self._secret, self._clock)

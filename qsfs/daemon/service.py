@@ -58,6 +58,7 @@ from qsfs.remote.aside import DIRECTORY, drop_second_names
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.images import refuse_images
 from qsfs.remote.reader import PackReader
+from qsfs.remote.spool import Spool
 from qsfs.store.limits import Limits
 from qsfs.store.schema import BLOCK_SIZE, InodeFlag
 from qsfs.store.store import Store
@@ -153,6 +154,8 @@ class Service:
         shutil.rmtree(config.cache.directory / DIRECTORY, ignore_errors=True)
         drop_second_names(config.cache.directory)
         self._secret = secret
+        # First: opening a store may change its schema, and a spool of another version needs the qsfs that wrote it.
+        self._spool = Spool(config.cache.directory / "spool", limits.spool_bytes)
         self.store = Store(config.cache.directory, limits, self.clock)
         most = int(config.cache.start_share * limits.full_bytes) // BLOCK_SIZE
         self.store.start.begin(config.cache.start_seconds, most)
@@ -241,6 +244,7 @@ class Service:
             self.config.flush,
             self.config.cache.second_look_seconds,
             self.store,
+            self._spool,
             self.committer,
             self.opened,
             members,

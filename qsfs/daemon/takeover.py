@@ -55,10 +55,11 @@ async def take_over(
     lock = CacheLock(config.cache.directory)
     try:
         limits = Limits.of(config.cache, config.flush.spool_bytes)
+        spool = Spool(config.cache.directory / "spool", limits.spool_bytes)
         store = Store(config.cache.directory, limits, clock)
         try:
             if store.local(RETURNS_KEY) is None:
-                owned = await _own(config, store, secret, clock, progress)
+                owned = await _own(config, store, spool, secret, clock, progress)
                 return Taken(owned.first_ref, None)
         finally:
             store.close()
@@ -69,9 +70,8 @@ async def take_over(
 
 
 async def _own(
-    config: Config, store: Store, secret: Secret, clock: Clock, progress: Callable[[str], None]
+    config: Config, store: Store, spool: Spool, secret: Secret, clock: Clock, progress: Callable[[str], None]
 ) -> Ownership:
-    spool = Spool(store.directory / "spool", store.limits.spool_bytes)
     found = links(config, clock)
     try:
         opened = await open_file_system(store, found, secret, clock)

@@ -9,7 +9,8 @@ A directory of files, each written to a temporary name, flushed and renamed:
 A file is, little-endian: magic "QSPL", version u16 = 1, kind u8, zero u8, length u32 of its
 description, length u64 of its body, xxh3-64 u64 of everything else, then both.  The description is a
 msgpack array.  A torn file was never needed: packs are durable before anything of them is sent, a
-head before it is sent, and no head names packs that are not written.
+head before it is sent, and no head names packs that are not written.  A whole file of another version
+may well be needed: all versions have this frame, so that it is never taken for a torn one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import trio
 from xxhash import xxh3_64
 
 from qsfs import failpoints
-from qsfs.errors import CacheError, Corrupt
+from qsfs.errors import CacheError, Corrupt, FormatMismatch
 from qsfs.format import schema
 from qsfs.format.extent import PackKind, PackRef
 from qsfs.format.head import HeadRef, SealedHead, parse_head_key
@@ -79,7 +80,7 @@ class Spool:
         """Opens the spool, creating it if absent, and drops what no crash can have left as needed.
 
         Packs of a cut that was under way are abandoned, except those that a head may name.
-        Raises `CacheError`.
+        Raises `CacheError`, and `FormatMismatch` if a version that we do not know wrote it: what it holds stays.
         """
         self.directory = directory
         self.limit_bytes = limit_bytes
@@ -117,7 +118,7 @@ class Spool:
         self._packs[generation, ordinal] = ref
 
     def read_pack(self, generation: int, ordinal: int) -> bytes:
-        """The body of a pack.  Raises `Corrupt` or `CacheError`."""
+        """The body of a pack.  Raises `Corrupt`, `FormatMismatch` or `CacheError`."""
         return self._read(_pack_name(generation, ordinal), _PACK)[1]
 
     @property
@@ -157,6 +158,11 @@ class Spool:
     def set_abandoned(self, abandoned: Iterable[AbandonedPack]) -> None:
         """Replaces the list of abandoned packs, durably; of too many the oldest are forgotten."""
         self.abandoned = list(abandoned)[-MOST_ABANDONED:]
+        if not self.abandoned:
+            # Whose spool is empty can go on with any version.
+            self._remove(_ABANDONED_NAME)
+            self.sync()
+            return
         rows = [[pack.pack_id, pack.owner_epoch] for pack in self.abandoned]
         self._write(_ABANDONED_NAME, _ABANDONED, [rows], b"", flush_name=True)
 
@@ -270,11 +276,19 @@ class Spool:
         digest = xxh3_64(view[: _SUMMED.size])
         digest.update(view[_HEADER.size :])
         if (
-            (magic, version, found, zero) != (_MAGIC, _VERSION, kind, 0)
+            magic != _MAGIC
             or len(content) != _HEADER.size + about + body
             or digest.intdigest() != total
         ):
             raise Corrupt(f"{path}: a spooled file fails its checksum")
+        if version != _VERSION:
+            raise FormatMismatch(
+                f"{path}: a spooled file of version {version}, this qsfs knows {_VERSION}; it may be a head that was "
+                "sent: mount once with the qsfs version that wrote it, unmount when 'qsfs sync' has published all, "
+                "then use this one"
+            )
+        if (found, zero) != (kind, 0):
+            raise Corrupt(f"{path}: a spooled file of kind {found}, not {kind}")
         description = schema.unpack(view[_HEADER.size : _HEADER.size + about], str(path))
         if not isinstance(description, list):
             raise Corrupt(f"{path}: a spooled file describes itself wrongly")

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from xxhash import xxh3_64
 
-from qsfs.errors import BackendFull, Corrupt
+from qsfs.errors import BackendFull, Corrupt, FormatMismatch
 from qsfs.format.erasure import Code
 from qsfs.format.pack import Pack
 from qsfs.format.shard import open_shard, shard_key
 from qsfs.remote.members import Member, Members
 from qsfs.remote.packing import Sealer
 from qsfs.remote.placement import FreeSpace, assign, group_count, ranking, score
-from qsfs.remote.spool import Spool, SpoolFull
+from qsfs.remote.spool import AbandonedPack, Spool, SpoolFull
 from qsfs.remote.upload import Upload, Uploader
 from qsfs.store.snapshot import DirtyRun
 from tests.remote.harness import FaultyBackend, TrioClock, World, make_head, make_world, plant
@@ -351,6 +352,61 @@ async def test_a_torn_file_of_the_spool_is_removed(tmp_path: Path, autojump_cloc
         expect_log("never needed")
     assert Spool(tmp_path, 4 << 20).heads == {}
     assert list(tmp_path.iterdir()) == []
+
+
+def _as_version(content: bytes, version: int) -> bytes:
+    """A spooled file as a version of qsfs writes it whose descriptions nobody knows here."""
+    head = content[:4] + version.to_bytes(2, "little") + content[6:20]
+    return head + xxh3_64(head + content[28:]).intdigest().to_bytes(8, "little") + content[28:]
+
+
+@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("what", ["pack", "head", "abandoned"])
+async def test_a_spool_of_another_version_is_refused_and_kept(tmp_path: Path, autojump_clock, what, version):
+    """A head in it may be published and not recorded: without it this machine would take itself for a clone."""
+    world = await make_world(4)
+    spool = Spool(tmp_path, 4 << 20)
+    pack = Fleet(world).sealer.data_pack([DirtyRun(1, 0, (1,), b"x" * PAGE)])
+    sealed = plant(world, make_head(world, _owner(), 5))
+    await spool.store_head(sealed)
+    spool.write_pack(6, 0, pack.ref, pack.body)
+    spool.set_abandoned([AbandonedPack(b"p" * 16, 3)])
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (changed,) = (path for path in files if what in path.name)
+    changed.write_bytes(_as_version(files[changed], version))
+    present = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FormatMismatch, match=f"of version {version}.*mount once with the qsfs version that wrote it"):
+        Spool(tmp_path, 4 << 20)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == present
+    changed.write_bytes(files[changed])
+    again = Spool(tmp_path, 4 << 20)
+    assert list(again.heads) == [sealed.ref]
+    assert [entry.pack_id for entry in again.abandoned] == [b"p" * 16, pack.ref.pack_id]
+
+
+async def test_a_spool_with_nothing_left_to_do_is_empty(tmp_path: Path, autojump_clock):
+    """So that the version which wrote it can hand over to any other."""
+    world = await make_world(4)
+    spool = Spool(tmp_path, 4 << 20)
+    sealed = plant(world, make_head(world, _owner(), 5))
+    await spool.store_head(sealed)
+    spool.set_abandoned([AbandonedPack(b"p" * 16, 3)])
+    spool.drop_heads(sealed.ref)
+    spool.set_abandoned([])
+    assert list(tmp_path.iterdir()) == []
+    assert spool.used_bytes == 0
+    assert Spool(tmp_path, 4 << 20).abandoned == []
+
+
+async def test_a_rotten_version_of_a_spooled_file_is_rot(tmp_path: Path, autojump_clock, expect_log):
+    """Nobody is told to look for a qsfs that there never was."""
+    world = await make_world(4)
+    await Spool(tmp_path, 4 << 20).store_head(plant(world, make_head(world, _owner(), 5)))
+    (path,) = tmp_path.glob("*.head")
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\x03" + content[5:])
+    expect_log("never needed")
+    assert Spool(tmp_path, 4 << 20).heads == {}
 
 
 async def test_reading_a_damaged_spooled_pack_says_so(tmp_path: Path, autojump_clock):

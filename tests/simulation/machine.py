@@ -29,6 +29,7 @@ from qsfs.filesystem.namespace import Namespace
 from qsfs.filesystem.posix import PosixError
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.reader import PackReader
+from qsfs.remote.spool import Spool
 from qsfs.store.group import Group
 from qsfs.store.schema import ROOT_INODE
 from qsfs.store.store import Store
@@ -198,6 +199,7 @@ class Life:
                 self.machine.flush,
                 self.machine.second_look_seconds,
                 store,
+                Spool(store.directory / "spool", store.limits.spool_bytes),
                 self.committer,
                 opened,
                 members,
