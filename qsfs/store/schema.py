@@ -51,7 +51,7 @@ class Table(IntEnum):
     SPILL_BLOCKS = 38  # inode u64, block u64 -> Block row: uncovered pages that left memory
     SPILL_VALUES = 39  # inode u64, block u64 -> the block's first VALUE_SIZE bytes
     SPILL_COVERED = 40  # inode u64 -> write number u64: the inode's spilled pages were covered by it
-    LOCAL = 41  # name -> value: schema, file system id, journal number, heads, owner
+    LOCAL = 41  # name -> value (docs/local-store.md)
     START = 42  # inode u64, chunk u64 -> bitmap of the pages in it that are read at a start (store/start.py)
 
 
