@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from drift import run_drift
+from journal_sizes import journal_table, measure_journal
 from measures import MEASURES, MIB, Measure
 from remote import PARTS, measure_remote, remote_table
 from watch import Watch, daemon_of
@@ -39,6 +40,10 @@ def main() -> int:
             only=select_names(arguments.only, list(PARTS)),
         )
         print(json.dumps(report, indent=2) if arguments.json else remote_table(report))
+        return 0
+    if arguments.journal:
+        report = measure_journal(Path(arguments.directory), arguments.rounds or 5, arguments.size)
+        print(json.dumps(report, indent=2) if arguments.json else journal_table(report))
         return 0
     if arguments.drift:
         output = Path(arguments.output or Path(arguments.directory) / "drift")
@@ -83,9 +88,10 @@ def parse() -> argparse.Namespace:
     add("--floor-disk", metavar="PATH", help="where the floor's fsync appends (default: OTHERDIR, else DIR)")
     add("--remote", action="store_true", help="instead: make a file system on 24 backends below DIR; flush it, read it")
     add("--drift", action="store_true", help="instead: mixed load on a file system below DIR; does anything drift?")
+    add("--journal", action="store_true", help="instead: fsyncs of up to 16MiB by the journal and by commits")
     add("--minutes", type=float, default=30.0, metavar="N", help="--drift: how long; default: 30")
     add("--output", metavar="PREFIX", help="--drift: writes PREFIX.json and PREFIX.svg; default: DIR/drift")
-    add("--rounds", type=int, default=0, metavar="N", help="default: 1, or 3 when comparing")
+    add("--rounds", type=int, default=0, metavar="N", help="default: 1; 3 when comparing, 5 with --journal")
     add("--size", type=parse_size, default=256 * MIB, metavar="SIZE", help="of the files; default: 256MiB")
     add("--only", metavar="NAME,...", help=f"only these measures; with --remote of {', '.join(PARTS)}")
     add("--rtt", type=float, default=40.0, metavar="MS", help="--remote: the delayed round trip; default: 40")
@@ -94,8 +100,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.size < MIB:
         parser.error("--size: at least 1MiB")
-    if (arguments.remote or arguments.drift) and (arguments.against or arguments.floor):
-        parser.error("--remote and --drift compare with nothing: they go with neither --against nor --floor")
+    if (arguments.remote or arguments.drift or arguments.journal) and (arguments.against or arguments.floor):
+        parser.error("--remote, --drift and --journal go with neither --against nor --floor")
     if arguments.drift and (arguments.size < 16 * MIB or arguments.minutes <= 0):
         parser.error("--drift: --size of at least 16MiB, and --minutes above 0")
     if not Path(arguments.directory).is_dir():

@@ -104,6 +104,29 @@ class TestBench:
         assert not mountpoint.is_mount()
 
 
+class TestJournal:
+    def test_each_size_is_timed_by_both_ways_and_nothing_is_left(self, tmp_path):
+        """The one store journals every fsync, the other one none: else the comparison would be of nothing."""
+        done = script("bench", tmp_path, "--journal", "--rounds", 1, "--size", "1MiB", "--json")
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert [row["size"] for row in report["rows"]] == [4096 << power for power in range(9)] * 2
+        for row in report["rows"]:
+            assert all(value > 0 for name, value in row.items() if name.endswith("_ms"))
+        assert report["flushes"]["journal"] >= 18 * 17, "one alone and at least 16 in a row for each"
+        assert report["flushes"]["commit"] == 0
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_crossover_is_where_the_commit_stays_ahead(self):
+        def found(*commits):
+            rows = [{"size": 4096 << power, "a": 5.0, "b": commit} for power, commit in enumerate(commits)]
+            return load("journal_sizes").crossover(rows, "a", "b")
+
+        assert found(9.0, 4.0, 9.0, 4.0, 4.0) == 4096 << 3
+        assert found(4.0, 4.0) == 4096
+        assert found(4.0, 9.0) is None
+
+
 class TestInputs:
     def test_every_input_grows_and_checks_itself(self, inputs, tmp_path):
         inputs.sqlite_grow(tmp_path / "a.sqlite", 3)
