@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import random
@@ -17,6 +18,7 @@ from qsfs.fuse import loop
 from qsfs.store.schema import PAGE
 from tests.fuse.calls import hand_over
 
+STORM = 3000
 
 @pytest.fixture
 def pair():
@@ -106,6 +108,23 @@ async def test_spins_are_made_only_while_they_pay(monkeypatch):
     assert not await asks_event_loop(2)
 
 
+async def test_a_wake_up_without_a_request_is_waited_through(monkeypatch):
+    """The event loop may say "readable" when nothing is there (any more): a read would block the thread."""
+    wakes = []
+
+    async def wait_readable(descriptor):
+        wakes.append(descriptor)
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_readable)
+    lowlevel = loop.ShortLoop().lowlevel
+    lowlevel._polls[0] = descriptor = Descriptor()
+    descriptor.misses = 4
+    await lowlevel.wait_readable(0)
+    assert wakes == [0] * 4, "one poll before the first wait, and one after each wake-up"
+    assert descriptor.misses == -1, "it ended with the poll that found a request"
+
+
 async def test_closing_ends_the_wait(pair):
     one, _ = pair
     short = loop.ShortLoop()
@@ -182,6 +201,34 @@ async def test_one_worker_goes_on_while_another_waits_for_its_turn():
         assert got == ["other"]
 
 
+async def test_requests_without_end_leave_the_others_their_turn(monkeypatch):
+    """Each look at the clock is 10 us: between two turns each of three workers answers at most 50."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(loop, "perf_counter", lambda: next(ticks) * 10e-6)
+    lock = loop.ReadLock(500e-6)
+    served, seen = 0, []
+
+    async def work():
+        nonlocal served
+        while served < 5000:
+            async with lock:
+                if served % 1000 == 0:
+                    # The event loop is asked; meanwhile other workers come and wait.
+                    await trio.lowlevel.checkpoint()
+                served += 1
+
+    async def another_task():
+        while served < 5000:
+            seen.append(served)
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(work)
+        nursery.start_soon(another_task)
+    assert max(later - sooner for sooner, later in itertools.pairwise([*seen, served])) <= 3 * 50
+
+
 def test_it_is_installed_for_a_block_and_only_where_it_fits(monkeypatch):
     assert pyfuse3.trio is trio
     with loop.installed() as used:
@@ -238,6 +285,64 @@ def test_other_tasks_get_their_turn_under_load(make_mount, short_loop):
 
 @pytest.mark.mount
 @pytest.mark.parametrize("short_loop", [True, False])
+def test_a_storm_of_forgets_gives_all_back_and_starves_nobody(make_mount, short_loop):
+    """Others stat the same files while the kernel forgets thousands of them, by memory pressure and by unlink."""
+    mount = make_mount(short_loop=short_loop)
+    (mount.path / "d").mkdir()
+    names = [mount.path / "d" / str(number) for number in range(STORM)]
+    for number, name in enumerate(names):
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o600))
+        os.truncate(name, number)
+    hand_over(mount.path)
+    assert mount.command("known") > STORM // 2
+    stayed = range(0, STORM, 2)
+    wrong = []
+    counted = threading.Condition()
+    stats, stop = 0, threading.Event()
+
+    def look(number):
+        nonlocal stats
+        if os.stat(names[number]).st_size != number:
+            wrong.append(number)
+        with counted:
+            stats += 1
+            counted.notify()
+
+    def look_on():
+        for number in itertools.cycle(stayed):
+            if stop.is_set():
+                return
+            look(number)
+
+    def others_go_on():
+        """The stats and the daemon's other tasks, by as many as there are files that stay."""
+        mount.command("known")
+        with counted:
+            wanted = stats + len(stayed)
+            assert counted.wait_for(lambda: stats >= wanted, timeout=60), f"{stats} stats, then no more"
+
+    thread = threading.Thread(target=look_on)
+    thread.start()
+    try:
+        for _ in range(3):
+            forget_names()
+            others_go_on()
+        for number in range(1, STORM, 2):
+            os.unlink(names[number])
+        others_go_on()
+    finally:
+        stop.set()
+        thread.join()
+    assert wrong == []
+    assert mount.command("settled"), "what was unlinked is removed once it is forgotten"
+    assert len(mount.command("inodes")) == len(stayed) + 2
+    assert sorted(os.listdir(mount.path / "d"), key=int) == [str(number) for number in stayed]
+    forget_names()
+    assert mount.command("known_only", 0), "the kernel gave all back"
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("short_loop", [True, False])
 def test_hundreds_of_waiting_page_faults_leave_the_rest_alone(make_mount, short_loop):
     """With pyfuse3's default of 99 workers the whole mount would hang."""
     mount = make_mount(short_loop=short_loop)
@@ -258,6 +363,12 @@ def test_hundreds_of_waiting_page_faults_leave_the_rest_alone(make_mount, short_
         mount.command("release", 0)
         assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
     os.close(handle)
+
+
+def forget_names():
+    """Has the kernel forget all names that are not in use."""
+    with open("/proc/sys/vm/drop_caches", "w") as file:
+        file.write("2")
 
 
 def touch(shared, page):
