@@ -50,6 +50,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"{target}: {ended}; it was read-only")
     elif result["published"]:
         print(f"{target}: {ended}; everything is on the backends")
+    elif result.get("failure"):
+        print(
+            f"{target}: {ended}; what was synced is safe in {directory}, what was written since may be lost: "
+            f"{result['failure']}"
+        )
     else:
         print(
             f"{target}: {ended}; what is not on the backends yet is safe in {directory} and goes on from "

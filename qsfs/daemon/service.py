@@ -409,7 +409,7 @@ class Service:
         return status_of(self)
 
     async def _on_umount(self, _: Mapping[str, Any]) -> Any:
-        """Answered at the end: `published` is whether all of it is on the backends."""
+        """Answered at the end: `published` is whether all of it is on the backends, `failure` why the disk failed."""
         mounted = self.operations is not None
         if not mounted:
             self._stopping.stop()
@@ -419,7 +419,8 @@ class Service:
                 await trio.to_thread.run_sync(mountpoint.unmount, self.config.filesystem.mountpoint)
             self._stopping.stop()
         await self._finished.wait()
-        return {"mounted": mounted, "published": self._published}
+        failed = self.committer.failed
+        return {"mounted": mounted, "published": self._published, "failure": "" if failed is None else str(failed)}
 
     async def _on_unblock(self, request: Mapping[str, Any]) -> Any:
         path = request.get("path")

@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 
 SECTOR = 512
+DISK_FAILED = "see to the cache's disk, its free room above all, and mount again"
+"""What to do where the cache's disk does not take what must be durable."""
 
 _CHUNK = 256 << 10
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import lmdb
 
 from qsfs.errors import CacheError, Corrupt, FormatMismatch
+from qsfs.store.direct import DISK_FAILED
 from qsfs.store.schema import LOCAL_SCHEMA_VERSION, PAGE, Table
 
 _SCHEMA_KEY = b"schema"
@@ -128,14 +129,16 @@ class Environment:
         except lmdb.CorruptedError as error:
             raise Corrupt(f"{self.directory}: LMDB: {error}; run 'qsfs fsck'") from error
         except (lmdb.Error, OSError) as error:
-            raise CacheError(f"{self.directory}: the local commit failed: {error}") from error
+            raise CacheError(f"{self.directory}: the local commit failed: {error}; {DISK_FAILED}") from error
 
     def flush(self) -> None:
         """Makes all commits durable, also those of an environment that is not.  Raises `CacheError`."""
         try:
             self.env.sync(True)
         except (lmdb.Error, OSError) as error:
-            raise CacheError(f"{self.directory}: the local store cannot be flushed: {error}") from error
+            raise CacheError(
+                f"{self.directory}: the local store cannot be flushed: {error}; {DISK_FAILED}"
+            ) from error
 
     def release_freed(self) -> None:
         """Commits nothing, so that pages which the last commits freed may be reused by the next.

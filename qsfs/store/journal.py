@@ -28,7 +28,7 @@ from xxhash import xxh3_64
 
 from qsfs import failpoints
 from qsfs.errors import CacheError
-from qsfs.store.direct import SECTOR, SectorFile
+from qsfs.store.direct import DISK_FAILED, SECTOR, SectorFile
 
 _HEADER = struct.Struct("<4sIQ16s")
 _SUM = struct.Struct("<Q")
@@ -170,7 +170,7 @@ class Journal:
                 self._files[file].flush()
             self._unflushed.clear()
         except OSError as error:
-            raise CacheError(f"the journal cannot be written: {error}; check the cache's disk") from error
+            raise CacheError(f"the journal cannot be written: {error}; {DISK_FAILED}") from error
         failpoints.hit("journal.flushed")
 
     def switch(self) -> None:

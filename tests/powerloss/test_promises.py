@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,48 @@ def test_a_disk_that_failed_once_is_not_trusted_again(scratch: Path, file: str, 
         assert (fs.mountpoint / "before").read_bytes() == b"1" * size
         assert not (fs.mountpoint / "after").exists()
         write(fs.mountpoint / "again", b"3" * size, sync=os.fsync)
+        fs.umount()
+        fs.run("fsck", "--deep")
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "said"),
+    [
+        ("journal*", 5000, "the journal cannot be written"),
+        ("data.mdb", 6 << 20, "the local commit failed"),
+    ],
+)
+def test_a_full_local_disk_costs_nothing_that_was_synced(scratch: Path, file: str, size: int, said: str) -> None:
+    """What fails says so and what to do, the mount goes on reading, and with room again all is there and goes on."""
+    wanted = {"small": b"1" * 5000, "large": b"2" * (6 << 20), "journalled": b"3" * 5000}
+    reason = rf"{said}: .*No space left on device; see to the cache's disk, .* and mount again"
+    with FileSystem(scratch, shards=(2, 1), count=4, forgetting=True, settings=LAZY) as fs:
+        assert fs.disk is not None
+        fs.expect(reason)
+        fs.format()
+        fs.mount()
+        for name, data in wanted.items():
+            write(fs.mountpoint / name, data, sync=os.fsync)
+        fs.disk.fail("write", errno.ENOSPC, match=file)
+        for name in ("during", "after"):
+            with pytest.raises(OSError) as caught:
+                write(fs.mountpoint / name, b"4" * size, sync=os.fsync)
+            assert caught.value.errno == errno.EIO
+        assert {name: (fs.mountpoint / name).read_bytes() for name in wanted} == wanted
+        state = fs.status()
+        assert not state["writable"]
+        assert re.search(reason, state["reason"])
+        assert re.search(f"what was written since may be lost: .*{reason}", fs.umount())
+        if file == "data.mdb":
+            refused = fs.run("mount", code=14)
+            assert re.search(reason, refused.stderr)
+        fs.power_cut(keep="none")
+        fs.disk.heal()
+        fs.mount()
+        found = {path.name: path.read_bytes() for path in fs.mountpoint.iterdir()}
+        assert wanted.items() <= found.items()
+        assert "after" not in found
+        write(fs.mountpoint / "again", b"5" * size, sync=os.fsync)
         fs.umount()
         fs.run("fsck", "--deep")
 
