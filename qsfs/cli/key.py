@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from qsfs.remote.key_slots import Changed
 
 _UNLOCK = "unlock-"
+_IN_USE = "also the slot that the configured secret opens"
+_STILL_READS = "and an old copy of the superblock can still read what was written so far"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "read what was written so far: see 'rotate-master'.",
     )
     remove.add_argument("slot", metavar="SLOT", type=int)
-    remove.add_argument("--in-use", action="store_true", help="also the slot that the configured secret opens")
+    remove.add_argument("--in-use", action="store_true", help=_IN_USE)
     rotate = action(
         "rotate",
         "give a slot a new secret",
@@ -70,6 +72,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     master.add_argument("--passphrase", action="store_true", help="ask for the passphrase of another slot")
     master.add_argument("--drop", metavar="SLOT", type=int, action="append", default=[], help="let go of a slot")
+    master.add_argument("--in-use", action="store_true", help=f"drop {_IN_USE}")
     sheet = action(
         "sheet",
         "print a recovery sheet",
@@ -198,13 +201,12 @@ def _remove(config: Config, args: argparse.Namespace) -> int:
         find_slot(superblock, args.slot)
         change = remove_slot(superblock, keys, args.slot)
         if not args.in_use:
-            refuse_used(used, args.slot)
+            refuse_used(used, [args.slot])
         return change
 
     changed = _change(config, secret, None, make)
     note = (
-        "Whoever kept its secret and an old copy of the superblock can still read what was written so far; "
-        "'qsfs key rotate-master' protects what is written from now on"
+        f"Whoever kept its secret {_STILL_READS}; 'qsfs key rotate-master' protects what is written from now on"
     )
     return _done(config, args, changed, f"key slot {args.slot} is removed", note)
 
@@ -239,27 +241,30 @@ def _rotate(config: Config, args: argparse.Namespace) -> int:
 def _rotate_master(config: Config, args: argparse.Namespace) -> int:
     from qsfs.cli.unlock import ask_passphrase
     from qsfs.clock import SystemClock
+    from qsfs.daemon.keys import refuse_used
     from qsfs.daemon.secret import read_key_file, read_passphrase_file
-    from qsfs.format.key_changes import rotate_master
+    from qsfs.format.key_changes import Change, rotate_master
 
     secret = _unlock(config, args)
     secrets = [secret, *(read_key_file(Path(file)) for file in args.key_file)]
     secrets += [read_passphrase_file(Path(file)) for file in args.passphrase_file]
     if args.passphrase:
         secrets.append(ask_passphrase(new=False, prompt="Passphrase of the other slot: "))
-    changed = _change(
-        config,
-        secret,
-        None,
-        lambda superblock, keys, number, _: rotate_master(
-            superblock, keys, secrets, SystemClock(), number=number, drop=args.drop
-        ),
-    )
+
+    def make(superblock: Any, keys: Any, number: int, used: frozenset[int]) -> Change:
+        change = rotate_master(superblock, keys, secrets, SystemClock(), number=number, drop=args.drop)
+        if not args.in_use:
+            refuse_used(used, args.drop)
+        return change
+
+    changed = _change(config, secret, None, make)
     number = changed.change.keys.current.number
     note = (
         "What exists stays under the old ones, which every slot keeps; 'qsfs status' says how much that is. A mount on "
         "another machine takes the new one up within minutes"
     )
+    if args.drop:
+        note += f". Whoever kept the secret of a slot that was dropped {_STILL_READS}"
     return _done(config, args, changed, f"master key {number} seals what is written from now on", note)
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from qsfs.clock import Clock
 from qsfs.config import Config
 from qsfs.daemon import control
 from qsfs.daemon.connect import Links, links
+from qsfs.daemon.secret import read_secret
 from qsfs.errors import DeadlineExceeded, KeyFileError, MountError, NotRunning, QsfsError
 from qsfs.format.key_changes import Change
 from qsfs.format.keys import KeyRing
-from qsfs.format.slots import Secret
+from qsfs.format.slots import Secret, masters_of
 from qsfs.format.superblock import Superblock
 from qsfs.remote.key_slots import (
     Changed,
@@ -49,15 +50,21 @@ async def change(
 ) -> Changed:
     """Makes one change of the key slots; raises as `change_key_slots`.
 
-    `make` gets the superblock, its key ring, the number for a new master key, and the slots that `secret`
-    opens.
+    `make` gets the superblock, its key ring, the number for a new master key, and the slots in use: those that
+    `secret` opens, or the configured one, which the next mount starts with.
     """
+    in_use = {secret}
+    with suppress(KeyFileError):
+        in_use.add(read_secret(config))
+
+    def in_use_of(superblock: Superblock) -> frozenset[int]:
+        return frozenset(n for one in in_use for n in masters_of(superblock.slots, one, superblock.fsid)[0])
 
     async def work(found: Links) -> Changed:
         return await change_key_slots(
             found.candidates,
             secret,
-            lambda superblock, keys, number: make(superblock, keys, number, _opened(superblock, secret)),
+            lambda superblock, keys, number: make(superblock, keys, number, in_use_of(superblock)),
             clock,
         )
 
@@ -67,12 +74,6 @@ async def change(
 async def refill(config: Config, clock: Clock, secret: Secret) -> Changed:
     """Brings the newest key slots to all backends; raises as `refill_key_slots`."""
     return await _with_links(config, clock, lambda found: refill_key_slots(found.candidates, secret, clock))
-
-
-def _opened(superblock: Superblock, secret: Secret) -> frozenset[int]:
-    from qsfs.format.slots import masters_of
-
-    return frozenset(masters_of(superblock.slots, secret, superblock.fsid)[0])
 
 
 async def _with_links(config: Config, clock: Clock, work: Callable[[Links], Awaitable[_T]]) -> _T:
@@ -114,10 +115,11 @@ def tell_mount(config: Config, wanted_master: int) -> str:
     return f"The mount here works with revision {found['revision']} of the key slots, master key {found['master_key']}"
 
 
-def refuse_used(used: frozenset[int], number: int) -> None:
-    """`KeyFileError` if the secret of the slot is the one that this command, or the mount here, uses."""
-    if number in used:
-        raise KeyFileError(
-            f"key slot {number} is the one in use: the configured secret opens it, and would not any more; configure "
-            "another secret first, or say --in-use"
-        )
+def refuse_used(used: frozenset[int], going: Sequence[int]) -> None:
+    """`KeyFileError` if a slot that is to go is one that the configured secret, or this command's, opens."""
+    for number in going:
+        if number in used:
+            raise KeyFileError(
+                f"key slot {number} is the one in use: the configured secret, or the one given, opens it, and would "
+                "not any more; configure another secret first, or say --in-use"
+            )

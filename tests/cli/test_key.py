@@ -176,6 +176,39 @@ def reachable(tmp_path, monkeypatch):
     return found
 
 
+class TestSlotInUse:
+    """The next mount starts with the configured secret: what it opens goes only if that is said."""
+
+    @pytest.fixture
+    def with_another(self, qsfs, reachable):
+        assert qsfs("key", "add", "--key-file", "other.key").code == 0
+        return reachable
+
+    @pytest.mark.parametrize("unlock", [[], ["--unlock-key-file", "other.key"]])
+    @pytest.mark.parametrize("words", [["remove", "1"], ["rotate-master", "--drop", "1", "--key-file", "other.key"]])
+    def test_it_is_neither_removed_nor_dropped_unasked(self, qsfs, with_another, words, unlock):
+        result = qsfs("key", *words, *unlock)
+        assert result.code == 4 and "key slot 1 is the one in use" in result.err
+        assert "--in-use" in result.err
+        assert qsfs("key", "verify").code == 0
+        assert [slot["slot"] for slot in qsfs("--json", "key", "list").json["slots"]] == [1, 2]
+
+    def test_it_is_dropped_where_that_is_said_and_told_what_that_does_not_do(self, qsfs, with_another):
+        result = qsfs("key", "rotate-master", "--drop", "1", "--key-file", "other.key", "--in-use")
+        assert result.code == 0, result.err
+        assert "an old copy of the superblock can still read what was written so far" in result.out
+        assert qsfs("key", "verify").code == 4
+        assert qsfs("key", "verify", "--key-file", "other.key").code == 0
+
+    def test_another_slot_is_dropped_without_more(self, qsfs, with_another):
+        assert qsfs("key", "rotate-master", "--drop", "2").code == 0
+        assert qsfs("key", "verify").code == 0
+
+    def test_who_rotates_it_with_another_secret_is_told_to_put_the_new_one_in_place(self, qsfs, with_another):
+        result = qsfs("key", "rotate", "1", "--key-file", "new.key", "--unlock-key-file", "other.key")
+        assert result.code == 0 and "put the new one where [filesystem]" in result.out
+
+
 class TestSheets:
     def test_a_sheet_becomes_a_key_file_without_any_configuration(self, qsfs, tmp_path):
         (tmp_path / "typed").write_text("\n".join(sheet_lines(SECRET)).lower())
