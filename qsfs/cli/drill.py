@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `drill`."""
+    from qsfs.cli.unlock import add_unlock_options
+
     parser = subparsers.add_parser(
         "drill",
         help="prove that the file system can be restored",
@@ -49,6 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="where the scratch directory is made (default: $TMPDIR, /var/tmp)",
     )  # fmt: skip
     parser.add_argument("--no-mount", action="store_true", help="do not ask the running mount")
+    add_unlock_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     import trio
 
     from qsfs.cli.output import print_json
+    from qsfs.cli.unlock import unlocking
     from qsfs.clock import SystemClock
     from qsfs.config import Config
     from qsfs.daemon.drilling import Wishes, drill_file_system
@@ -63,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from qsfs.health.drill_report import exit_code, json_of, text_of
 
     config = Config.load(args.config)
+    secret = unlocking(args)
     if args.report is not None:
         _check_writable(args.report)
     seed = args.seed if args.seed is not None else secrets.randbelow(1 << 32)
@@ -80,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     clock = SystemClock()
     with _failure_reported(args.report, clock):
-        result = trio.run(lambda: drill_file_system(config, clock, wishes, progress))
+        result = trio.run(lambda: drill_file_system(config, clock, wishes, progress, secret=secret))
     if args.report is not None:
         _write(args.report, text_of(result))
         progress(f"{result.verdict.value}; the report is in {args.report}")

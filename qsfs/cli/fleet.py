@@ -10,19 +10,22 @@ from qsfs.errors import NotRunning, QsfsError
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `fleet` and its subcommands."""
+    from qsfs.cli.unlock import add_unlock_options
+
     parser = subparsers.add_parser(
         "fleet",
         help="show the backends, or change them to what is configured",
         description="Show the backends of the file system (its fleet), or change them to what is configured.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    actions.add_parser(
+    listing = actions.add_parser(
         "list",
         help="number, name, group, node, state and reachability of each backend",
         description="Show the fleet of the newest generation known here: each backend's number, name, group, node, "
         "state (active, draining; joining or leaving during a change), whether it answers the mount, and how many "
         "packs have still a shard on a draining one.",
     )
+    add_unlock_options(listing)
     apply = actions.add_parser(
         "apply",
         help="change the fleet to the backends that the configuration lists now",
@@ -56,10 +59,11 @@ def run(args: argparse.Namespace) -> int:
         try:
             found = control.ask(config.cache.directory, "fleet", timeout=60)
         except NotRunning:
+            from qsfs.cli.unlock import unlocking
             from qsfs.daemon.fleet import describe_fleet
             from qsfs.daemon.placing import known_unmounted
 
-            found = describe_fleet(known_unmounted(config).fleets, None, None)
+            found = describe_fleet(known_unmounted(config, secret=unlocking(args)).fleets, None, None)
         text = list_lines
     else:
         found = control.ask(

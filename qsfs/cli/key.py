@@ -129,8 +129,7 @@ def _unlock(config: Config, args: argparse.Namespace) -> Secret:
     from qsfs.cli.unlock import unlocking
     from qsfs.daemon.secret import read_secret
 
-    given = unlocking(args, prefix=_UNLOCK)
-    return read_secret(config) if given is None else given
+    return read_secret(config, unlocking(args, prefix=_UNLOCK))
 
 
 def _list(config: Config, args: argparse.Namespace) -> int:
@@ -294,7 +293,7 @@ def _verify(config: Config, args: argparse.Namespace) -> int:
         if given is not None:
             raise ConfigError("--sheet and another secret are both given: prove one at a time")
         given = _read_sheet(args.sheet, typed=args.sheet == "-")
-    secret = read_secret(config) if given is None else given
+    secret = read_secret(config, given)
     proof = trio.run(lambda: keys.prove(config, SystemClock(), secret))
     if args.json:
         print_json(

@@ -12,6 +12,8 @@ _KINDS = (("backend", "backends"), ("node", "nodes"), ("group", "groups"))
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `placement` and its subcommands."""
+    from qsfs.cli.unlock import add_unlock_options
+
     parser = subparsers.add_parser(
         "placement",
         help="show which losses of backends are survived",
@@ -30,6 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--lose", metavar="WHAT", nargs="+", action="extend", default=[],
         help="a backend (its number, address or address/namespace), group:NAME or node:NAME; may be repeated",
     )  # fmt: skip
+    add_unlock_options(check)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,9 +48,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         found = control.ask(config.cache.directory, "placement", timeout=300, lose=args.lose)
     except NotRunning:
+        from qsfs.cli.unlock import unlocking
         from qsfs.daemon.placing import check_unmounted
 
-        found = trio.run(lambda: check_unmounted(config, SystemClock(), args.lose))
+        secret = unlocking(args)
+        found = trio.run(lambda: check_unmounted(config, SystemClock(), args.lose, secret=secret))
     if args.json:
         print_json(found)
     else:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `rollback`."""
+    from qsfs.cli.unlock import add_unlock_options
+
     parser = subparsers.add_parser(
         "rollback",
         help="return the file system to a snapshot",
@@ -30,6 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="also if this machine holds what was never published: that is in no snapshot then, and the local state "
         "is moved beside the cache directory",
     )
+    add_unlock_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,11 +40,13 @@ def run(args: argparse.Namespace) -> int:
     import trio
 
     from qsfs.cli.output import print_json
+    from qsfs.cli.unlock import unlocking
     from qsfs.clock import SystemClock
     from qsfs.config import Config
     from qsfs.daemon.rollback import Order, roll_back
 
     config = Config.load(args.config)
+    secret = unlocking(args)
 
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -52,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             _ask(plan)
 
     order = Order(args.which, args.set_aside, agree)
-    report = trio.run(lambda: roll_back(config, SystemClock(), order, progress))
+    report = trio.run(lambda: roll_back(config, SystemClock(), order, progress, secret=secret))
     if args.json:
         print_json({"generation": report.base.generation} | rollback_fields(report))
         return 0

@@ -56,12 +56,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         help="hold them no longer than this; then they go on and no snapshot is made (default: 30)",
     )
-    actions.add_parser(
+    listing = actions.add_parser(
         "list",
         help="list the snapshots",
         description="List the snapshots: those of the mount, or, if nothing is mounted here, those that the newest "
         "generation on the backends keeps.",
     )
+    add_unlock_options(listing)
     delete = actions.add_parser(
         "delete",
         help="keep a snapshot no longer",
@@ -200,7 +201,7 @@ def _list(config: Config, args: argparse.Namespace) -> int:
         found = control.ask(config.cache.directory, "snapshot-list", timeout=30)
     except (NotRunning, MountError):
         # Nothing is mounted here, or not by one who writes.
-        found, sentences = _on_backends(config)
+        found, sentences = _on_backends(config, args)
     now = SystemClock().time_ns() / 1e9
     places = {name: str(place) for name, place in mounted(config).items()}
     for entry in found:
@@ -222,13 +223,15 @@ def _list(config: Config, args: argparse.Namespace) -> int:
     return 0
 
 
-def _on_backends(config: Config) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+def _on_backends(config: Config, args: argparse.Namespace) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     import trio
 
+    from qsfs.cli.unlock import unlocking
     from qsfs.clock import SystemClock
     from qsfs.daemon.snapshots import described, snapshots_on_backends
 
-    found, sentences = trio.run(snapshots_on_backends, config, SystemClock())
+    secret = unlocking(args)
+    found, sentences = trio.run(lambda: snapshots_on_backends(config, SystemClock(), secret=secret))
     return [described(snapshot) for snapshot in found], sentences
 
 

@@ -48,7 +48,7 @@ async def check_file_system(
                 directory,
                 limits,
                 clock=clock,
-                backends=Backends(found.candidates, read_secret(config) if secret is None else secret),
+                backends=Backends(found.candidates, read_secret(config, secret)),
                 deep=deep,
                 repair=repair,
                 say=say,

@@ -24,6 +24,7 @@ from qsfs.daemon.lock import CacheLock, holder
 from qsfs.daemon.restoring import Told
 from qsfs.errors import CacheError, QsfsError
 from qsfs.format.head import HeadRef
+from qsfs.format.slots import Secret
 from qsfs.health.drill import DrillResult, drill
 from qsfs.health.drill_backends import choose_down, for_drill
 from qsfs.health.drill_plan import Compared, ComparedRows, Plan
@@ -52,13 +53,14 @@ class Wishes:
 
 
 async def drill_file_system(
-    config: Config, clock: Clock, wishes: Wishes, progress: Callable[[str], None]
+    config: Config, clock: Clock, wishes: Wishes, progress: Callable[[str], None], *, secret: Secret | None = None
 ) -> DrillResult:
     """Drills what `config`'s backends hold; raises as `health.drill.drill`, and `KeyboardInterrupt` on a signal.
 
-    However it ends, the scratch directory goes.  The cache directory is not touched.
+    `secret` opens it (default: the configured one).  However it ends, the scratch directory goes.  The cache
+    directory is not touched.
     """
-    secret = read_secret(config)
+    secret = read_secret(config, secret)
     names = [backend.name for backend in config.backends]
     down = choose_down(names, wishes.down, wishes.down_named, wishes.plan.seed)
     if down:

@@ -84,7 +84,7 @@ async def format_file_system(
     require_promises(config, code)
     if draining := [backend.name for backend in config.backends if backend.drain]:
         raise ConfigError(f"{config.path}: drain = true means nothing in a new file system: {', '.join(draining)}")
-    secret = read_secret(config) if secret is None else secret
+    secret = read_secret(config, secret)
     lock = CacheLock(directory)
     try:
         _check_free(directory, force, Limits.of(config.cache, config.flush.spool_bytes).map_bytes)

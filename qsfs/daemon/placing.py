@@ -169,28 +169,31 @@ def _after(fleet: Fleet, assessment: FleetAssessment, gone: Set[int]) -> dict[st
     }
 
 
-async def check_unmounted(config: Config, clock: Clock, lose: Sequence[str]) -> dict[str, Any]:
+async def check_unmounted(
+    config: Config, clock: Clock, lose: Sequence[str], *, secret: Secret | None = None
+) -> dict[str, Any]:
     """The same from the local store of a file system that is not mounted; no backend is asked.
 
-    Raises `CacheError`, `KeyFileError`, and `MountError` while another process works there.
+    `secret` opens it (default: the configured one).  Raises `CacheError`, `KeyFileError`, and `MountError` while
+    another process works there.
     """
-    with _unmounted(config) as (environment, superblock, keys):
+    with _unmounted(config, secret) as (environment, superblock, keys):
         known = read_known(environment, keys)
         return await check_placement(environment, clock, known, superblock.code, promises_of(config), lose=lose)
 
 
-def known_unmounted(config: Config) -> Known:
+def known_unmounted(config: Config, *, secret: Secret | None = None) -> Known:
     """What the newest head in the local store says while it is not mounted; raises as `check_unmounted`."""
-    with _unmounted(config) as (environment, _, keys):
+    with _unmounted(config, secret) as (environment, _, keys):
         return read_known(environment, keys)
 
 
 @contextlib.contextmanager
-def _unmounted(config: Config) -> Iterator[tuple[Environment, Superblock, KeyRing]]:
+def _unmounted(config: Config, secret: Secret | None) -> Iterator[tuple[Environment, Superblock, KeyRing]]:
     directory = config.cache.directory
     if not local_store_exists(directory):
         raise CacheError(f"{directory}: no file system here; 'qsfs restore' brings the one that the backends hold")
-    secret = read_secret(config)
+    secret = read_secret(config, secret)
     lock = CacheLock(directory)
     try:
         limits = Limits.of(config.cache, config.flush.spool_bytes)

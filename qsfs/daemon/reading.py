@@ -129,7 +129,7 @@ class Reading:
         if self.config.mount.allow_other:
             mountpoint.check_allow_other()
         directory = self.config.cache.directory
-        secret = read_secret(self.config) if self._given is None else self._given
+        secret = read_secret(self.config, self._given)
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:

@@ -35,7 +35,7 @@ async def restore_file_system(
     is made if it is missing: a lost machine has none.
     """
     directory = config.cache.directory
-    secret = read_secret(config) if secret is None else secret
+    secret = read_secret(config, secret)
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

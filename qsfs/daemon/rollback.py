@@ -63,9 +63,12 @@ class Order:
     agree: Callable[[Plan], None]
 
 
-async def roll_back(config: Config, clock: Clock, order: Order, progress: Callable[[str], None]) -> RollbackReport:
+async def roll_back(
+    config: Config, clock: Clock, order: Order, progress: Callable[[str], None], *, secret: Secret | None = None
+) -> RollbackReport:
     """Rolls back; raises with the local state as it was, or with it rolled back and not yet published.
 
+    `secret` opens it (default: the configured one).
     Raises `MountError` while it is mounted here, `NotFound` for what is not kept, `CacheError` while
     something is not published, `StaleCache` if this machine does not have the newest generation.
     """
@@ -76,7 +79,7 @@ async def roll_back(config: Config, clock: Clock, order: Order, progress: Callab
         )
     lock = CacheLock(config.cache.directory)
     try:
-        return await _Work(config, clock, order, progress, read_secret(config)).run()
+        return await _Work(config, clock, order, progress, read_secret(config, secret)).run()
     finally:
         lock.release()
 

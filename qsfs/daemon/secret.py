@@ -26,8 +26,10 @@ _MOST_BYTES = 64 << 10
 _KEY, _PASSPHRASE = b"k", b"p"
 
 
-def read_secret(config: Config) -> Secret:
-    """The secret that the configuration names.  Raises `KeyFileError`."""
+def read_secret(config: Config, given: Secret | None = None) -> Secret:
+    """The secret that a command was given, else the one that the configuration names.  Raises `KeyFileError`."""
+    if given is not None:
+        return given
     section = config.filesystem
     if section.passphrase_file is not None:
         return read_passphrase_file(place_of(section.passphrase_file))

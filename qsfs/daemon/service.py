@@ -143,7 +143,7 @@ class Service:
 
     def _open_store(self) -> None:
         config = self.config
-        secret = read_secret(config) if self._given is None else self._given
+        secret = read_secret(config, self._given)
         limits = Limits.of(config.cache, config.flush.spool_bytes)
         if not (config.cache.directory / "data.mdb").exists():
             raise CacheError(

@@ -13,6 +13,7 @@ from qsfs.daemon.committer import Committer
 from qsfs.daemon.connect import links, read_secret
 from qsfs.errors import DeadlineExceeded, NotFound
 from qsfs.filesystem.contents import Contents
+from qsfs.format.slots import Secret
 from qsfs.remote.pinning import Pinning
 from qsfs.remote.snapshots import Snapshot, check_name, snapshots_of
 from qsfs.remote.source import find_source
@@ -92,12 +93,15 @@ def described(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-async def snapshots_on_backends(config: Config, clock: Clock) -> tuple[list[Snapshot], tuple[str, ...]]:
+async def snapshots_on_backends(
+    config: Config, clock: Clock, *, secret: Secret | None = None
+) -> tuple[list[Snapshot], tuple[str, ...]]:
     """The snapshots that the newest head on the backends keeps, and what a person should read about that.
 
-    For a machine where nothing is mounted.  Raises as `find_source` does.
+    For a machine where nothing is mounted.  `secret` opens it (default: the configured one).  Raises as
+    `find_source` does.
     """
-    secret = read_secret(config)
+    secret = read_secret(config, secret)
     found = links(config, clock)
     try:
         source = await find_source(found.candidates, secret=secret, clock=clock)

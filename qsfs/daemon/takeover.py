@@ -48,7 +48,7 @@ async def take_over(
     `secret` opens it (default: the configured one).
     """
     there = local_store_exists(config.cache.directory)
-    secret = read_secret(config) if secret is None else secret
+    secret = read_secret(config, secret)
     if not there:
         progress("no local state: restoring the newest generation")
         await restore_file_system(config, clock, progress, secret=secret)

@@ -62,7 +62,6 @@ class Stage:
             stack.enter_context(judged(self.trace, self.allowed_log))
             for module in (takeover, rollback, restoring):
                 stack.enter_context(mock.patch.object(module, "links", _links))
-            stack.enter_context(mock.patch.object(rollback, "read_secret", lambda config: SECRET))
             stack.enter_context(mock.patch.object(Limits, "of", lambda *_: LIMITS))
             stack.enter_context(mock.patch.object(Sealer, "pack_bytes", PACK_PAGES * PAGE))
             stack.enter_context(mock.patch.object(Publisher, "publish", self._watched(Publisher.publish)))
@@ -229,7 +228,7 @@ class Stage:
 
         async def work(life: Life) -> None:
             order = Order(which, True, lambda plan: self._may_change(machine, version))
-            report = await roll_back(life.config, machine.clock, order, self._said(life))
+            report = await roll_back(life.config, machine.clock, order, self._said(life), secret=SECRET)
             self.trace.note(f"{life.name} rolled back to version {version}")
             self.ledger.acknowledge(report.base, version)
             self.ledger.counts["rolled back"] += 1

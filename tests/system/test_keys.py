@@ -273,6 +273,34 @@ def test_the_service_takes_its_key_from_a_credential(scratch: Path, fleet: Serve
             del os.environ["CREDENTIALS_DIRECTORY"]
 
 
+def test_outside_of_the_service_commands_work_with_a_secret_that_is_named(scratch: Path, fleet: Servers) -> None:
+    """The configuration names a credential, which only the service can read."""
+    with file_system(scratch / "one", fleet, "named") as fs:
+        fs.format()
+        phrase, key = secret_file(fs), fs.directory / "elsewhere.key"
+        fs.run("key", "add", "--passphrase-file", phrase, *CHEAP)
+        (fs.directory / "qsfs.key").rename(key)
+        fs.set({"filesystem.key_file": "credential:qsfs.key"})
+        opens: tuple[tuple[str | Path, ...], ...] = (("--passphrase-file", phrase), ("--key-file", key))
+        fs.mount(*map(str, opens[0]))
+        store(fs, "base", MIB)
+        fs.run("snapshot", "create", "first")
+        store(fs, "later", MIB)
+        fs.umount()
+        commands = (["snapshot", "list"], ["placement", "check"], ["fleet", "list"], ["drill", "--no-mount"])
+        for words in (*commands, ["rollback", "first", "--yes"]):
+            assert "systemd" in fs.run(*words, code=4).stderr
+        for words in commands:
+            for secret in opens:
+                fs.run(*words, *secret)
+        for secret in opens:
+            fs.run("rollback", "first", "--yes", *secret)
+            fs.mount(*map(str, secret))
+            check(fs, "base")
+            assert not (fs.mountpoint / "later").exists()
+            fs.umount()
+
+
 def test_a_passphrase_is_read_from_a_pipe(scratch: Path, fleet: Servers) -> None:
     with file_system(scratch / "one", fleet, "pipe") as fs:
         fs.format()
