@@ -20,6 +20,7 @@ from qsfs.daemon.connect import SUPERBLOCK_ROW, Opened
 from qsfs.daemon.owning import local_fleets
 from qsfs.errors import BackendError, KeyFileError, QsfsBug, QsfsError
 from qsfs.format.keys import KeyRing
+from qsfs.format.passphrase import Passphrase
 from qsfs.format.slots import Secret, name_of
 from qsfs.format.superblock import SUPERBLOCK_KEY, Superblock, encode_superblock, open_superblock, read_superblock
 from qsfs.remote.members import Member, Members, State
@@ -152,10 +153,7 @@ class KeyUpkeep:
                 try:
                     superblock, keys = await trio.to_thread.run_sync(open_superblock, value, self._secret)
                 except KeyFileError:
-                    self._tell(
-                        f"the master key was rotated, and the {name_of(self._secret)} of this mount does not open the "
-                        "new one: it goes on with the old; mount again with one that does"
-                    )
+                    self._tell(self._why_closed())
                     continue
                 except QsfsError:
                     continue
@@ -165,6 +163,16 @@ class KeyUpkeep:
             if best is None or rank > best[:3]:
                 best = (*rank, superblock, keys)
         return None if best is None else (best[2], best[3], best[4])
+
+    def _why_closed(self) -> str:
+        if isinstance(self._secret, Passphrase) and self._secret.exhausted:
+            why = "was tried on very many key slots that it does not open, as a backend may forge, and is on no more"
+        else:
+            why = "does not open the new one"
+        return (
+            f"the master key was rotated, and the {name_of(self._secret)} of this mount {why}: it goes on with the "
+            "old; mount again with one that opens the new one"
+        )
 
     def _reads(self, value: bytes) -> Superblock | None:
         try:

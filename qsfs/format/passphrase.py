@@ -1,7 +1,8 @@
 """Passphrases: what Argon2id makes of them, at a cost that has bounds.
 
 The parameters of a key slot are read before anything authenticates them: a backend may have forged
-them.  So a slot whose cost is absurd is never tried, and one passphrase tries only so many slots.
+them.  So a slot whose cost is absurd is never tried, and a passphrase is tried on only so many slots
+until one of them opens.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ MOST_WORK_KIB = 4 << 20
 """The largest product of memory and iterations: some 10 s of one core."""
 MOST_LANES = 16
 MOST_DERIVATIONS = 16
-"""So many different slots one passphrase is tried on."""
+"""So many different slots a passphrase is tried on until one opens, which nobody without it can make.
+
+As many as a file system may have: a passphrase meets no more real ones from one that it opens to the next.
+"""
 
 _KEY_SIZE = 32
 
@@ -56,7 +60,7 @@ class Passphrase:
     Not part of any message, log or `repr`.  Safe to use from one thread at a time.
     """
 
-    __slots__ = ("_derived", "_text")
+    __slots__ = ("_derived", "_in_vain", "_text")
 
     def __init__(self, text: str) -> None:
         """`KeyFileError` if it is empty or absurdly long."""
@@ -64,6 +68,7 @@ class Passphrase:
             raise KeyFileError(f"a passphrase has 1 to {MOST_CHARACTERS} characters, not {len(text)}")
         self._text = unicodedata.normalize("NFC", text).encode("utf-8", "surrogateescape")
         self._derived: dict[tuple[bytes, KdfCost], bytes] = {}
+        self._in_vain: set[tuple[bytes, KdfCost]] = set()
 
     def __repr__(self) -> str:
         return "Passphrase(...)"
@@ -79,11 +84,42 @@ class Passphrase:
     def __hash__(self) -> int:
         return hash(self._text)
 
-    def derive(self, salt: bytes, cost: KdfCost) -> bytes:
-        """32 bytes of Argon2id; takes as long as the cost says, and the second time no time.
+    @property
+    def exhausted(self) -> bool:
+        """Whether it was tried on so many slots since one opened that it is tried on no other."""
+        return len(self._in_vain) >= MOST_DERIVATIONS
 
-        `KeyFileError` for a cost that is refused, too many derivations or too little memory, and
-        `DependencyMissing` where the installed cryptography cannot do it.
+    def refusal(self, salt: bytes, cost: KdfCost) -> str | None:
+        """Why it is not tried on a slot with this salt and cost, or None."""
+        if (salt, cost) in self._derived:
+            return None
+        if self.exhausted:
+            return f"the passphrase was tried on {MOST_DERIVATIONS} slots that it does not open, and is on no more"
+        return cost.refusal()
+
+    def try_on(self, salt: bytes, cost: KdfCost) -> bytes:
+        """What it derives for a slot that somebody wrote; `opened` is to be told if that opens it.
+
+        Raises as `derive`, and `KeyFileError` if there is a `refusal`.
+        """
+        refusal = self.refusal(salt, cost)
+        if refusal is not None:
+            raise KeyFileError(refusal)
+        if (salt, cost) not in self._derived:
+            self.derive(salt, cost)
+            self._in_vain.add((salt, cost))
+        return self._derived[salt, cost]
+
+    def opened(self, salt: bytes, cost: KdfCost) -> None:
+        """It opens the slot with this salt and cost; if that is news, as many others may be tried again."""
+        if (salt, cost) in self._in_vain:
+            self._in_vain.clear()
+
+    def derive(self, salt: bytes, cost: KdfCost) -> bytes:
+        """32 bytes of Argon2id, for a slot of ours; takes as long as the cost says, and the second time no time.
+
+        `KeyFileError` for a cost that is refused or too little memory, and `DependencyMissing` where the
+        installed cryptography cannot do it.
         """
         known = self._derived.get((salt, cost))
         if known is not None:
@@ -91,8 +127,6 @@ class Passphrase:
         refusal = cost.refusal()
         if refusal is not None:
             raise KeyFileError(refusal)
-        if len(self._derived) >= MOST_DERIVATIONS:
-            raise KeyFileError(f"the passphrase was tried on {MOST_DERIVATIONS} slots already, and on no more")
         try:
             key = Argon2id(
                 salt=salt,

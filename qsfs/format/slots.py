@@ -94,10 +94,12 @@ def unwrap(slot: KeySlot, secret: Secret, *, fsid: bytes) -> MasterKey:
     if cost is None or not isinstance(salt, bytes) or not 8 <= len(salt) <= 64:
         raise KeyFileError(f"key slot {slot.number} of kind '{slot.kind}' does not open with a passphrase")
     try:
-        derived = secret.derive(salt, cost)
+        derived = secret.try_on(salt, cost)
     except KeyFileError as error:
         raise KeyFileError(f"key slot {slot.number}: {error}") from None
-    return unwrap_under(slot, derived, salt, fsid=fsid)
+    master = unwrap_under(slot, derived, salt, fsid=fsid)
+    secret.opened(salt, cost)
+    return master
 
 
 def cost_of(slot: KeySlot) -> KdfCost | None:
@@ -121,10 +123,11 @@ def masters_of(
         try:
             master = unwrap(slot, secret, fsid=fsid)
         except KeyFileError:
-            cost = cost_of(slot) if isinstance(secret, Passphrase) else None
-            reason = None if cost is None else cost.refusal()
-            if reason is not None:
-                refused.append(f"key slot {slot.number} was not tried: {reason}")
+            cost, salt = cost_of(slot), slot.params.get("salt")
+            if isinstance(secret, Passphrase) and cost is not None and isinstance(salt, bytes):
+                reason = secret.refusal(salt, cost)
+                if reason is not None:
+                    refused.append(f"key slot {slot.number} was not tried: {reason}")
         else:
             opened.setdefault(slot.number, {})[master.number] = master
     return opened, list(dict.fromkeys(refused))

@@ -122,6 +122,38 @@ def test_very_many_forged_slots_cost_a_bounded_number_of_derivations(derivations
     assert len(derivations) == passphrase_module.MOST_DERIVATIONS
 
 
+def test_forged_slots_in_ever_new_superblocks_cost_no_more(derivations):
+    """A backend may send other slots each time that it is asked, and those of real superblocks among them."""
+    real = phrase_slots()
+    derivations.clear()
+    secret = Passphrase(WORDS)
+    for n in range(50):
+        forged = KeySlot(9, "argon2id", {"salt": n.to_bytes(32, "big"), **CHEAP_PARAMS}, 1, bytes(12), b"w" * 48)
+        opened, refused = masters_of((forged, *real), secret, FSID)
+        assert set(opened) == {2}
+        assert bool(refused) == (n > passphrase_module.MOST_DERIVATIONS)
+    assert "was not tried" in refused[0] and "on no more" in refused[0]
+    assert secret.exhausted
+    assert len(derivations) == 2 + passphrase_module.MOST_DERIVATIONS
+
+
+def test_a_passphrase_opens_one_revision_of_full_slots_after_the_other():
+    """Each revision has salts of its own: what real slots cost is no reason to try no later ones."""
+    words = [f"words of slot {number}" for number in range(1, MOST_SLOTS + 1)]
+    for mine in (0, MOST_SLOTS // 2, MOST_SLOTS - 1):
+        secret = Passphrase(words[mine])
+        for revision in range(4):
+            slots = tuple(
+                slot
+                for number, phrase in enumerate(words, start=1)
+                for slot in phrase_slots(phrase, number=number, seed=100 * revision + number)
+            )
+            opened, refused = masters_of(slots, secret, FSID)
+            assert (set(opened), refused) == ({mine + 1}, [])
+        # Nor are those that others hold in the way of a slot of its own.
+        assert wrap(secret, KEYS, slot_number=mine + 1, clock=FixedClock(9), cost=CHEAP)
+
+
 CHEAP_PARAMS = {"memory_kib": 64, "iterations": 1, "lanes": 1}
 
 

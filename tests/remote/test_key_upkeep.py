@@ -12,7 +12,10 @@ from qsfs.daemon.key_upkeep import KeyUpkeep
 from qsfs.errors import BackendFull, BackendUnavailable
 from qsfs.format.erasure import Code
 from qsfs.format.key_changes import add_slot, remove_slot, rotate_master, rotate_slot
+from qsfs.format.keys import KeyRing, MasterKey
 from qsfs.format.pack import PackKind, PlainExtent
+from qsfs.format.passphrase import KdfCost, Passphrase
+from qsfs.format.slots import Secret
 from qsfs.format.superblock import SUPERBLOCK_KEY, encode_superblock, open_superblock, read_superblock
 from qsfs.remote.base import record_base
 from qsfs.remote.control import Records
@@ -20,6 +23,7 @@ from tests.remote.harness import make_head, plant
 from tests.remote.small_fs import OWNER, SECRET, SmallFs, add_superblock, noise
 
 NEW = b"n" * 32
+CHEAP = KdfCost(64, 1, 1)
 
 
 class Committer:
@@ -44,6 +48,10 @@ class Mount(SmallFs):
         self.commit()
         superblock, keys = open_superblock(value, secret)
         self.opened = Opened(superblock, keys, Code(superblock.code), Records(keys))
+        return self.start_with(secret)
+
+    def start_with(self, secret: Secret) -> KeyUpkeep:
+        """An upkeep of what is open, with this secret."""
         self.upkeep = KeyUpkeep(self.store, Committer(self), self.members, self.opened, secret, self.clock)
         return self.upkeep
 
@@ -144,6 +152,40 @@ async def test_a_master_key_that_the_mounts_secret_does_not_open_is_said_and_lef
         await mount.upkeep.look()
     assert mount.opened.keys.numbers == (1,) and mount.held(value) == 7
     assert SECRET.hex() not in caplog.text
+
+
+async def test_a_mount_with_a_passphrase_takes_up_one_master_key_after_the_other(mount):
+    """With four passphrases, each rotation gives four salts more to try."""
+    phrases = [Passphrase(f"words of slot {number}") for number in range(2, 6)]
+    superblock, keys = mount.opened.superblock, mount.opened.keys
+    for phrase in phrases:
+        change = add_slot(superblock, keys, phrase, mount.clock, CHEAP)
+        superblock, keys = change.superblock, change.keys
+    mount.put(mount.changed(change), 8)
+    upkeep = mount.start_with(Passphrase(phrases[2].utf8.decode()))
+    for number in range(2, 9):
+        every = [SECRET, *(Passphrase(phrase.utf8.decode()) for phrase in phrases)]
+        change = rotate_master(superblock, keys, every, mount.clock, number=number)
+        superblock, keys = change.superblock, change.keys
+        mount.put(mount.changed(change), 8)
+        await upkeep.look()
+        assert upkeep.opened.keys.current.number == number
+
+
+async def test_a_mount_says_that_forged_slots_wore_its_passphrase_out(mount, expect_log):
+    expect_log("key slots that it does not open, as a backend may forge", logging.WARNING, count=1)
+    expect_log("does not open the new one", logging.WARNING, count=1)
+    upkeep = mount.start_with(Passphrase("not tried for ever"))
+    keys = mount.opened.keys
+    for number in range(2, 6):
+        superblock = mount.opened.superblock
+        for slot in range(6):
+            phrase = Passphrase(f"forged {number} {slot}")
+            superblock = add_slot(superblock, keys, phrase, mount.clock, CHEAP).superblock
+        forged = KeyRing(keys.fsid, [MasterKey(number, b"f" * 32)])
+        mount.put(encode_superblock(superblock, forged, mount.clock), 1)
+        await upkeep.look()
+    assert upkeep.opened.keys.numbers == (1,)
 
 
 async def test_backends_that_were_down_or_lost_it_get_it_again(mount):
