@@ -315,7 +315,7 @@ def _sheet(config: Config, args: argparse.Namespace) -> int:
     import trio
 
     from qsfs.cli.output import print_json
-    from qsfs.cli.sheet import add_sheet, sheet_text
+    from qsfs.cli.sheet import add_sheet, sheet_text, show_sheet
     from qsfs.clock import SystemClock
     from qsfs.daemon import keys
     from qsfs.daemon.secret import read_key_file, write_private
@@ -327,6 +327,10 @@ def _sheet(config: Config, args: argparse.Namespace) -> int:
         raise ConfigError(f"{target}: is a directory; name a file")
     if target is not None and target.exists() and not args.overwrite:
         raise ConfigError(f"{target}: exists; name another file, or say --overwrite")
+
+    def show(text: str, slot: int) -> None:
+        show_sheet(text, slot, as_json=args.json)
+
     if args.of is not None:
         state = trio.run(lambda: keys.key_state(config, clock, secret))
         on_paper = read_key_file(Path(args.of))
@@ -335,18 +339,16 @@ def _sheet(config: Config, args: argparse.Namespace) -> int:
         if not masters_of(state.found.superblock.slots, on_paper, state.found.keys.fsid)[0]:
             raise KeyFileError(f"{args.of}: opens no key slot of this file system; nothing was printed")
         text = sheet_text(config, state, on_paper, clock.time_ns(), slot=None)
-        if target is not None:
-            write_private(target, text, clock, replace=args.overwrite)
         slot = 0
+        if target is None:
+            show(text, slot)
+        else:
+            write_private(target, text, clock, replace=args.overwrite)
     else:
-        text, changed = add_sheet(config, secret, target, replace=args.overwrite)
-        slot = changed.change.slot
-        print(changed.sentence(), file=sys.stderr)
-    if args.json:
-        print_json({"slot": slot, "file": None if target is None else str(target), "sheet": None if target else text})
-    elif target is None:
-        print(text, end="")
-    else:
+        slot = add_sheet(config, secret, target, replace=args.overwrite, show=show).change.slot
+    if target is not None and args.json:
+        print_json({"slot": slot, "file": str(target), "sheet": None})
+    elif target is not None:
         print(f"wrote {target}: print it, prove it with 'qsfs key verify --sheet {target}', and delete the file")
     return 0
 

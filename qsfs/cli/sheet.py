@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,8 +65,13 @@ def sheet_text(config: Config, state: KeyState, secret: bytes, now_ns: int, *, s
     return "\n".join(lines) + "\n"
 
 
-def add_sheet(config: Config, secret: Secret, target: Path | None, *, replace: bool) -> tuple[str, Changed]:
-    """A sheet with a slot of its own, in `target` if there is one; what that replaces stays until the slot holds."""
+def add_sheet(
+    config: Config, secret: Secret, target: Path | None, *, replace: bool, show: Callable[[str, int], None]
+) -> Changed:
+    """Makes a sheet with a slot of its own, in `target`; what that replaces stays until the slot holds.
+
+    Without a target `show` writes the text out, for the slot with this number, which is not made if that raises.
+    """
     import trio
 
     from qsfs.clock import SystemClock
@@ -75,18 +81,21 @@ def add_sheet(config: Config, secret: Secret, target: Path | None, *, replace: b
 
     clock = SystemClock()
     on_paper = clock.random_bytes(32)
-    text = ""
     written = target
+    shown = 0
     if target is not None and replace:
         written = target.with_name(f"{target.name}.{clock.random_bytes(4).hex()}")
 
     def make(superblock: Any, ring: Any, _: int, __: frozenset[int]) -> Change:
-        nonlocal text
+        nonlocal shown
         change = add_slot(superblock, ring, on_paper, clock)
         text = sheet_text(config, state, on_paper, clock.time_ns(), slot=change.slot)
         # First the paper, then the slot: a slot that nobody can open is worse than a sheet that opens nothing.
         if written is not None:
             write_private(written, text, clock)
+        else:
+            show(text, change.slot)
+            shown = change.slot
         return change
 
     with keys.one_at_a_time(config):
@@ -101,8 +110,38 @@ def add_sheet(config: Config, secret: Secret, target: Path | None, *, replace: b
                 print(
                     f"{target} is as it was; the new sheet, whose key slot may be made, is {written}", file=sys.stderr
                 )
+            elif shown:
+                print(
+                    f"key slot {shown} may not be made, and the sheet that was printed open nothing: 'qsfs key verify "
+                    "--sheet -' tells",
+                    file=sys.stderr,
+                )
             raise
-    return text, changed
+    print(f"key slot {changed.change.slot} added, which the sheet opens; {changed.sentence()}", file=sys.stderr)
+    return changed
+
+
+def show_sheet(text: str, slot: int, *, as_json: bool) -> None:
+    """Prints a sheet; once it returns that is out of this process.  `ConfigError` if it cannot be written there.
+
+    `BrokenPipeError` if nobody reads it.
+    """
+    from qsfs.cli.output import print_json
+    from qsfs.errors import ConfigError
+
+    try:
+        if as_json:
+            print_json({"slot": slot, "file": None, "sheet": text})
+        else:
+            print(text, end="")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        print("nobody reads the sheet: no key slot was made", file=sys.stderr)
+        raise
+    except OSError as error:
+        raise ConfigError(f"the sheet cannot be printed: {error.strerror}; no key slot was made") from None
+    if slot:
+        print(f"The sheet opens nothing until it is said that key slot {slot} was added.", file=sys.stderr)
 
 
 def _backends(config: Config, state: KeyState) -> set[str]:

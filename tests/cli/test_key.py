@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
@@ -259,6 +260,39 @@ class TestSheets:
         monkeypatch.setattr(keys, "change", after_another)
         assert qsfs("--json", "key", "sheet", "sheet").json["slot"] == 3
         assert "key slot 3" in (tmp_path / "sheet").read_text()
+
+    def test_a_sheet_that_cannot_be_printed_leaves_no_slot_behind(self, qsfs, reachable, monkeypatch):
+        """Nobody could ever open it, and nobody would know of it."""
+        read, write = os.pipe()
+        os.close(read)
+        for words in (["key", "sheet"], ["--json", "key", "sheet"]):
+            for descriptor, code in ((os.dup(write), 141), (os.open("/dev/full", os.O_WRONLY), 3)):
+                stream = os.fdopen(descriptor, "w")
+                with monkeypatch.context() as patched:
+                    patched.setattr(sys, "stdout", stream)
+                    result = qsfs(*words)
+                assert result.code == code
+                assert "no key slot was made" in result.err or "--json" in words
+                with contextlib.suppress(OSError):
+                    stream.close()
+        os.close(write)
+        assert [slot["slot"] for slot in qsfs("--json", "key", "list").json["slots"]] == [1]
+
+    def test_a_printed_sheet_is_valid_once_its_slot_is_said_to_be_added(self, qsfs, tmp_path, reachable):
+        result = qsfs("key", "sheet")
+        assert result.code == 0, result.err
+        assert "opens nothing until it is said that key slot 2 was added" in result.err
+        assert "key slot 2 added, which the sheet opens" in result.err
+        (tmp_path / "typed").write_text(result.out)
+        assert qsfs("key", "verify", "--sheet", "typed").code == 0
+        assert qsfs("--json", "key", "sheet").json["slot"] == 3
+
+    def test_a_printed_sheet_whose_slot_is_not_known_to_be_made_is_told_of(self, qsfs, reachable):
+        reachable.refuse_writes = True
+        result = qsfs("key", "sheet")
+        assert result.code == 5 and "RECOVERY SHEET" in result.out
+        assert "added, which" not in result.err
+        assert "key slot 2 may not be made, and the sheet that was printed open nothing" in result.err
 
     def test_a_typing_error_names_its_line_and_writes_nothing(self, qsfs, tmp_path):
         lines = sheet_lines(SECRET)
