@@ -13,6 +13,7 @@ from qsfs.backend.metrics import Metrics
 from qsfs.backend.open import create_control_namespace, create_namespace, open_backend, open_control
 from qsfs.clock import Clock
 from qsfs.config import BackendConfig, Config
+from qsfs.daemon.descriptors import CONNECTIONS, require_descriptors
 from qsfs.daemon.secret import read_secret as read_secret  # noqa: PLC0414 - all that opens a file system is here
 from qsfs.errors import BackendError, ConfigError, FormatMismatch, KeyFileError
 from qsfs.format.erasure import Code
@@ -31,9 +32,6 @@ from qsfs.store.store import Store
 
 SUPERBLOCK_ROW = b"superblock"
 """LOCAL row: the superblock as it lies on the backends, so that a mount needs none of them."""
-
-CONNECTIONS = 3
-"""Connections, and so calls at a time, to each backend."""
 
 
 @dataclass(slots=True)
@@ -111,10 +109,11 @@ class Opened:
 def links(config: Config, clock: Clock) -> Links:
     """Makes the configured backends; nothing is connected before the first call.
 
-    Raises `ConfigError` if there are none.
+    Raises `ConfigError` if there are none, or if this process may not have so many connections.
     """
     if not config.backends:
         raise ConfigError(f"{config.path}: no [[backend]] is listed; add the backends' addresses")
+    require_descriptors(len(config.backends))
     found = Links([], [], {}, RateLimit(config.flush.upload_rate), RateLimit(config.flush.download_rate))
     for backend in config.backends:
         found.add(backend, clock)

@@ -10,6 +10,7 @@ import trio
 
 from qsfs.config import BackendConfig, Config
 from qsfs.daemon.connect import SUPERBLOCK_ROW, prepare_namespaces
+from qsfs.daemon.descriptors import require_descriptors
 from qsfs.daemon.placing import Known, broken_by_fleet, read_known, read_table
 from qsfs.daemon.promises import promises_of
 from qsfs.errors import BackendError, BackendRefused, ConfigError, Corrupt, FormatMismatch, MountError, NotFound
@@ -210,6 +211,9 @@ class _Applying:
 
     async def _ask_all(self, *, dry_run: bool) -> list[Configured]:
         found: list[Configured] = []
+        links = self._service.links
+        new = [backend for backend in self._config.backends if links.find(backend) is None]
+        require_descriptors(len(links.candidates) + len(new))
 
         async def ask(backend: BackendConfig) -> None:
             found.append(await self._ask(backend, dry_run=dry_run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,20 @@ def test_two_are_added_and_one_drained_under_load_then_it_and_m_others_are_lost(
         eventually(lambda: up(fs, 9), "all backends of the fleet are up again")
         fs.umount()
         assert set(unmounted(fs)) == set(range(2, 11)), "also without a mount"
+
+
+def test_a_fleet_does_not_grow_beyond_the_open_files_of_the_daemon(scratch: Path, fleet: Servers) -> None:
+    with FileSystem(scratch, shards=(2, 1), servers=fleet, count=5, namespace="files", settings=QUICK) as fs:
+        fs.format()
+        fs.mount()
+        resource.prlimit(fs.process, resource.RLIMIT_NOFILE, (5 * 5 + 256, 5 * 5 + 256))
+        assert fs.run("fleet", "apply").stdout.startswith("the fleet is as configured")
+        fs.set({"backend": [*configured(fs), backend(fs, 5)]})
+        for words in (["--dry-run"], []):
+            refused = fs.run("fleet", "apply", *words, code=3).stderr
+            assert "6 backends need up to 286 open files" in refused and "may have 281" in refused
+        assert set(listed(fs)) == set(range(1, 6))
+        fs.umount()
 
 
 def test_a_takeover_ends_the_change_that_died_between_its_heads(scratch: Path, fleet: Servers) -> None:
