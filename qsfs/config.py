@@ -23,6 +23,7 @@ from qsfs.values import (
     Credential,
     Reader,
     choice,
+    codec,
     duration,
     file_path,
     flag,
@@ -98,7 +99,7 @@ class CodeConfig:
 
     data_shards: int = _key(16, number(1, 255))
     parity_shards: int = _key(4, number(1, 255))
-    codec: str = _key("zfec", word)
+    codec: str = _key("zfec", codec)
 
     def __post_init__(self) -> None:
         total = self.data_shards + self.parity_shards

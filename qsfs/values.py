@@ -143,6 +143,18 @@ def word(value: object) -> str:
     return checked
 
 
+CODECS = {"zfec": "zfec", "isa-l": "isa_l_rs_cauchy", "isa_l_rs_cauchy": "isa_l_rs_cauchy"}
+"""Erasure codecs as people may name them, and as the format does."""
+
+
+def codec(value: object) -> str:
+    """The format's name of an erasure codec that is named.  Raises `ValueError`."""
+    checked = text(value)
+    if checked not in CODECS:
+        raise ValueError(f'"{checked}" is not a codec: "zfec" or "isa-l"')
+    return CODECS[checked]
+
+
 def flag(value: object) -> bool:
     """True or false."""
     if not isinstance(value, bool):

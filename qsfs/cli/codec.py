@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from qsfs.codec.survey import Found
     from qsfs.format.erasure import CodeParams
 
-_CODECS = {"zfec": "zfec", "isa-l": "isa_l_rs_cauchy", "isa_l_rs_cauchy": "isa_l_rs_cauchy"}
 _PROGRESS_SECONDS = 0.2
 _BUFFER = 1 << 20
 
@@ -301,13 +300,14 @@ def _with_archive(args: argparse.Namespace, work: Callable[[Found], int]) -> int
 
 def _code(args: argparse.Namespace) -> CodeParams:
     from qsfs.format.erasure import CodeParams
+    from qsfs.values import CODECS
 
     if args.data_shards < 1 or args.parity_shards < 0 or args.data_shards + args.parity_shards > 256:
         raise ConfigError(
             f"{args.data_shards}+{args.parity_shards} shards: there must be at least one data shard and at most 256 "
             "shards in all"
         )
-    return CodeParams(args.data_shards, args.data_shards + args.parity_shards, _CODECS[args.codec])
+    return CodeParams(args.data_shards, args.data_shards + args.parity_shards, CODECS[args.codec])
 
 
 def _directory(name: str) -> Path:

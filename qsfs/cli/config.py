@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from qsfs.errors import QsfsError
+
 if TYPE_CHECKING:
     from qsfs.config import Config
     from qsfs.remote.quorum import FleetAssessment
@@ -80,6 +82,7 @@ def assessment(config: Config) -> FleetAssessment | None:
 def warnings(config: Config) -> list[str]:
     """What can be used but is probably not meant."""
     from qsfs.daemon.promises import promises_of
+    from qsfs.format.erasure import Code, CodeParams
     from qsfs.remote.promises import Place
     from qsfs.values import Credential
 
@@ -88,6 +91,10 @@ def warnings(config: Config) -> list[str]:
     count, shards = len(config.backends), k + m
     if count < shards:
         found.append(f"{k}+{m} shards need {shards} backends, {count} are listed: `qsfs format` will refuse")
+    try:
+        Code(CodeParams(k, shards, config.code.codec))
+    except QsfsError as error:
+        found.append(f"[code] {error}")
     assessed = assessment(config)
     if assessed is not None:
         found += assessed.warnings()

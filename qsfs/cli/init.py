@@ -42,17 +42,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--namespace", metavar="NAME", default="qsfs", help="default: qsfs")
     parser.add_argument("--data-shards", metavar="K", type=int, default=16, help="default: 16")
     parser.add_argument("--parity-shards", metavar="M", type=int, default=4, help="default: 4")
+    parser.add_argument(
+        "--codec", choices=("zfec", "isa-l"), default="zfec",
+        help="zfec (default), or isa-l: less CPU, at most 32 shards, needs pip install 'qsfs[isa-l]'",
+    )  # fmt: skip
     parser.add_argument("--cache-size", metavar="SIZE", default="20GiB", help="default: 20GiB")
     parser.add_argument("--spool-size", metavar="SIZE", default="512MiB", help="default: 512MiB")
     parser.add_argument("--label", metavar="TEXT", default="", help="a name for people")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the files.  Raises `ConfigError` when one exists or the settings do not fit together."""
+    """Writes the files.  Raises `ConfigError` when one exists or the settings do not fit together.
+
+    `FormatMismatch` or `DependencyMissing` if there is no such code, or its codec is not installed.
+    """
     from qsfs.cli.output import print_json
     from qsfs.cli.starter import starter_config
     from qsfs.clock import SystemClock
     from qsfs.config import Config
+    from qsfs.format.erasure import Code, CodeParams
     from qsfs.format.keys import new_key_file
 
     directory = Path(args.directory).absolute()
@@ -63,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         backends(args),
         data_shards=args.data_shards,
         parity_shards=args.parity_shards,
+        codec=args.codec,
         cache_size=args.cache_size,
         spool_size=args.spool_size,
         mountpoint=args.mountpoint,
@@ -73,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         allow_other=os.geteuid() == 0,
     )
     config = Config.parse(content, config_file)
+    # Raises where the codec is not installed, or has no such code.
+    Code(CodeParams(args.data_shards, args.data_shards + args.parity_shards, config.code.codec))
     for file in (config_file, key_file):
         if file.exists():
             raise ConfigError(f"{file} exists; choose another directory, or move it away if it is not needed")

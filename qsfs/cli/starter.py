@@ -32,7 +32,8 @@ size = {size}
 # any `parity_shards` of them may be lost.
 data_shards = {k}
 parity_shards = {m}
-# codec = "isa_l_rs_cauchy"       # costs less CPU than "zfec"; needs: pip install 'qsfs[isa-l]'
+# "zfec", or "isa-l", which costs less CPU and has at most 32 shards; it needs: pip install 'qsfs[isa-l]'
+codec = {codec}
 
 [flush]
 # Every `cut_seconds` the backends get an image of the whole file system.
@@ -124,6 +125,7 @@ def starter_config(
     *,
     data_shards: int = 16,
     parity_shards: int = 4,
+    codec: str = "zfec",
     mountpoint: str = "mnt",
     cache: str = "cache",
     cache_size: str = "20GiB",
@@ -143,6 +145,7 @@ def starter_config(
             spool=_quoted(spool_size),
             k=data_shards,
             m=parity_shards,
+            codec=_quoted(codec),
             allow_other=str(allow_other).lower(),
         ),
         _POLICIES,

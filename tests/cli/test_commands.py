@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import stat
+import sys
 
 import pytest
 
 from qsfs.config import Config
+from qsfs.format.erasure import CODEC_NUMBERS
 
 
 class TestInit:
@@ -89,6 +91,22 @@ class TestInit:
         named = [word for port in range(1, 21) for word in ("--backend", f"h:{port}")]
         assert "zdb serve" not in qsfs("init", "b", *named).out
 
+    @pytest.mark.parametrize("codec", ["zfec", "isa-l"])
+    def test_the_codec_that_is_chosen_is_in_the_configuration(self, qsfs, tmp_path, codec):
+        assert qsfs("init", "--codec", codec).code == 0
+        assert f'\ncodec = "{codec}"\n' in (tmp_path / "qsfs.toml").read_text()
+        assert Config.load(tmp_path / "qsfs.toml").code.codec in CODEC_NUMBERS
+
+    def test_a_codec_that_is_not_installed_or_too_small_is_refused_before_anything_is_written(
+        self, qsfs, tmp_path, monkeypatch
+    ):
+        result = qsfs("init", "--codec", "isa-l", "--data-shards", 30)
+        assert (result.code, "at most 32 shards" in result.err) == (9, True)
+        monkeypatch.setitem(sys.modules, "pyeclib.ec_iface", None)
+        result = qsfs("init", "--codec", "isa-l")
+        assert (result.code, "pip install 'qsfs[isa-l]'" in result.err) == (15, True)
+        assert list(tmp_path.iterdir()) == []
+
     def test_json(self, qsfs, tmp_path):
         assert qsfs("init", "--json").json["config"] == str(tmp_path / "qsfs.toml")
 
@@ -118,6 +136,12 @@ class TestConfig:
         qsfs("init", ".")
         assert "Flushing goes on with 6 backends down" in qsfs("config", "check").out
         assert len(qsfs("config", "check", "--json").json["sentences"]) == 3
+
+    def test_check_warns_of_a_codec_that_is_not_installed(self, qsfs, monkeypatch):
+        qsfs("init", "--codec", "isa-l")
+        assert qsfs("config", "check", "--json").json["warnings"] == []
+        monkeypatch.setitem(sys.modules, "pyeclib.ec_iface", None)
+        assert "pip install 'qsfs[isa-l]'" in qsfs("config", "check").out
 
     def test_check_warns_of_a_key_that_is_not_there(self, qsfs, tmp_path):
         qsfs("init", ".")

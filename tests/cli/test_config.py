@@ -11,6 +11,7 @@ from qsfs import config as configuration
 from qsfs.cli.starter import starter_config
 from qsfs.config import BackendConfig, CacheConfig, CodeConfig, Config, PolicyRule
 from qsfs.errors import ConfigError
+from qsfs.format.erasure import CODEC_NUMBERS
 
 FILE = Path("/etc/qsfs/node.toml")
 
@@ -59,6 +60,16 @@ class TestValues:
     )
     def test_durations(self, value, wanted):
         assert parse(f"[flush]\ncut_seconds = {value}").flush.cut_seconds == wanted
+
+    @pytest.mark.parametrize(
+        ("written", "wanted"), [("zfec", "zfec"), ("isa-l", "isa_l_rs_cauchy"), ("isa_l_rs_cauchy", "isa_l_rs_cauchy")]
+    )
+    def test_a_codec_goes_by_the_name_that_people_use_and_by_the_formats(self, written, wanted):
+        assert parse(f"[code]\ncodec = '{written}'").code.codec == wanted
+        assert wanted in CODEC_NUMBERS
+
+    def test_another_codec_is_refused_with_those_that_there_are(self):
+        assert '"zfec" or "isa-l"' in complaint("[code]\ncodec = 'isal'")
 
     def test_a_plain_retention_counts_in_hours(self):
         assert parse("[flush]\nretention_hours = 2").flush.retention_seconds == 7200
