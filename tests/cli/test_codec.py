@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import stat
 import sys
 
 import pytest
 
+from qsfs.values import format_size
 from tests.format.samples import noise
 
 DATA = noise(700_000, 4)
@@ -107,6 +109,59 @@ def test_it_works_in_a_pipe(qsfs, tmp_path, monkeypatch):
         patch.setattr(sys, "stdout", output)
         result = qsfs("codec", "decode", "d", "--output", "-")
     assert (result.code, output.buffer.getvalue() == DATA) == (0, True)
+
+
+class Terminal(io.StringIO):
+    """A standard error that a person watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def watched(qsfs, monkeypatch):
+    """Runs a command at a terminal, a step of its clock for each look at it; gives each line that was shown there."""
+
+    def run(*words: object, seconds: float = 1.0, into: type[io.StringIO] = Terminal) -> list[str]:
+        terminal, looks = into(), itertools.count()
+        with monkeypatch.context() as patch:
+            patch.setattr("qsfs.clock.SystemClock.monotonic", lambda _: next(looks) * seconds)
+            patch.setattr(sys, "stderr", terminal)
+            assert qsfs(*words).code in (0, 8)
+        before, *lines = terminal.getvalue().split("\r\x1b[K")
+        assert before == ""
+        return lines
+
+    return run
+
+
+def test_a_person_who_watches_sees_how_far_it_is_and_how_fast(watched, encoded, tmp_path):
+    """Each line takes the place of the one before, and the last leaves an empty one."""
+    whole, half = format_size(len(DATA)), format_size(512 << 10)
+    key = ("--key-file", "a.key")
+
+    def steps(what: str) -> list[str]:
+        return [f"{what} {half} of {whole}, {half}/s", f"{what} {whole} of {whole}, {format_size(len(DATA) / 2)}/s"]
+
+    encode = ("codec", "encode", "archive.tar", *key, "--data-shards", 2, "--parity-shards", 2, "--force")
+    assert watched(*encode, *(word for disk in encoded for word in ("--output", disk))) == [*steps("encoded"), ""]
+    assert watched("codec", "decode", *encoded, *key, "--output", "out") == [*steps("decoded"), "", ""]
+    assert watched("codec", "decode", "--check", *encoded, *key) == [*steps("checked"), "", ""]
+    next(encoded[1].iterdir()).unlink()
+    shown = watched("codec", "repair", *encoded, *key, "--output", encoded[1])
+    assert shown == [*steps("checked"), "", *steps("repaired"), "", ""]
+
+
+def test_progress_of_what_has_no_known_size_tells_what_is_done(watched, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Stdio(DATA))
+    shown = watched("codec", "encode", "-", "--output", ".", "--no-encryption", "--data-shards", 2)
+    assert shown[0] == f"encoded {format_size(512 << 10)}, {format_size(512 << 10)}/s"
+
+
+def test_progress_is_not_shown_more_often_than_a_person_reads_nor_to_nobody(watched, encoded):
+    words = ("codec", "decode", "--check", *encoded, "--key-file", "a.key")
+    assert set(watched(*words, seconds=0.01)) == {""}
+    assert watched(*words, into=io.StringIO) == []
 
 
 def test_inspect_tells_what_the_key_allows(qsfs, encoded, tmp_path):
