@@ -146,6 +146,10 @@ NAMED: dict[str, tuple[tuple[str, str], ...]] = {
         (OWNERSHIP, "test_what_one_mount_lets_expire_is_not_kept_by_the_next"),
         ("remote/test_dead_packs.py", "test_a_pin_from_before_a_restart_still_keeps_what_it_names"),
     ),
+    "owner records and heads are refilled": (
+        (SYSTEM, "test_backends_that_are_emptied_one_after_the_other_lose_no_head_and_no_owner_record"),
+        ("remote/test_copies_upkeep.py", "test_backends_that_are_emptied_in_turn_lose_nothing"),
+    ),
     "a change of the fleet has two heads": (
         (OWNERSHIP, "test_a_change_of_the_fleet_counts_with_a_quorum_of_both"),
         (OWNERSHIP, "test_a_takeover_from_the_old_list_finds_the_new_fleet"),

@@ -72,6 +72,10 @@ def lines(found: dict[str, Any], *, all_backends: bool = False) -> list[str]:
         out.append(_snapshots(found["snapshots"], found["time"]))
     if found.get("backends"):
         out += ["", *_backends(found["backends"], all_backends)]
+    copies = found.get("copies")
+    if copies is not None and copies["refilled"]:
+        last = copies["last"]
+        out.append(f"heads and owner records that backends lacked: {copies['refilled']} refilled; the last: {last}")
     out += found.get("sentences", ())
     return out
 

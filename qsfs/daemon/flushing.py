@@ -12,8 +12,10 @@ from qsfs.clock import Clock
 from qsfs.config import FlushConfig
 from qsfs.daemon.committer import Committer
 from qsfs.daemon.connect import Opened
+from qsfs.daemon.copies_upkeep import CopiesUpkeep
 from qsfs.daemon.owning import local_state, own_when_possible
 from qsfs.daemon.status import backends_of
+from qsfs.daemon.supervision import supervised
 from qsfs.errors import DeadlineExceeded, Fenced, QsfsBug, QsfsError, SplitHeads, StaleCache
 from qsfs.format.erasure import Code
 from qsfs.format.fleet import Fleet
@@ -64,6 +66,7 @@ class Flushing:
         """`on_fenced` is told once why this mount may not own, `waiting` what the owning waits for ("": no more)."""
         self.members = members
         self.flusher: Flusher | None = None
+        self.copies: CopiesUpkeep | None = None
         self.fenced: QsfsError | None = None
         self.waiting = ""
         self.failure = ""
@@ -165,7 +168,9 @@ class Flushing:
         if self.fenced is not None:
             return
         self.flusher = flusher
+        self.copies = CopiesUpkeep(store, self.members, owned.publisher, opened.keys, self._clock)
         await nursery.start(self._run, flusher)
+        nursery.start_soon(supervised, self.copies.run)
         self._ready.set()
         _log.info("owner with epoch %d, at generation %d", owned.owner.epoch, owned.first_ref.generation)
 
@@ -281,6 +286,7 @@ class Flushing:
         }
         if self.flusher is not None:
             found["flush"] = self.flusher.status()
+            found["copies"] = None if self.copies is None else self.copies.status()
         else:
             found["exposure"] = self._exposure.report(None if self._base is None else self._base.time_ns)
         if self._fleet is not None:
@@ -291,6 +297,7 @@ class Flushing:
             found["warnings"] = [
                 *assessment.outage(len(entries) - answering),
                 *assessment.warnings(),
+                *(() if self.copies is None else self.copies.warnings()),
                 *(
                     f"{member.name} is configured and not in the fleet; 'qsfs fleet list' says more"
                     for member in self.members

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,10 +16,10 @@ from qsfs.format.head import Head, HeadRef, Owner, SealedHead, seal_head
 from qsfs.remote.control import Reading, Records
 from qsfs.remote.fencing import fenced, unclear
 from qsfs.remote.members import Members
-from qsfs.remote.quorum import fleet_quorums
+from qsfs.remote.quorum import fleet_quorums, reached
 from qsfs.remote.quorum_write import QuorumWrite
 from qsfs.remote.superseded import delete_superseded
-from qsfs.remote.survey import Timing
+from qsfs.remote.survey import Timing, survey
 
 StoreBeforeSend: TypeAlias = Callable[[SealedHead], Awaitable[None]]
 """Stores a sealed head durably in the local spool; the head is sent only once it has returned."""
@@ -126,6 +126,62 @@ class Publisher:
             self._nursery.start_soon(self._clean_up, head, sealed.ref, write)
             return Published(sealed.ref, frozenset(write.counted), write.missing)
 
+    async def as_owner(
+        self, sealed: SealedHead, head: Head, work: Callable[[], Awaitable[None]], *, deadline_seconds: float
+    ) -> bool:
+        """Does `work` once it is shown that this mount owns still; meanwhile it publishes nothing.
+
+        `head`, sealed as `sealed`, must be the last published one: so what it keeps stays kept until `work` is done.
+        Returns whether it was done; False if that is another head by now, too few backends count, or the deadline,
+        which is of all together, came first.  Raises `Fenced` as `publish`, and what `work` raises.
+        """
+        async with self._turn:
+            if self.fenced is not None:
+                raise self.fenced
+            deadline = trio.current_time() + deadline_seconds
+            if sealed.ref != self.published or not await self._owns_still(sealed, head, deadline):
+                return False
+            with trio.CancelScope(deadline=deadline) as scope:
+                await work()
+            return not scope.cancelled_caught
+
+    async def _owns_still(self, sealed: SealedHead, head: Head, deadline: float) -> bool:
+        """Shows it as publishing does, with the head that was published last: who has lost it gets it again.
+
+        All are read first, and nothing is written unless a quorum of each fleet allows it.
+        """
+        write = self._write(head, sealed)
+        read = await survey(
+            self._members.of(write.numbers),
+            self._records,
+            self._clock,
+            self._timing,
+            deadline=deadline,
+            tries=1,
+            enough=lambda so_far: reached(write.quorums, so_far.readings.keys()),
+        )
+        allowing = {number for number, reading in read.readings.items() if self._judge(reading) is None}
+        if not reached(write.quorums, allowing):
+            return False
+        write.start(self._nursery)
+        try:
+            return await write.settle(deadline)
+        finally:
+            write.stop()
+
+    def _write(self, head: Head, sealed: SealedHead, before: Sequence[SealedHead] = ()) -> QuorumWrite:
+        return QuorumWrite(
+            self._members,
+            fleet_quorums(head.fleets, self._code),
+            sealed.key,
+            sealed.value,
+            records=self._records,
+            judge=self._judge,
+            timing=self._timing,
+            clock=self._clock,
+            before=[(earlier.key, earlier.value) for earlier in before],
+        )
+
     async def _prepare(self, head: Head) -> tuple[SealedHead, QuorumWrite]:
         if self._pending is not None and self._pending[0] == head:
             return self._pending[1:]
@@ -137,17 +193,7 @@ class Publisher:
         self._records.learn(sealed, head)
         self._written.add(sealed.ref)
         self.last_sent = sealed.ref
-        write = QuorumWrite(
-            self._members,
-            fleet_quorums(head.fleets, self._code),
-            sealed.key,
-            sealed.value,
-            records=self._records,
-            judge=self._judge,
-            timing=self._timing,
-            clock=self._clock,
-            before=[(earlier.key, earlier.value) for earlier in self._unpublished],
-        )
+        write = self._write(head, sealed, self._unpublished)
         self._unpublished.append(sealed)
         self._pending = (head, sealed, write)
         return sealed, write

@@ -107,6 +107,16 @@ def test_exposure_is_told_by_class_with_its_age_and_what_it_is_lost_with():
     assert "2 packs are not full yet" in shown
 
 
+def test_what_backends_lacked_of_heads_is_told_once_it_was_refilled():
+    none = {"refilled": 0, "last": ""}
+    assert not any("refilled" in line for line in lines(status(copies=none)))
+    shown = lines(status(copies={"refilled": 2, "last": "backend h/q lacked, and has again: owner record of epoch 3"}))
+    assert (
+        "heads and owner records that backends lacked: 2 refilled; the last: backend h/q lacked, and has again: owner "
+        "record of epoch 3"
+    ) in shown
+
+
 def test_backends_that_are_being_emptied_are_told_with_how_far_that_is():
     """Nothing before it was looked at; a backend that is no member any more by its number."""
     drain = status()["flush"]["drain"]

@@ -132,20 +132,7 @@ class History(Stage):
         if life is None:
             return
         self.snapshots += 1
-        name, version = f"s{self.snapshots}", life.version
-        self.ledger.doubtful.add(name)
-
-        async def snapshot() -> None:
-            pinning = (await life.flushing.owned()).pinning
-            request = await pinning.cut(name)
-            await pinning.pinned(request)
-            assert request.head is not None
-            self.trace.note(f"{life.name} made snapshot {name} of version {version}")
-            self.ledger.acknowledge(request.head, version)
-            self.ledger.doubtful.discard(name)
-            self.ledger.snapshots[name] = request.head
-
-        await self.in_life(life, snapshot)
+        await self.snapshot(life, f"s{self.snapshots}")
 
     async def _unpin(self) -> None:
         life = self._writable()

@@ -208,6 +208,23 @@ class Stage:
 
         await self.in_life(life, fsync, seconds)
 
+    async def snapshot(self, life: Life, name: str, seconds: float | None = None) -> None:
+        """Makes a snapshot, and remembers it once it was reported."""
+        version = life.version
+        self.ledger.doubtful.add(name)
+
+        async def snapshot() -> None:
+            pinning = (await life.flushing.owned()).pinning
+            request = await pinning.cut(name)
+            await pinning.pinned(request)
+            assert request.head is not None
+            self.trace.note(f"{life.name} made snapshot {name} of version {version}")
+            self.ledger.acknowledge(request.head, version)
+            self.ledger.doubtful.discard(name)
+            self.ledger.snapshots[name] = request.head
+
+        await self.in_life(life, snapshot, seconds)
+
     async def take_over(self, machine: Machine, seconds: float, cut_off: frozenset[int] = frozenset()) -> None:
         """Restores on a machine whose disk is empty, owns and mounts; waits for that at most so long."""
         machine.error = None

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import trio
 
+from qsfs.daemon import copies_upkeep
 from qsfs.errors import Fenced
+from qsfs.format.head import parse_head_key
+from qsfs.format.owner import owner_key, parse_owner_key
 from tests.simulation.directed import Directed, live
 from tests.simulation.engine import thaw
 from tests.simulation.machine import Life
@@ -121,6 +124,49 @@ def test_a_backend_that_forgets_the_new_owner_lets_nobody_publish_beside_it(scra
         assert life.fenced is not None
 
     live(scratch, story, code=(2, 2, 6))
+
+
+def test_backends_that_are_emptied_one_after_the_other_lose_no_head_and_no_owner_record(
+    scratch: Path, expect_log, monkeypatch
+) -> None:
+    """B took over from A, which stands still; B has a snapshot, and nothing changes while all backends lose what they
+    had of heads, each some time after the one before: A is fenced when it goes on, and all is restored without B.
+
+    Heads that are published go to all, so without any only the upkeep brings back what was there.
+    """
+    expect_log("has taken over")
+    monkeypatch.setattr(copies_upkeep, "LOOK_SECONDS", 20.0)
+
+    async def story(stage: Directed) -> None:
+        life = await stage.up(stage.first)
+        await stage.write(life, "f", 8, "a")
+        await stage.publish(life)
+        life.frozen = True
+        second = stage.new_machine()
+        await stage.take_over(second, 600)
+        other = await stage.up(second)
+        await stage.snapshot(other, "keep", 600)
+        assert "keep" in stage.ledger.snapshots
+        for letter in "bcd":
+            await stage.write(other, "f", 8, letter)
+            await stage.publish(other)
+        world, published = stage.cluster.world, len(stage.ledger.published)
+        owner = owner_key(world.keys.fsid, stage.ledger.published[-1][1].owner)
+        for number in stage.cluster.numbers:
+            store = world.control_of(number)
+            for key in list(store.keys()):
+                if parse_head_key(key) or parse_owner_key(key):
+                    store.lose(key)
+            await trio.sleep(60)
+        thaw(life)
+        assert len(stage.ledger.published) == published
+        fleet = [number for number in stage.cluster.numbers if number not in stage.cluster.spares]
+        assert all(world.control_of(number).peek(owner) for number in fleet)
+        await stage.write(life, "f", 8, "z")
+        await stage.sync(life, 120)
+        assert life.fenced is not None and other.fenced is None
+
+    live(scratch, story)
 
 
 def test_a_machine_that_is_alone_is_never_refused(scratch: Path) -> None:
