@@ -70,6 +70,12 @@ class GenerationExpired(QsfsError):
     exit_code: ClassVar[int] = 22
 
 
+class MayHaveExpired(QsfsError):
+    """Data of a read-only mount's generation are gone, and the head that says whether that was due cannot be read."""
+
+    exit_code: ClassVar[int] = 25
+
+
 class NotFound(QsfsError):
     """Positively absent: the one who would hold it answered that it does not exist."""
 

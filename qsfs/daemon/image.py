@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from qsfs.daemon.keeper import Keeper
 from qsfs.daemon.paths import path_of
 from qsfs.daemon.space import DaemonSpace
 from qsfs.daemon.supervision import supervised
-from qsfs.errors import CacheError, Corrupt, DataLost
+from qsfs.errors import CacheError, Corrupt, DataLost, QsfsError
 from qsfs.filesystem.contents import Contents
 from qsfs.filesystem.namespace import Namespace
 from qsfs.filesystem.needs import Need, NeedPages
@@ -112,10 +112,10 @@ class Image:
         clock: Clock,
         reader: PackReader,
         sent_bytes: Callable[[str], int],
-        expired: Callable[[HeadRef], str],
+        expired: Callable[[HeadRef], Awaitable[QsfsError | None]],
         tag: int = 0,
     ) -> None:
-        """Opens the store that `build` made.  `expired` says why what a head names had to be expected to go.
+        """Opens the store that `build` made.  `expired` judges what a head names and is gone.
 
         `tag` makes it one generation of a mount that follows; see `qsfs.fuse.generations`.
         """

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import trio
 
 from qsfs.clock import Clock
-from qsfs.errors import QsfsError
+from qsfs.errors import GenerationExpired, MayHaveExpired, QsfsError
 from qsfs.format.erasure import CodeParams
 from qsfs.format.head import HeadRef
 from qsfs.remote.control import Records
@@ -17,6 +18,9 @@ from qsfs.remote.readable import Published, look
 from qsfs.remote.survey import Timing
 
 _log = logging.getLogger(__name__)
+
+_FRESH_SECONDS = 10.0
+"""How old a look may be by which data that are gone are judged."""
 
 
 class Sightings:
@@ -47,6 +51,8 @@ class Sightings:
         self.newest = first
         self.seen_ns = clock.time_ns()
         self.error = ""
+        self._looked = -math.inf
+        self._turn = trio.Lock()
         self.on_newer: list[Callable[[], None]] = []
 
     async def run(self, seconds: float) -> None:
@@ -57,6 +63,11 @@ class Sightings:
 
     async def look(self) -> None:
         """Looks once.  What is known stays as it is where too few backends answer."""
+        async with self._turn:
+            await self._look()
+            self._looked = self._clock.monotonic()
+
+    async def _look(self) -> None:
         try:
             seen = await look(self._members, self._records, self._code, self._clock, self._timing)
         except QsfsError as error:
@@ -84,11 +95,29 @@ class Sightings:
             return None
         return self._gone_since.setdefault(ref, self.seen_ns)
 
-    def expired(self, ref: HeadRef) -> str:
-        """Why data of the generation of `ref` may be gone for good, for people; "" while it is kept."""
+    async def expired(self, ref: HeadRef) -> QsfsError | None:
+        """What it means that data of the generation of `ref` are gone: `GenerationExpired`, or None: damage.
+
+        Looks again first, unless it has just done so: what was known is from before.  `MayHaveExpired` where the
+        newest head cannot be read, so that nobody can tell.
+        """
         if self.gone_since(ref) is None:
-            return ""
-        return (
-            f"generation {ref.generation} expired: generation {self.newest.ref.generation} is published and it is "
-            "not kept any more, so its data were deleted; remount to read a newer one"
-        )
+            await self._look_unless_fresh()
+        if self.gone_since(ref) is not None:
+            return GenerationExpired(
+                f"generation {ref.generation} expired: generation {self.newest.ref.generation} is published and it is "
+                "not kept any more, so its data were deleted; remount to read a newer one"
+            )
+        if self.error:
+            return MayHaveExpired(
+                f"generation {ref.generation} may have expired: its data are gone, and the newest head could not be "
+                f"read ({self.error}); remount to read a newer one, with a key that opens it"
+            )
+        return None
+
+    async def _look_unless_fresh(self) -> None:
+        """Of many that ask at once the first one looks."""
+        async with self._turn:
+            if self._clock.monotonic() >= self._looked + _FRESH_SECONDS:
+                await self._look()
+                self._looked = self._clock.monotonic()

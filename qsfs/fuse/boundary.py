@@ -15,7 +15,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import pyfuse3
 import trio
 
-from qsfs.errors import DataLost, GenerationExpired, QsfsError, Unavailable
+from qsfs.errors import DataLost, GenerationExpired, MayHaveExpired, QsfsError, Unavailable
 from qsfs.filesystem.needs import Need
 from qsfs.filesystem.posix import MAX_NAME, PosixError
 from qsfs.fuse.interfaces import Waiter
@@ -122,7 +122,7 @@ def translate(counts: RequestCounts, name: str, error: BaseException, arguments:
     for leaf in leaves:
         if isinstance(leaf, PosixError | pyfuse3.FUSEError):
             return leaf.errno or errno.EIO
-    if all(isinstance(leaf, Unavailable | DataLost | GenerationExpired) for leaf in leaves):
+    if all(isinstance(leaf, Unavailable | DataLost | GenerationExpired | MayHaveExpired) for leaf in leaves):
         # Whoever waited for the backends has said so, once for all the requests of one read.
         log.debug("%s failed: %s", name, leaves[0])
         return errno.EIO

@@ -8,9 +8,9 @@ a truncation, write or newer extent that came meanwhile wins.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from itertools import islice
-from typing import Never, Protocol
+from typing import Never, Protocol, TypeAlias
 
 import trio
 
@@ -44,6 +44,15 @@ _WARN_SECONDS = 600.0
 """Longest time between two warnings of one that waits on."""
 
 
+Expired: TypeAlias = Callable[[], Awaitable[QsfsError | None]]
+"""Asked when data are positively lost: what their reader gets because that had, or may have had, to be expected
+(`GenerationExpired`, `MayHaveExpired`); None if it is damage."""
+
+
+async def _never() -> None:
+    """What a mount reads that owns never expires."""
+
+
 class Transient(Protocol):
     """A small bounded memory of pages for which the cache has no room."""
 
@@ -64,13 +73,13 @@ class Fetcher:
         *,
         deadline_seconds: float,
         path_of: Callable[[int], str] = lambda inode: "",
-        expired: Callable[[], str] = lambda: "",
+        expired: Expired = _never,
         take: Callable[[int, int, int], bool] = lambda inode, first, count: False,
     ) -> None:
         """`path_of` gives a path of an inode, for people; the policy `error` waits for `deadline_seconds`.
 
-        `expired` says why data that are positively lost had to be expected to go; "" if they had not.  `take`
-        installs what can be had of a run of pages without the backends; whether all of them are here then.
+        `expired` judges what is positively lost.  `take` installs what can be had of a run of pages without the
+        backends; whether all of them are here then.
         """
         self.reader = reader
         self.waits = Waits()
@@ -117,7 +126,7 @@ class Fetcher:
 
         Raises `Unavailable` after the deadline (policy `error`; without `may_wait` any policy, for commands, which
         must end), but not for what the download rate holds up, or when unblocked, `DataLost`, `Corrupt`,
-        `GenerationExpired`; each was logged with file, page, pack and shards.
+        `GenerationExpired`, `MayHaveExpired`; each was logged with file, page, pack and shards.
         """
         nursery = None if self._fails_now() else self._nursery
         if nursery is None or not self.start.touch(inode, first, nursery):
@@ -195,7 +204,8 @@ class Fetcher:
             # Each reader is judged by its own pages: others may still need the same extent.
             for job, pages in jobs.items():
                 if job.error is not None and self._current(job, pages):
-                    self._fail(wait, job, str(job.error), type(job.error))
+                    error = await self._judged(job, job.error)
+                    self._fail(wait, job, str(error), type(error))
             late = [job for job, pages in jobs.items() if not job.done.is_set() and self._current(job, pages)]
             if not late:
                 return
@@ -219,13 +229,18 @@ class Fetcher:
                 other.path = path
         log.warning("%s: has been waiting for %.0f s: %s", page_name(job, path), wait.seconds, wait.why)
 
+    async def _judged(self, job: Job, error: QsfsError) -> QsfsError:
+        """What the end of a job means: of what is positively lost, whether that had to be expected."""
+        verdict = await self._expired() if isinstance(error, DataLost) else None
+        if verdict is None:
+            return error
+        name = "" if job.pack is None else f" (pack {job.pack.name} is gone)"
+        return type(verdict)(f"{verdict}{name}")
+
     def _fail(self, wait: Wait, job: Job, why: str, kind: type[QsfsError]) -> Never:
         """Logs and raises the end of a read; of what is lost, one for each file and pack now and then."""
         self.failed_reads += 1
-        if kind is DataLost and (expired := self._expired()):
-            name = "" if job.pack is None else f" (pack {job.pack.name} is gone)"
-            kind, why = GenerationExpired, expired + name
-            self.expired_reads += 1
+        self.expired_reads += kind is GenerationExpired
         message = f"{page_name(job, self._path_of(job.inode))}: {why}"
         if kind is Unavailable:
             said_already = wait.again

@@ -16,7 +16,7 @@ from qsfs.daemon import following
 from qsfs.daemon.following import MOST_IMAGES, SHARES, Follower
 from qsfs.daemon.image import Image, build
 from qsfs.daemon.sightings import Sightings
-from qsfs.errors import Unavailable
+from qsfs.errors import GenerationExpired, Unavailable
 from qsfs.format.head import KeptGeneration
 from qsfs.fuse.generations import TAG_SHIFT
 from qsfs.remote.control import Records
@@ -367,8 +367,10 @@ async def test_sightings_outlast_silence_and_tell_what_is_not_kept(machines):
         await both.sightings.look()
         assert both.sightings.newest.ref.generation == 4
         assert both.sightings.gone_since(first) is not None
-        assert both.sightings.expired(first).startswith("generation 1 expired: generation 4 is published")
-        assert not both.sightings.expired(both.kept[1].head)
+        told = await both.sightings.expired(first)
+        assert isinstance(told, GenerationExpired)
+        assert str(told).startswith("generation 1 expired: generation 4 is published")
+        assert await both.sightings.expired(both.kept[1].head) is None
         for connection in both.fs.connections.values():
             connection.down = True
         for member in both.follower._source.members:

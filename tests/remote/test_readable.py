@@ -7,12 +7,14 @@ import logging
 import pytest
 import trio
 
-from qsfs.errors import DataLost, GenerationExpired, NotFound, QuorumUnavailable, Unavailable
-from qsfs.format.head import Head, HeadRef, KeptGeneration, Owner, head_key
+from qsfs.daemon.sightings import Sightings
+from qsfs.errors import DataLost, GenerationExpired, MayHaveExpired, NotFound, QuorumUnavailable, Unavailable
+from qsfs.format.head import Head, HeadRef, KeptGeneration, Owner, head_key, parse_head_key, seal_head
+from qsfs.format.keys import KeyRing, MasterKey
 from qsfs.remote.control import Reading, Records
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.quorum import fleet_quorums
-from qsfs.remote.readable import Wanted, choose, look, owner_host, published_of, read_head, source_of
+from qsfs.remote.readable import Published, Wanted, choose, look, owner_host, published_of, read_head, source_of
 from qsfs.remote.restore import restore_into
 from qsfs.remote.source import find_source
 from qsfs.remote.survey import Timing
@@ -149,15 +151,22 @@ async def test_looking_finds_the_published_head_and_what_it_keeps(fs):
 
 
 @pytest.mark.parametrize(
-    ("kept", "silent", "kind"),
+    ("verdict", "silent", "kind"),
     [
-        pytest.param(False, 0, GenerationExpired, id="not kept, gone"),
-        pytest.param(True, 0, DataLost, id="kept, gone: damage"),
-        pytest.param(False, 4, Unavailable, id="not kept, but unknown"),
+        pytest.param(GenerationExpired("generation 1 expired: remount"), 0, GenerationExpired, id="not kept, gone"),
+        pytest.param(MayHaveExpired("generation 1 may have: remount"), 0, MayHaveExpired, id="nobody knows, gone"),
+        pytest.param(None, 0, DataLost, id="kept, gone: damage"),
+        pytest.param(GenerationExpired("generation 1 expired: remount"), 4, Unavailable, id="not kept, but unknown"),
     ],
 )
-async def test_expired_is_told_from_damage_and_from_silence(fs, caplog, autojump_clock, expect_log, kept, silent, kind):
+async def test_expired_is_told_from_damage_and_from_silence(
+    fs, caplog, autojump_clock, expect_log, verdict, silent, kind
+):
     """The newest head says what is kept; what backends lack alone says nothing."""
+
+    async def judge():
+        return verdict
+
     expect_log(r"pack [0-9a-f]{32}, shard \d: .*absent", logging.WARNING)
     expect_log(r"inode \d+, page 0: ", logging.ERROR)
     number = fs.remote_file("a", noise(3 * PAGE))
@@ -172,16 +181,67 @@ async def test_expired_is_told_from_damage_and_from_silence(fs, caplog, autojump
         fs,
         fs.transient,
         deadline_seconds=1.0,
-        expired=lambda: "" if kept else "generation 1 expired: remount",
+        expired=judge,
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(fetcher.run)
         with pytest.raises(kind) as caught:
             await fetcher.fetch(number, 0, 3)
         nursery.cancel_scope.cancel()
-    assert ("generation 1 expired: remount" in str(caught.value)) == (kind is GenerationExpired)
+    assert type(caught.value) is kind
+    assert (": remount (pack " in str(caught.value)) == (kind in (GenerationExpired, MayHaveExpired))
     assert fetcher.expired_reads == (kind is GenerationExpired)
     assert any(str(caught.value) in record.getMessage() for record in caplog.records)
+
+
+def sightings_of(fs, published: Published) -> Sightings:
+    return Sightings(fs.members, Records(fs.keys), fs.world.code, fs.clock, TIMING, published)
+
+
+async def test_data_that_are_gone_are_judged_by_a_look_that_comes_after(fs, autojump_clock):
+    """What was known is from before: the generation may have expired between two looks.  Readers share a look."""
+    _, first, _, _ = await make_two(fs)
+    sightings = sightings_of(fs, await look(fs.members, Records(fs.keys), fs.world.code, fs.clock, TIMING))
+    assert await sightings.expired(first) is None, "kept, so it is damage"
+    fs.publish(3)
+    await trio.sleep(60)
+    found = []
+
+    async def ask() -> None:
+        found.append(await sightings.expired(first))
+
+    before = sum(call == "scan" for member in fs.members for call, _ in member.control.calls)
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(ask)
+    assert len(found) == 20 and all(isinstance(one, GenerationExpired) for one in found)
+    scans = sum(call == "scan" for member in fs.members for call, _ in member.control.calls) - before
+    assert scans <= 3 * len(fs.members)
+
+
+async def test_nobody_calls_it_damage_while_the_newest_head_cannot_be_read(fs, autojump_clock):
+    """The master key was rotated elsewhere: newer heads do not open here, and may not keep the generation any more."""
+    _, first, _, _ = await make_two(fs)
+    sightings = sightings_of(fs, await look(fs.members, Records(fs.keys), fs.world.code, fs.clock, TIMING))
+    rotated = make_head(fs.world, OWNER, 3)
+    keys = KeyRing(fs.keys.fsid, [MasterKey(2, b"r" * 32)])
+    sealed = seal_head(rotated, keys, fs.clock)
+    for store in fs.world.control:
+        store.put(sealed.key, sealed.value)
+    told = await sightings.expired(first)
+    assert isinstance(told, MayHaveExpired)
+    assert "generation 1 may have expired" in str(told) and "if the master key was rotated, remount" in str(told)
+    for store in fs.world.control:
+        for key in list(store.keys()):
+            if (named := parse_head_key(key)) and named.ref != sealed.ref:
+                store.lose(key)
+    await trio.sleep(60)
+    assert isinstance(await sightings.expired(first), MayHaveExpired)
+    for member in fs.members:
+        member.control.down = True
+    await trio.sleep(60)
+    told = await sightings.expired(first)
+    assert isinstance(told, MayHaveExpired) and "connection refused" in str(told)
 
 
 async def test_a_reader_evicts_whatever_it_has(fs):
