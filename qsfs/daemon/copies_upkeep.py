@@ -7,6 +7,8 @@ is ever the newest of a backend because of this.
 
 Only what the last published head keeps is brought, only to backends that this head names, and only while this mount
 is shown to own and publishes nothing: what has expired does not come back.
+
+A configured backend that left the fleet while it did not answer gets its tombstone here.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from collections import Counter
 import trio
 
 from qsfs.clock import Clock
-from qsfs.errors import BackendError, BackendUnavailable, Fenced, QsfsError, QuorumUnavailable
+from qsfs.errors import BackendError, BackendUnavailable, Corrupt, Fenced, QsfsError, QuorumUnavailable
 from qsfs.format.head import HeadRef, Owner, head_key
 from qsfs.format.keys import KeyRing
 from qsfs.format.owner import owner_key
 from qsfs.health.copies import Copy, CopySet, head_copies, owner_copies, refill
 from qsfs.remote.ask import Finding
 from qsfs.remote.base import PUBLISHED_KEY, LocalHead, local_head
-from qsfs.remote.members import ACTIVE, DRAINING, Member, Members, State
+from qsfs.remote.identity import read_tombstone, write_tombstone
+from qsfs.remote.members import ACTIVE, DRAINING, OUTSIDE, Member, Members, State
 from qsfs.remote.publish import Publisher
 from qsfs.remote.reasons import listed
 from qsfs.remote.survey import Timing
@@ -42,6 +45,8 @@ MOST_AT_ONCE = 16
 _CHECK_SECONDS = 10.0
 _OWNER_SECONDS = 20.0
 _AGAIN = Timing(retry=30.0, retry_most=LOOK_SECONDS)
+
+_LOOKED_AT = (ACTIVE, DRAINING, OUTSIDE)
 
 Value = Owner | HeadRef
 """What a backend carries, by its name: an owner record, or a head."""
@@ -100,7 +105,7 @@ class CopiesUpkeep:
         now = self._clock.monotonic()
         there = []
         for member in self._members:
-            if member.identified and member.state is State.UP and member.entry.state in (ACTIVE, DRAINING):
+            if member.identified and member.state is State.UP and member.entry.state in _LOOKED_AT:
                 there.append(member)
             else:
                 # It is looked at as soon as it is back: it may have missed something, or be what it was before.
@@ -116,8 +121,11 @@ class CopiesUpkeep:
 
     async def _look_at(self, member: Member, published: LocalHead) -> bool:
         """Brings what the backend lacks; returns whether it has all then."""
-        entries = (fleet.entry(member.number) for fleet in published.head.fleets)
+        fleets = published.head.fleets
+        entries = (fleet.entry(member.number) for fleet in fleets)
         if not any(entry is not None and entry.identity == member.entry.identity for entry in entries):
+            if member.entry.state == OUTSIDE and len(fleets) == 1:
+                await self._bury(member, published)
             return True
         newest, owner = published.sealed.ref, self._publisher.owner
         kept = [entry.head for entry in published.head.kept if entry.head != newest]
@@ -201,6 +209,28 @@ class CopiesUpkeep:
                 _log.info("%s", self._last)
         if not done:
             raise QuorumUnavailable("it lacks some, and too few backends confirm that this mount owns, or in time")
+
+    async def _bury(self, member: Member, published: LocalHead) -> None:
+        """Sees to it that a backend which no fleet has any more says so itself."""
+
+        async def write() -> None:
+            await write_tombstone(member, "the newest head does not name it", self._keys, self._clock)
+
+        stone = None
+        with trio.move_on_after(_CHECK_SECONDS) as scope:
+            try:
+                stone = await read_tombstone(member.data, self._keys)
+            except Corrupt:
+                stone = None
+        if scope.cancelled_caught:
+            raise BackendUnavailable(f"backend {member.name}: no answer in {_CHECK_SECONDS:g} s")
+        if stone is not None and stone.identity == member.entry.identity:
+            return
+        if not await self._publisher.as_owner(
+            published.sealed, published.head, write, deadline_seconds=_OWNER_SECONDS
+        ):
+            raise QuorumUnavailable("it lacks its tombstone, and too few confirm that this mount owns, or in time")
+        _log.info("backend %s left the fleet and got its tombstone", member.name)
 
     def _key(self, value: Value) -> bytes:
         fsid = self._keys.fsid

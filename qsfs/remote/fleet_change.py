@@ -18,13 +18,13 @@ from qsfs.clock import Clock
 from qsfs.errors import BackendError
 from qsfs.format.fleet import Fleet, FleetEntry
 from qsfs.format.head import KeptGeneration
-from qsfs.format.identity import Tombstone, seal_tombstone
 from qsfs.format.keys import KeyRing
 from qsfs.format.units import ID_SIZE
 from qsfs.remote.base import PUBLISHED_KEY, local_head
 from qsfs.remote.fleet_plan import Configured, FleetPlan, new_entry
 from qsfs.remote.flush import Flusher
 from qsfs.remote.generation import Generations
+from qsfs.remote.identity import write_tombstone
 from qsfs.remote.joining import collect_carried, prepare_new, try_new
 from qsfs.remote.members import JOINING, Candidate, Member
 from qsfs.remote.rollback import LEFT, LEFT_BEHIND
@@ -158,13 +158,9 @@ class FleetChange:
                     nursery.start_soon(self._bury_one, member)
 
     async def _bury_one(self, member: Member) -> None:
-        record = Tombstone(
-            self._keys.fsid, member.entry.identity, member.number, self._clock.time_ns(), "left the fleet"
-        )
-        key, value = seal_tombstone(record, self._keys, self._clock)
         try:
             with trio.move_on_after(TOMBSTONE_SECONDS):
-                await member.data.set(key, value)
+                await write_tombstone(member, "left the fleet", self._keys, self._clock)
         except BackendError as error:
             _log.info("backend %s left the fleet and got no tombstone: %s", member.name, error)
 

@@ -22,6 +22,7 @@ from qsfs.format.identity import (
     open_identity,
     open_tombstone,
     seal_identity,
+    seal_tombstone,
     tombstone_key,
 )
 from qsfs.format.keys import KeyRing
@@ -57,6 +58,13 @@ async def read_tombstone(session: Session, keys: KeyRing) -> Tombstone | None:
     key = tombstone_key(keys.fsid)
     value = await session.get(key)
     return None if value is None else open_tombstone(key, value, keys)
+
+
+async def write_tombstone(member: Member, why: str, keys: KeyRing, clock: Clock) -> None:
+    """Tells a backend that it is of no fleet any more, for whoever finds it later.  Raises what its calls raise."""
+    record = Tombstone(keys.fsid, member.entry.identity, member.number, clock.time_ns(), why)
+    key, value = seal_tombstone(record, keys, clock)
+    await member.data.set(key, value)
 
 
 async def require_identity(session: Session, entry: FleetEntry, keys: KeyRing) -> bytes:

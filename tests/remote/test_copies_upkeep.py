@@ -10,8 +10,8 @@ import trio
 
 from qsfs.daemon.copies_upkeep import LOOK_SECONDS, STEP_SECONDS, CopiesUpkeep
 from qsfs.errors import BackendFull, BackendUnavailable
-from qsfs.format.head import Head, KeptGeneration, Owner, head_key
-from qsfs.format.identity import identity_key
+from qsfs.format.head import Fleet, Head, KeptGeneration, Owner, head_key
+from qsfs.format.identity import identity_key, open_tombstone, tombstone_key
 from qsfs.format.owner import owner_key
 from qsfs.remote.base import PUBLISHED_KEY, encode_local_head
 from qsfs.remote.publish import Published
@@ -325,3 +325,63 @@ async def test_more_than_one_look_may_bring_comes_with_the_next(mount, autojump_
     assert not mount.lacking()
 
 
+
+
+def tombstone(world: World, number: int) -> bytes | None:
+    return world.control_of(number).peek(tombstone_key(FSID))
+
+
+def give_up(mount: Mount) -> None:
+    """The fleet is without backend 5 from the next head on."""
+    fleet = mount.world.fleet
+    mount.world.fleet = Fleet(fleet.number + 1, fleet.entries[:4])
+
+
+async def test_a_backend_that_left_while_it_was_away_gets_its_tombstone_when_it_is_back(mount, autojump_clock):
+    """It is told once; nothing else is brought there."""
+    mount.cut_off(5)
+    mount.members.by_number(5).failed(BackendUnavailable("backend x: gone"))
+    empty(mount.world, 5)
+    give_up(mount)
+    await mount.publish_next()
+    mount.members.adopt((mount.world.fleet,))
+    await mount.rounds()
+    assert tombstone(mount.world, 5) is None
+    mount.cut_off()
+    mount.members.by_number(5).succeeded()
+    mount.forget_calls()
+    await mount.rounds(2)
+    stone = open_tombstone(tombstone_key(FSID), tombstone(mount.world, 5) or b"", mount.world.keys)
+    assert (stone.number, stone.identity) == (5, mount.members.by_number(5).entry.identity)
+    assert set(mount.world.control_of(5).keys()) == {IDENTITY, tombstone_key(FSID)}
+    await trio.sleep(2 * LOOK_SECONDS)
+    await mount.rounds(2)
+    assert [number for number, key in mount.sets() if key == tombstone_key(FSID)] == [5]
+
+
+async def test_no_tombstone_is_written_by_who_was_taken_over_from(mount, autojump_clock, nursery):
+    """The new owner may have taken the backend in again."""
+    give_up(mount)
+    await mount.publish_next()
+    mount.members.adopt((mount.world.fleet,))
+    mount.members.by_number(5).failed(BackendUnavailable("backend x: gone"))
+    await mount.rounds()
+    other = Machine(mount.world, "beta", seed=2)
+    await other.own(nursery)
+    await trio.sleep(2 * TIMING.grace)
+    mount.members.by_number(5).succeeded()
+    await mount.upkeep.step()
+    assert tombstone(mount.world, 5) is None and mount.ownership.publisher.fenced is not None
+
+
+async def test_no_tombstone_is_written_while_the_fleet_is_being_changed(mount, autojump_clock):
+    """What no published head names yet may be what the next one will."""
+    give_up(mount)
+    await mount.publish_next()
+    both = (mount.world.fleet, dataclasses.replace(mount.world.fleet, number=9))
+    head = dataclasses.replace(mount.next_head(), fleets=both)
+    assert isinstance(await mount.publish(head), Published)
+    mount.note()
+    mount.members.adopt(both)
+    await mount.rounds(2)
+    assert tombstone(mount.world, 5) is None
