@@ -7,6 +7,7 @@ the command line returns for it; `docs/errors.md` lists them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -143,9 +144,16 @@ class DeadlineExceeded(QsfsError):
 
 
 class SplitHeads(QsfsError):
-    """Two heads of one owner, neither descending from the other: a clone ran.  A person must choose."""
+    """Two heads of one owner, neither descending from the other: a clone ran.  A person must choose.
+
+    `digests`: those of the heads to choose from, in hexadecimal.
+    """
 
     exit_code: ClassVar[int] = 18
+
+    def __init__(self, message: str, digests: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.digests = tuple(digests)
 
 
 class LimitExceeded(QsfsError):

@@ -36,6 +36,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )  # fmt: skip
     amount.add_argument("--full", action="store_true", help="read all contents")
     parser.add_argument("--generation", metavar="G", type=int, help="a kept generation (default: the newest)")
+    parser.add_argument(
+        "--head", metavar="DIGEST",
+        help="where two copies of a machine have sent heads: the one to restore from, by the first digits of its "
+        "digest",
+    )  # fmt: skip
     parser.add_argument("--report", metavar="FILE", type=Path, help="write the report there, instead of printing it")
     parser.add_argument(
         "--backends-down", metavar="N", type=_count, default=0,
@@ -65,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from qsfs.daemon.drilling import Wishes, drill_file_system
     from qsfs.health.drill_plan import Plan
     from qsfs.health.drill_report import exit_code, json_of, text_of
+    from qsfs.remote.readable import Wanted
 
     config = Config.load(args.config)
     secret = unlocking(args)
@@ -73,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     seed = args.seed if args.seed is not None else secrets.randbelow(1 << 32)
     wishes = Wishes(
         Plan(1.0 if args.full else args.sample / 100, seed),
-        args.generation,
+        Wanted(args.generation, head=args.head),
         args.backends_down,
         tuple(args.down),
         args.scratch,

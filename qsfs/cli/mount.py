@@ -48,6 +48,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="with --read-only: move on whenever a newer generation is published; what is open stays as it is",
     )
     which.add_argument("--snapshot", metavar="NAME", help="with --read-only: the generation of this snapshot")
+    parser.add_argument(
+        "--head",
+        metavar="DIGEST",
+        help="with --read-only, where two copies of a machine have sent heads: the one to show, by the first digits of "
+        "its digest",
+    )
     parser.set_defaults(wrong=parser.error)
     add_unlock_options(parser)
     parser.add_argument("--report-fd", type=int, default=None, help=argparse.SUPPRESS)
@@ -75,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         args.wrong("a read-only mount and --offline exclude each other: a generation is read from the backends")
     if not args.read_only and (chosen or args.follow):
         args.wrong("--generation, --snapshot and --follow need --read-only")
+    if not args.read_only and args.head is not None:
+        args.wrong("--head needs --read-only; to go on from a head, give it to 'qsfs takeover'")
     secret = _handed_over() if args.secret_stdin else unlocking(args)
     if args.foreground:
         return _serve(config, args, secret)
@@ -85,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         *(["--follow"] if args.follow else []),
         *(["--generation", str(args.generation)] if args.generation is not None else []),
         *(["--snapshot", args.snapshot] if args.snapshot is not None else []),
+        *(["--head", args.head] if args.head is not None else []),
     ]
     return start(config, words, secret, as_json=args.json)
 
@@ -112,7 +121,7 @@ def _serve(config: Config, args: argparse.Namespace, secret: Secret | None) -> i
             reading.run(
                 config,
                 SystemClock(),
-                Wanted(args.generation, args.snapshot),
+                Wanted(args.generation, args.snapshot, args.head),
                 follow=args.follow,
                 secret=secret,
                 ready=lambda shown: report.send(ready=True, shown=shown),

@@ -27,6 +27,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="move the local state that is there beside the cache directory; nothing is deleted",
     )
+    parser.add_argument(
+        "--head",
+        metavar="DIGEST",
+        help="where two copies of a machine have sent heads: the one to restore from, by the first digits of its "
+        "digest",
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--generation", type=int, metavar="G", help="this generation (default: the newest)")
     which.add_argument("--snapshot", metavar="NAME", help="the generation of this snapshot")
@@ -58,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             config,
             SystemClock(),
             progress,
-            wanted=Wanted(args.generation, args.snapshot),
+            wanted=Wanted(args.generation, args.snapshot, args.head),
             force=args.force,
             aside=args.set_aside,
             secret=secret,

@@ -19,6 +19,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "that one becomes the newest, and what it leaves a snapshot. The other machine fences itself when it next "
         "publishes; until then it serves its applications, so stop it first: a validator's keys must not run twice.",
     )
+    parser.add_argument(
+        "--head",
+        metavar="DIGEST",
+        help="where two copies of a machine have sent heads: the one to go on from, by the first digits of its digest; "
+        "local state that is there must be of that one",
+    )
     add_unlock_options(parser)
 
 
@@ -39,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    taken = trio.run(lambda: take_over(config, SystemClock(), progress, secret=secret))
+    taken = trio.run(lambda: take_over(config, SystemClock(), progress, secret=secret, head=args.head))
     ref, returned = taken.ref, taken.returned
     if args.json:
         found: dict[str, Any] = {"generation": ref.generation, "epoch": ref.owner.epoch}

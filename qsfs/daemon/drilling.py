@@ -9,7 +9,7 @@ import signal
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from qsfs.health.drill_backends import choose_down, for_drill
 from qsfs.health.drill_plan import Compared, ComparedRows, Plan
 from qsfs.health.drill_read import Compare, ReadExtent
 from qsfs.health.drill_rows import CompareRows, Row
+from qsfs.remote.readable import Wanted
 from qsfs.store.limits import Limits
 
 _PREFIX = "qsfs-drill-"
@@ -45,7 +46,7 @@ class Wishes:
     """What an operator asks for: see `qsfs drill --help`."""
 
     plan: Plan
-    generation: int | None = None
+    wanted: Wanted = field(default_factory=Wanted)
     down: int = 0
     down_named: tuple[str, ...] = ()
     scratch: Path | None = None
@@ -83,7 +84,7 @@ async def drill_file_system(
                     limits=Limits.of(config.cache, config.flush.spool_bytes),
                     clock=clock,
                     plan=wishes.plan,
-                    generation=wishes.generation,
+                    wanted=wishes.wanted,
                     down=down,
                     compare=compare,
                     compare_names=None if compare is None else _compare_rows_with(config.cache.directory),

@@ -19,6 +19,8 @@ from qsfs.remote.base import (
     LocalHead,
     local_head,
     record_published,
+    record_rejected,
+    rejected_heads,
 )
 from qsfs.remote.members import Members
 from qsfs.remote.mount_check import LocalState, accept_for_mount
@@ -80,6 +82,7 @@ async def own_when_possible(
 
     `store_before_send` stores heads in `spool`, and may do more; see `publish.Publisher`.  Raises
     what says that this mount must not own: `StaleCache`, `SplitHeads`, `Fenced`, `NotFound`.
+    Heads that a person chose against count as not there.
     The caller commits: that this mount has published its first head is noted in the open group.
     """
 
@@ -95,6 +98,7 @@ async def own_when_possible(
             store_before_send=store_before_send or spool.store_head,
             fleets=local_fleets(store, opened),
             restored=restored_head(store, opened) if takeover else None,
+            rejected=rejected_heads(store),
             deadline_seconds=seconds,
             on_fenced=on_fenced,
         )
@@ -110,4 +114,7 @@ async def own_when_possible(
         else:
             waiting("")
             record_published(store, spool.heads[owned.first_ref])
+            if rejected_heads(store):
+                # From now on the heads of an owner of its own are the newest.
+                record_rejected(store, opened.keys.fsid, ())
             return owned

@@ -188,7 +188,13 @@ class Reading:
         make_store = partial(build, deadline_seconds=self.config.fetch.deadline_seconds, template=self._template)
         while True:
             try:
-                newest = await find_source(self._links.candidates, secret=secret, clock=self.clock, timing=self._timing)
+                newest = await find_source(
+                    self._links.candidates,
+                    secret=secret,
+                    clock=self.clock,
+                    timing=self._timing,
+                    chosen=self.wanted.head,
+                )
                 _check(newest)
                 source = await source_of(newest, self.wanted, self._timing)
                 place = image_directory(directory, source.found.ref, limits.map_bytes)
@@ -214,6 +220,7 @@ class Reading:
             self.clock,
             self._timing,
             Published(newest.found.ref, newest.found.head),
+            newest.found.rejected,
         )
         self.sightings.watched.add(source.found.ref)
         self._limits = limits

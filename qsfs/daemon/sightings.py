@@ -39,13 +39,17 @@ class Sightings:
         clock: Clock,
         timing: Timing,
         first: Published,
+        rejected: frozenset[HeadRef] = frozenset(),
     ) -> None:
-        """`first` is the newest head that the start of the mount found."""
+        """`first` is the newest head that the start of the mount found, `rejected` are those that a person chose
+        against.
+        """
         self._members = members
         self._records = records
         self._code = code
         self._clock = clock
         self._timing = timing
+        self._rejected = rejected
         self._gone_since: dict[HeadRef, int] = {}
         self.watched: set[HeadRef] = set()
         self.newest = first
@@ -69,7 +73,9 @@ class Sightings:
 
     async def _look(self) -> None:
         try:
-            seen = await look(self._members, self._records, self._code, self._clock, self._timing)
+            seen = await look(
+                self._members, self._records, self._code, self._clock, self._timing, rejected=self._rejected
+            )
         except QsfsError as error:
             if not self.error:
                 _log.info("the newest head is not known: %s", error)

@@ -98,13 +98,15 @@ async def snapshots_on_backends(
 ) -> tuple[list[Snapshot], tuple[str, ...]]:
     """The snapshots that the newest head on the backends keeps, and what a person should read about that.
 
-    For a machine where nothing is mounted.  `secret` opens it (default: the configured one).  Raises as
-    `find_source` does.
+    For a machine where nothing is mounted.  `secret` opens it (default: the configured one).  Where two copies of
+    a machine have sent heads it is those that any of their lines keeps.  Raises as `find_source` does, but for
+    `SplitHeads`.
     """
     secret = read_secret(config, secret)
     found = links(config, clock)
     try:
-        source = await find_source(found.candidates, secret=secret, clock=clock)
+        source = await find_source(found.candidates, secret=secret, clock=clock, any_line=True)
     finally:
         await found.aclose()
-    return snapshots_of(source.found.head.kept), source.sentences()
+    heads = (source.found.head, *source.found.lines)
+    return snapshots_of({entry for head in heads for entry in head.kept}), source.sentences()

@@ -87,7 +87,7 @@ async def drill(
     limits: Limits,
     clock: Clock,
     plan: Plan,
-    generation: int | None = None,
+    wanted: Wanted | None = None,
     timing: Timing | None = None,
     down: Collection[str] = (),
     compare: Compare | None = None,
@@ -96,7 +96,7 @@ async def drill(
     deadline_seconds: float = 30.0,
     worth_a_thread: int = WORTH_A_THREAD,
 ) -> DrillResult:
-    """Restores the newest generation (or a kept one by its number) into `directory`, empty and the drill's own.
+    """Restores the newest generation (or what is `wanted`) into `directory`, empty and the drill's own.
 
     `candidates` are what the caller made of the configuration, those that shall count as down included
     (`down` names them for the report); `compare` and `compare_names` ask a running mount.  Too few answers to
@@ -105,10 +105,16 @@ async def drill(
     """
     started_ns, began = clock.time_ns(), clock.monotonic()
     say(Progress("looking for the generation", 0, len(candidates)))
+    wanted = wanted or Wanted()
     newest = await find_source(
-        candidates, secret=secret, clock=clock, timing=timing, deadline_seconds=deadline_seconds
+        candidates,
+        secret=secret,
+        clock=clock,
+        timing=timing,
+        chosen=wanted.head,
+        deadline_seconds=deadline_seconds,
     )
-    source = await source_of(newest, Wanted(generation), timing)
+    source = await source_of(newest, wanted, timing)
     found_at = clock.monotonic()
     packs, restored = await restore_into(
         directory, source, limits, clock, say=say, deadline_seconds=deadline_seconds

@@ -6,15 +6,19 @@ takes over publishes the newest head as its own first one, which moves no mark.
 
 A store that was restored from an older generation than the newest has that one as its base, and remembers
 the newest as what it *returns from*.  It is no mount's: a takeover makes its base the newest first.
+
+Where two copies of a machine had sent heads and a person chose one, the others that there were are *rejected*:
+remembered until this machine owns, they count as not there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qsfs.errors import Corrupt
 from qsfs.format import schema
-from qsfs.format.head import Head, SealedHead, open_head, parse_head_key
+from qsfs.format.head import Head, HeadRef, SealedHead, head_key, open_head, parse_head_key
 from qsfs.format.keys import KeyRing
 from qsfs.store.group import COMMIT_KEY, WRITE_NUMBER_KEY
 from qsfs.store.schema import plain_u64
@@ -23,6 +27,7 @@ from qsfs.store.store import FSID_KEY, Store
 BASE_KEY = b"base-head"
 PUBLISHED_KEY = b"published-head"
 RETURNS_KEY = b"returns-from-head"
+REJECTED_KEY = b"rejected-heads"
 NEWEST_KEYS = (PUBLISHED_KEY, RETURNS_KEY, BASE_KEY)
 """The first of these that there is names the newest head known here, and the fleets that it lists."""
 
@@ -64,6 +69,33 @@ def local_head(store: Store, name: bytes, keys: KeyRing) -> LocalHead | None:
     """
     row = store.local(name)
     return None if row is None else decode_local_head(row, keys)
+
+
+def encode_rejected(fsid: bytes, rejected: Iterable[HeadRef]) -> bytes:
+    """The row `REJECTED_KEY` of LOCAL."""
+    return schema.pack([_SCHEMA, [head_key(fsid, ref) for ref in sorted(rejected)]])
+
+
+def rejected_heads(store: Store) -> frozenset[HeadRef]:
+    """The heads that a person chose against here; they count as not there.
+
+    Raises `Corrupt` or `FormatMismatch` if they cannot be read.
+    """
+    row = store.local(REJECTED_KEY)
+    if row is None:
+        return frozenset()
+    what = "rejected heads in the local store"
+    keys = schema.record(row, _SCHEMA, 2, what).array()
+    each = schema.Fields(keys, len(keys), what)
+    named = [parse_head_key(each.binary()) for _ in keys]
+    if None in named:
+        raise Corrupt(f"{what}: one has a key that is not one of a head; run 'qsfs fsck'")
+    return frozenset(key.ref for key in named if key is not None)
+
+
+def record_rejected(store: Store, fsid: bytes, rejected: Iterable[HeadRef]) -> None:
+    """Remembers with the open group, in place of any others, which heads a person chose against."""
+    store.set_local(REJECTED_KEY, encode_rejected(fsid, rejected))
 
 
 def base_rows(head: Head, sealed: SealedHead, *, ours: bool) -> dict[bytes, bytes]:

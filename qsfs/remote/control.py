@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qsfs.backend.contract import Session
 from qsfs.errors import BackendRefused, BackendUnavailable, Corrupt, NotFound, QsfsError
@@ -89,6 +89,13 @@ class Reading:
     unproven: tuple[tuple[Owner | HeadRef, str], ...] = ()
     listing: Listing = Listing(frozenset(), frozenset())
 
+    def without(self, rejected: Set[HeadRef]) -> Reading:
+        """This reading as if the heads `rejected` were not there; `listing` still claims them."""
+        if not rejected:
+            return self
+        unproven = tuple(claim for claim in self.unproven if claim[0] not in rejected)
+        return replace(self, heads=self.heads - rejected, unproven=unproven)
+
 
 class Records:
     """The owner records and heads that have authenticated, whichever backend they came from."""
@@ -111,6 +118,11 @@ class Records:
     def record(self, owner: Owner) -> OwnerRecord | None:
         """The record of `owner`, if it has been read."""
         return self._owners.get(owner)
+
+    def host(self, owner: Owner) -> str:
+        """Where `owner` ran; "" if its record has not been read."""
+        record = self._owners.get(owner)
+        return "" if record is None else record.host
 
     def facts(self, ref: HeadRef) -> HeadFacts | None:
         """What is known of a head that authenticated."""

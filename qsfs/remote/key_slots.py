@@ -14,6 +14,7 @@ import trio
 
 from qsfs.clock import Clock
 from qsfs.errors import KeyFileError, NotFound, QuorumUnavailable
+from qsfs.format.fleet import Fleet
 from qsfs.format.key_changes import Change
 from qsfs.format.keys import KeyRing
 from qsfs.format.slots import Secret, Slot, list_slots, masters_of
@@ -36,7 +37,11 @@ NOTHING_CHANGED = "nothing was changed"
 
 @dataclass(frozen=True, slots=True)
 class KeyState:
-    """The superblock as the backends hold it, and the newest head, which its master keys opened."""
+    """The superblock as the backends hold it, and the newest head, which its master keys opened.
+
+    Where two copies of a machine have sent heads, the last of each line was opened, and `quorums` are those of
+    the fleets of all: what holds, holds whichever line a person chooses.
+    """
 
     found: FoundSuperblock
     members: Members
@@ -96,7 +101,9 @@ class KeyState:
         known = {c.name for c, _ in self.found.problems}
         told += [f"{s.error}." for s in self.strangers if s.candidate.name not in known]
         told += self.newest.not_configured(self.strangers)
-        return tuple(told if len(told) <= 3 else [f"{summary(line.removesuffix('.') for line in told)}."])
+        told = told if len(told) <= 3 else [f"{summary(line.removesuffix('.') for line in told)}."]
+        split = self.newest.judgement.describe_split()
+        return tuple([*told, f"Heads: {split}."] if split else told)
 
     def _authentic(self) -> set[bytes]:
         wrong = {c.name for c, error in self.found.problems if isinstance(error, KeyFileError)}
@@ -135,9 +142,34 @@ async def read_key_state(
     members, strangers = await find_members(candidates, found.keys, clock, attempt_seconds=timing.attempt)
     code = found.superblock.code
     newest = await find_newest(
-        members, Records(found.keys), code, clock, timing, deadline_seconds=3 * timing.attempt, tries=1
+        members,
+        Records(found.keys),
+        code,
+        clock,
+        timing,
+        deadline_seconds=3 * timing.attempt,
+        tries=1,
+        any_line=True,
     )
-    return KeyState(found, members, tuple(strangers), newest, fleet_quorums(newest.head.fleets, code))
+    fleets = _all_fleets(newest)
+    return KeyState(found, members, tuple(strangers), newest, fleet_quorums(fleets, code))
+
+
+def _all_fleets(newest: Found) -> list[Fleet]:
+    """The fleets that the newest head names, and those of other lines.
+
+    Raises `SplitHeads` if two lines call different backends by one number: then counting means nothing.
+    """
+    fleets: list[Fleet] = []
+    identities: dict[int, bytes] = {}
+    for fleet in (fleet for head in (newest.head, *newest.lines) for fleet in head.fleets):
+        if fleet in fleets:
+            continue
+        fleets.append(fleet)
+        for entry in fleet.entries:
+            if identities.setdefault(entry.number, entry.identity) != entry.identity:
+                newest.judgement.require_one_line()
+    return fleets
 
 
 async def change_key_slots(

@@ -6,13 +6,13 @@ means that this machine was cloned, rolled back, or taken over from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
 
 from qsfs.errors import StaleCache
 from qsfs.format.head import Head, HeadRef
-from qsfs.remote.newest import Judgement, describe_head
+from qsfs.remote.newest import Judgement, describe_head, short_digest
 
 _RESTORE = (
     "To go on here, stop the other machine for good; then `qsfs restore --set-aside` moves this machine's "
@@ -37,6 +37,12 @@ class LocalState:
     sent: frozenset[HeadRef] = frozenset()
     returns: HeadRef | None = None
 
+    @property
+    def heads(self) -> frozenset[HeadRef]:
+        """The heads that may be the newest for this machine to go on."""
+        known = (self.base, self.published, *self.sent)
+        return frozenset(ref for ref in known if ref is not None)
+
 
 class Standing(Enum):
     """What the newest head is to this machine."""
@@ -46,9 +52,15 @@ class Standing(Enum):
 
 
 def check_mount(
-    local: LocalState, newest: HeadRef, others: frozenset[HeadRef], *, takeover: bool = False
+    local: LocalState,
+    newest: HeadRef,
+    others: frozenset[HeadRef],
+    splits: Collection[HeadRef] = (),
+    *,
+    takeover: bool = False,
 ) -> Standing:
-    """What `newest` is to this machine; `others` are the other heads of its owner that were read.
+    """What `newest` is to this machine; `others` are the other heads of its owner that were read, `splits` those of
+    them that may be of another line.
 
     Raises `StaleCache`, with what to do, if the local state is not the newest, if a copy of this machine
     has sent a head since, or if another machine published the base and `takeover` was not asked for.
@@ -58,9 +70,7 @@ def check_mount(
             "there is no local state of this file system: `qsfs takeover` restores the newest generation "
             f"({describe_head(newest)}) and goes on from it, once the machine that wrote it is stopped"
         )
-    ours = {local.base, *local.sent}
-    if local.published is not None:
-        ours.add(local.published)
+    ours = local.heads
     if newest not in ours and local.returns is not None:
         raise StaleCache(
             f"the newest generation on the backends is {describe_head(newest)}, and this machine was restored from "
@@ -68,6 +78,8 @@ def check_mount(
             "since. To go on here, stop the other machine for good; then `qsfs restore --set-aside --generation "
             f"{local.returns.generation}` does that again, and `qsfs takeover` makes it the newest"
         )
+    if newest not in ours and (mine := max(ours.intersection(splits), default=None)) is not None:
+        raise StaleCache(_copied(newest, mine))
     if newest not in ours:
         raise StaleCache(
             f"the newest generation on the backends is {describe_head(newest)}, and this machine goes on "
@@ -80,11 +92,7 @@ def check_mount(
     last = max((ref.generation for ref in known), default=-1)
     for ref in sorted(others - ours, reverse=True):
         if ref.generation > last or ref.generation == newest.generation:
-            raise StaleCache(
-                f"{describe_head(ref)} was sent by a copy of this machine, next to "
-                f"{describe_head(newest)}. Stop the copy, "
-                "decide which one is right, and restore that generation"
-            )
+            raise StaleCache(_copied(ref, newest))
     if not takeover:
         require_returned(local)
     if newest in local.sent or newest == local.published or local.published_here:
@@ -96,6 +104,15 @@ def check_mount(
             "(a validator's keys must not run twice), then run `qsfs takeover` once"
         )
     return Standing.CURRENT
+
+
+def _copied(theirs: HeadRef, mine: HeadRef) -> str:
+    return (
+        f"{describe_head(theirs)} was sent by a copy of this machine, next to this one's {describe_head(mine)}. Stop "
+        "the copy for good, and decide which one is right (`qsfs mount --read-only --head DIGEST` elsewhere shows "
+        f"one). `qsfs takeover --head {short_digest(mine)}` goes on here with what this machine has; `qsfs restore "
+        f"--set-aside --head {short_digest(theirs)}`, then `qsfs takeover`, with what the copy sent"
+    )
 
 
 def require_returned(local: LocalState) -> None:
@@ -121,8 +138,7 @@ def accept_for_mount(
     def accept(_: Head, judgement: Judgement) -> None:
         if takeover:
             judgement.require_one_line()
-        others = judgement.others
-        check_mount(local(), judgement.newest, others, takeover=takeover)
+        check_mount(local(), judgement.newest, judgement.others, judgement.splits, takeover=takeover)
 
     return accept
 

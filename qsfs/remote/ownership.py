@@ -23,7 +23,7 @@ from qsfs.remote.control import Reading, Records
 from qsfs.remote.fencing import fenced, unclear
 from qsfs.remote.kept import kept_of_first
 from qsfs.remote.members import Members
-from qsfs.remote.newest import Descent, Judgement, Line, judge, largest_owner, uncounted
+from qsfs.remote.newest import Descent, Judgement, Line, dead_heads, judge, largest_owner, uncounted
 from qsfs.remote.publish import NotYet, Publisher, StoreBeforeSend
 from qsfs.remote.quorum import FleetQuorum, describe_shortage, fleet_quorums, reached
 from qsfs.remote.quorum_write import QuorumWrite
@@ -86,6 +86,7 @@ async def own(
     store_before_send: StoreBeforeSend,
     fleets: tuple[Fleet, ...] = (),
     restored: LocalHead | None = None,
+    rejected: frozenset[HeadRef] = frozenset(),
     timing: Timing | None = None,
     deadline_seconds: float = 60.0,
     on_fenced: Callable[[Fenced], None] = lambda _: None,
@@ -95,7 +96,8 @@ async def own(
     `accept` is asked before anything is written, and again about what was found once the owner record
     was; `fleets` are those of the local base, by which is counted until a head is found.  `restored` is the
     head that a restore has read here: it is found too, whoever has it answers now or not, unless the backends
-    show one that it does not descend from.  `host` is shown to others.  `nursery` is where late backends, and
+    show one that it does not descend from.  The heads `rejected`, which a person chose against, count as not
+    there.  `host` is shown to others.  `nursery` is where late backends, and
     later heads, go on.
 
     Raises `QuorumUnavailable` (too few backends answered before the deadline: nobody is worse off, try
@@ -113,6 +115,7 @@ async def own(
         host,
         accept,
         restored,
+        rejected,
         timing or Timing(),
         trio.current_time() + deadline_seconds,
     )
@@ -182,6 +185,7 @@ class _Attempt:
     host: str
     accept: Accept
     restored: LocalHead | None
+    rejected: frozenset[HeadRef]
     timing: Timing
     deadline: float
 
@@ -193,8 +197,9 @@ class _Attempt:
             self.clock,
             self.timing,
             deadline=self.deadline,
-            enough=lambda so_far: self._enough(so_far, fleets),
+            enough=lambda so_far: self._enough(self._living(so_far), fleets),
         )
+        read = self._living(read)
         readings = tuple(read.readings.values())
         quorums = self._quorums(read, fleets)
         reasons = {reading.number: uncounted(reading, read.newest) for reading in readings}
@@ -237,14 +242,20 @@ class _Attempt:
             write.stop()
             raise QuorumUnavailable(f"cannot own now: {summary(write.reasons())}")
         failpoints.hit("own.announced")
-        return await self._judged((*found.readings, *write.survey.readings.values()))
+        later = write.survey.readings.values()
+        return await self._judged((*found.readings, *(reading.without(self.rejected) for reading in later)))
 
     async def _judged(self, readings: tuple[Reading, ...]) -> _Newest:
-        ref = self._or_restored(max(ref for reading in readings for ref in reading.heads))
+        dead = dead_heads(readings, self.records.facts)
+        ref = self._or_restored(max(ref for reading in readings for ref in reading.heads - dead))
         head = await fetch_head(self.members, readings, ref, self.records, self.timing)
         self.members.adopt(head.fleets)
-        self.accept(head, judge(readings, ref, fleet_quorums(head.fleets, self.code), self.records.facts))
+        quorums = fleet_quorums(head.fleets, self.code)
+        self.accept(head, judge(readings, ref, quorums, self.records.facts, self.records.host(ref.owner)))
         return _Newest(head, ref, readings)
+
+    def _living(self, read: Survey) -> Survey:
+        return read.without(self.rejected, self.records.facts)
 
     def _or_restored(self, ref: HeadRef) -> HeadRef:
         """The restored head in the place of one that it descends from.

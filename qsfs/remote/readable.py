@@ -5,7 +5,7 @@ Everything here reads.  Nothing is written to a backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -32,15 +32,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a read-only mount shows: a generation by its number, a snapshot by its name, else the newest."""
+    """What a read-only mount shows: a generation by its number, a snapshot by its name, else the newest.
+
+    `head`: how the digest of the head begins that counts as the newest, where two copies of a machine have sent heads.
+    """
 
     generation: int | None = None
     snapshot: str | None = None
+    head: str | None = None
 
     def __str__(self) -> str:
+        line = "" if self.head is None else f" by head {self.head}"
         if self.snapshot is not None:
-            return f'snapshot "{self.snapshot}"'
-        return "the newest generation" if self.generation is None else f"generation {self.generation}"
+            return f'snapshot "{self.snapshot}"{line}'
+        return f"{'the newest generation' if self.generation is None else f'generation {self.generation}'}{line}"
 
 
 def readable(head: Head, ref: HeadRef) -> tuple[KeptGeneration, ...]:
@@ -145,9 +150,12 @@ async def look(
     clock: Clock,
     timing: Timing,
     *,
+    rejected: Set[HeadRef] = frozenset(),
     deadline_seconds: float = 60.0,
 ) -> Published:
     """Reads all heads once and returns the newest one that is published, as far as can be told.
+
+    The heads `rejected`, which a person chose against, count as not there.
 
     One counts as published if a fence quorum lists it, or a newer head keeps it: it may be too few that
     answer, and a head that was sent and reached nobody else is never followed.
@@ -155,6 +163,7 @@ async def look(
     """
     deadline = trio.current_time() + deadline_seconds
     read = await survey(members, records, clock, timing, deadline=deadline, tries=1)
+    read = read.without(rejected, records.facts)
     readings = list(read.readings.values())
     newest = read.newest
     if newest is None:
@@ -162,7 +171,7 @@ async def look(
     head = await fetch_head(members, readings, newest, records, timing)
     members.adopt(head.fleets)
     quorums = fleet_quorums(head.fleets, code)
-    judgement = judge(readings, newest, quorums, records.facts)
+    judgement = judge(readings, newest, quorums, records.facts, records.host(newest.owner))
     judgement.require_one_line()
     ref = published_of(readings, newest, head, quorums)
     if ref is None:

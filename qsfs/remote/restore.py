@@ -26,7 +26,7 @@ from qsfs.format.rows import Row, decode_rows
 from qsfs.format.slots import Secret
 from qsfs.format.superblock import Superblock
 from qsfs.remote.aside import DATA, DIRECTORY, flush_directory, refuse_used
-from qsfs.remote.base import RETURNS_KEY, encode_local_head
+from qsfs.remote.base import REJECTED_KEY, RETURNS_KEY, encode_local_head, encode_rejected
 from qsfs.remote.image import Listed, packs_of
 from qsfs.remote.members import Candidate
 from qsfs.remote.newest import describe_head
@@ -80,7 +80,6 @@ async def restore(
     clock: Clock,
     timing: Timing | None = None,
     force: bool = False,
-    chosen: HeadRef | None = None,
     wanted: Wanted | None = None,
     clear: Callable[[], None] | None = None,
     say: Say = lambda progress: None,
@@ -88,8 +87,9 @@ async def restore(
 ) -> RestoreReport:
     """Restores the newest generation, or an older one that it keeps, into the cache directory `directory`.
 
-    The newest is that of the head that is `chosen`, if one is.  An older one becomes the newest when it
-    is taken over, not before; see `qsfs.remote.base`.
+    Where two copies of a machine have sent heads, `wanted` says which one counts as the newest, and the store remembers
+    those that it was chosen against.  An older one becomes the newest when it is taken over, not before; see
+    `qsfs.remote.base`.
     The caller holds the directory's mount lock.  Refuses (`CacheError`) a directory that holds a
     file system, unless `clear` empties it, which is called once the store is built.  Too few
     backends to rule out a newer generation is `QuorumUnavailable` unless `force`, and `NotFound` says that what is
@@ -98,12 +98,13 @@ async def restore(
     if clear is None:
         refuse_used(directory)
     say(Progress("looking for the newest generation", 0, len(candidates)))
+    wanted = wanted or Wanted()
     newest = await find_source(
         candidates,
         secret=secret,
         clock=clock,
         timing=timing,
-        chosen=chosen,
+        chosen=wanted.head,
         deadline_seconds=deadline_seconds,
     )
     found = newest.found
@@ -112,8 +113,12 @@ async def restore(
             f"{' '.join(found.sentences(newest.strangers))} Bring more backends back, or restore with --force "
             "what may not be the newest"
         )
-    source = await source_of(newest, wanted or Wanted(), timing)
-    older = source.found.ref != found.ref
+    source = await source_of(newest, wanted, timing)
+    local: dict[bytes, bytes] = {}
+    if source.found.ref != found.ref:
+        local[RETURNS_KEY] = encode_local_head(newest.sealed, ours=False)
+    if found.rejected:
+        local[REJECTED_KEY] = encode_rejected(newest.keys.fsid, found.rejected)
     packs, tally = await restore_into(
         directory,
         source,
@@ -122,7 +127,7 @@ async def restore(
         say=say,
         deadline_seconds=deadline_seconds,
         clear=clear,
-        local={RETURNS_KEY: encode_local_head(newest.sealed, ours=False)} if older else None,
+        local=local,
     )
     return RestoreReport(
         superblock=source.superblock,

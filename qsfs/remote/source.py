@@ -9,7 +9,7 @@ import trio
 
 from qsfs.clock import Clock
 from qsfs.errors import NotFound, QsfsError, QuorumUnavailable, WrongBackend
-from qsfs.format.head import Head, HeadRef, SealedHead, head_key, open_head
+from qsfs.format.head import Head, SealedHead, head_key, open_head
 from qsfs.format.keys import KeyRing
 from qsfs.format.slots import Secret
 from qsfs.format.superblock import Superblock
@@ -46,13 +46,15 @@ async def find_source(
     secret: Secret,
     clock: Clock,
     timing: Timing | None = None,
-    chosen: HeadRef | None = None,
+    chosen: str | None = None,
+    any_line: bool = False,
     deadline_seconds: float = 60.0,
 ) -> Source:
-    """Reads superblock, identities and heads, and the newest head itself, or the one that is `chosen` of `SplitHeads`.
+    """Reads superblock, identities and heads, and the newest head itself.
 
-    Raises what `find_superblock` and `find_newest` raise, among them `KeyFileError`, `SplitHeads` (listing
-    the heads) and `QuorumUnavailable`.
+    `chosen` and `any_line` are for where two copies of a machine have sent heads: see `find_newest`.
+    Raises what `find_superblock` and `find_newest` raise, among them `KeyFileError`, `SplitHeads` (listing the heads)
+    and `QuorumUnavailable`.
     """
     timing = timing or Timing()
     opened = await find_superblock(candidates, secret, attempt_seconds=timing.attempt)
@@ -66,6 +68,7 @@ async def find_source(
         timing,
         deadline_seconds=deadline_seconds,
         chosen=chosen,
+        any_line=any_line,
     )
     _add_silent(members, strangers, found.head, clock)
     sealed = await _sealed(members, found, opened.keys, timing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Set
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ from qsfs.format.identity import identity_key
 from qsfs.remote.control import Reading, Records, read_control
 from qsfs.remote.identity import Stranger, require_identity
 from qsfs.remote.members import Member, Members
-from qsfs.remote.newest import Judgement, describe_head, judge, newest_head, uncounted
+from qsfs.remote.newest import Facts, Judgement, dead_heads, describe_head, judge, newest_head, uncounted
 from qsfs.remote.quorum import fleet_quorums
 from qsfs.remote.reasons import summary
 
@@ -64,6 +64,12 @@ class Survey:
     def newest(self) -> HeadRef | None:
         """The newest head read."""
         return newest_head(self.readings.values())
+
+    def without(self, rejected: Set[HeadRef], facts: Facts) -> Survey:
+        """What was read, as if the heads `rejected`, and those that are dead then, were not there."""
+        left = {number: reading.without(rejected) for number, reading in self.readings.items()}
+        dead = dead_heads(left.values(), facts)
+        return Survey({number: reading.without(dead) for number, reading in left.items()}, self.errors)
 
     def reasons(self) -> str:
         """Why backends gave no reading, for messages; empty if all gave one."""
@@ -182,13 +188,17 @@ async def fetch_head(
 class Found:
     """The newest head that the reachable backends hold, and what it is worth.
 
-    `missing`: entries of its fleets that no configured backend is.
+    `missing`: entries of its fleets that no configured backend is.  `rejected`: the heads that a person chose
+    against with this one; `judgement` is as if they were not there.  `lines`: where nobody chose, the last heads
+    of the other lines.
     """
 
     head: Head
     judgement: Judgement
     survey: Survey
     missing: tuple[FleetEntry, ...]
+    rejected: frozenset[HeadRef] = frozenset()
+    lines: tuple[Head, ...] = ()
 
     @property
     def ref(self) -> HeadRef:
@@ -232,6 +242,13 @@ class Found:
             f"Also found: {describe_head(ref)}, which may or may not be an ancestor."
             for ref in verdict.undecided
         ]
+        found += [
+            f"Also found: {describe_head(ref)}, which a copy of the machine sent and never published."
+            for ref in verdict.dead
+        ]
+        found += [f"Not chosen: {describe_head(ref)}, which is left behind." for ref in sorted(self.rejected)]
+        if verdict.splits:
+            found.append(f"Of several lines: {verdict.describe_split()}.")
         return tuple(found)
 
 
@@ -244,18 +261,21 @@ async def find_newest(
     *,
     deadline_seconds: float = 60.0,
     tries: float = 3,
-    chosen: HeadRef | None = None,
+    chosen: str | None = None,
+    any_line: bool = False,
 ) -> Found:
     """Reads every reachable backend, as a restore does, and adopts the fleets that the newest head names.
 
-    `chosen` names the head that a person chose where there are several (`SplitHeads` otherwise).
-    Raises `NotFound` if all backends answered and none has a head, `Corrupt` if all answered and no head
-    that they list authenticates, `QuorumUnavailable` if none was found and some did not answer.
+    Where two copies of a machine have sent heads, `chosen` is how the digest of the one begins that counts as the
+    newest, as a person chose it; without it that is `SplitHeads`, unless `any_line`, for what no single head is
+    needed for.  Raises what `Judgement.choose` raises, `NotFound` if all backends answered and none has a head,
+    `Corrupt` if all answered and no head that they list authenticates, `QuorumUnavailable` if none was found, or not
+    the chosen one, and some did not answer.
     Whether `judgement.withstands` is enough is for the caller to say.
     """
     deadline = trio.current_time() + deadline_seconds
     read = await survey(members, records, clock, timing, deadline=deadline, tries=tries, newest_first=True)
-    newest = chosen or read.newest
+    newest = read.without(frozenset(), records.facts).newest
     readings = list(read.readings.values())
     if newest is None:
         if len(read.readings) < len(members) or not members:
@@ -268,9 +288,40 @@ async def find_newest(
         raise NotFound(
             f"none of the {len(members)} backends holds a head of file system {records.fsid.hex()}"
         )
+    rejected: frozenset[HeadRef] = frozenset()
+    head, missing, judgement = await _judged(members, readings, newest, records, code, timing)
+    if chosen is not None:
+        ref = _chosen(judgement, chosen, read)
+        if ref != newest:
+            _, _, judgement = await _judged(members, readings, ref, records, code, timing)
+        rejected = frozenset(judgement.splits)
+        left = [reading.without(rejected) for reading in readings]
+        head, missing, judgement = await _judged(members, left, ref, records, code, timing)
+    elif not any_line:
+        judgement.require_one_line()
+    lines = [await fetch_head(members, readings, end.ref, records, timing) for end in judgement.ends[1:]]
+    return Found(head, judgement, read, tuple(missing), rejected, tuple(lines))
+
+
+async def _judged(
+    members: Members,
+    readings: Collection[Reading],
+    newest: HeadRef,
+    records: Records,
+    code: CodeParams,
+    timing: Timing,
+) -> tuple[Head, list[FleetEntry], Judgement]:
+    """Head `newest`, the entries of its fleets that no member is, and what it is worth."""
     head = await fetch_head(members, readings, newest, records, timing)
     missing = members.adopt(head.fleets)
-    judgement = judge(readings, newest, fleet_quorums(head.fleets, code), records.facts)
-    if chosen is None:
-        judgement.require_one_line()
-    return Found(head, judgement, read, tuple(missing))
+    quorums = fleet_quorums(head.fleets, code)
+    return head, missing, judge(readings, newest, quorums, records.facts, records.host(newest.owner))
+
+
+def _chosen(judgement: Judgement, digest: str, read: Survey) -> HeadRef:
+    try:
+        return judgement.choose(digest)
+    except NotFound as error:
+        if read.errors:
+            raise QuorumUnavailable(f"{error}; but not every backend answered: {read.reasons()}") from error
+        raise

@@ -246,6 +246,7 @@ class Machine:
         *,
         accept: Callable[[Head, Judgement], None] = lambda head, judgement: None,
         restored: LocalHead | None = None,
+        rejected: frozenset[HeadRef] = frozenset(),
         deadline: float = 30.0,
     ) -> Ownership:
         """Owns; every newest head is accepted unless told otherwise."""
@@ -260,6 +261,7 @@ class Machine:
             store_before_send=self.store,
             fleets=(self.world.fleet,),
             restored=restored,
+            rejected=rejected,
             timing=self.timing,
             deadline_seconds=deadline,
         )

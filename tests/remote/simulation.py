@@ -28,7 +28,7 @@ from qsfs.remote.control import Records
 from qsfs.remote.mount_check import LocalState, accept_for_mount
 from qsfs.remote.publish import Published, Publisher
 from qsfs.remote.quorum import FenceQuorum, fence_quorum
-from qsfs.remote.survey import Timing, find_newest
+from qsfs.remote.survey import Found, Timing, find_newest
 from tests.remote.harness import FaultyBackend, Machine, World, keys_of, make_head, make_world, plant
 
 HISTORY_SECONDS = 300.0
@@ -300,6 +300,30 @@ def check_alarm(history: History, alarm: SplitHeads) -> None:
     assert history.stale or history.outcomes.get("twin"), f"seed {history.seed}: false alarm: {alarm}"
 
 
+def check_dead(history: History, found: Found) -> None:
+    """What is called dead without asking anybody was never published."""
+    for _ in found.judgement.dead:
+        history.note("dead")
+    dead = {ref for _, ref in history.published}.intersection(found.judgement.dead)
+    assert not dead, f"seed {history.seed}: {dead} called dead, and published"
+
+
+async def check_choices(history: History, machine: Machine, alarm: SplitHeads, latest: HeadRef) -> None:
+    """Each head listed can be chosen, nothing asks again then, and what was published lies on one of the lines."""
+    world = history.world
+    lines: set[HeadRef] = set()
+    for digest in alarm.digests:
+        found = await find_newest(
+            machine.members, machine.records, world.code, machine.clock, machine.timing, tries=1, chosen=digest
+        )
+        assert found.ref.digest.hex() == digest and not found.judgement.splits
+        assert found.rejected.isdisjoint(history.ancestors(found.ref)), f"seed {history.seed}: its own line rejected"
+        check_dead(history, found)
+        lines |= history.ancestors(found.ref)
+        history.note("chosen")
+    assert latest in lines or history.stale, f"seed {history.seed}: {latest} is on no line to choose"
+
+
 async def check_restores(history: History, chance: random.Random) -> None:
     """A restore finds every published head with as many lost backends as it says it withstands."""
     world, quorum = history.world, history.quorum
@@ -318,7 +342,9 @@ async def check_restores(history: History, chance: random.Random) -> None:
             )
         except SplitHeads as error:
             check_alarm(history, error)
+            await check_choices(history, machine, error, latest)
             continue
+        check_dead(history, found)
         assert found.judgement.withstands >= 0 or history.stale
         assert latest in history.ancestors(found.ref), (
             f"seed {history.seed}: restore without {lost} missed {latest}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import stat
@@ -10,7 +11,7 @@ from functools import partial
 import pytest
 
 from qsfs.daemon.comparing import compare, compare_rows
-from qsfs.errors import ConfigError, DataLost, NotFound, NotRunning, QsfsBug
+from qsfs.errors import ConfigError, DataLost, NotFound, NotRunning, QsfsBug, SplitHeads
 from qsfs.format.head import KeptGeneration
 from qsfs.format.shard import shard_key
 from qsfs.health import drill_plan
@@ -18,9 +19,11 @@ from qsfs.health.drill import drill
 from qsfs.health.drill_backends import choose_down, for_drill
 from qsfs.health.drill_plan import LEAST_EXTENTS, Plan, Verdict
 from qsfs.health.drill_report import exit_code, json_of, text_of
+from qsfs.remote.newest import describe_head
+from qsfs.remote.readable import Wanted
 from qsfs.remote.survey import Timing
 from qsfs.store.schema import PAGE, Table
-from tests.remote.harness import keys_of
+from tests.remote.harness import keys_of, plant
 from tests.remote.small_fs import LIMITS, SECRET, SmallFs, noise
 
 TIMING = Timing(attempt=2.0, retry=0.01, retry_most=0.02, grace=0.2)
@@ -189,7 +192,19 @@ async def test_a_generation_that_is_not_kept_is_refused(fs, scratch):
     a_tree(fs)
     fs.publish(9)
     with pytest.raises(NotFound, match="generation 8 is not kept any more; kept are 9"):
-        await run(fs, scratch, generation=8)
+        await run(fs, scratch, wanted=Wanted(8))
+
+
+async def test_where_two_lines_of_heads_are_a_person_says_which_one_is_drilled(fs, scratch):
+    """The drill proves the generation of the head that is named, and its report names the other."""
+    a_tree(fs)
+    other = plant(fs.world, dataclasses.replace(fs.head, time_ns=fs.head.time_ns + 1)).ref
+    with pytest.raises(SplitHeads):
+        await run(fs, scratch)
+    (scratch / "drill").rmdir()
+    found = await run(fs, scratch, wanted=Wanted(head=fs.sealed.ref.digest.hex()[:8]))
+    assert (found.ref, found.verdict) == (fs.sealed.ref, Verdict.PROVEN)
+    assert any(f"Not chosen: {describe_head(other)}" in sentence for sentence in found.sentences)
 
 
 async def test_a_kept_generation_is_read_as_it_was(fs, scratch):
@@ -200,7 +215,7 @@ async def test_a_kept_generation_is_read_as_it_was(fs, scratch):
     fs.commit()
     fs.upload(number)
     fs.publish(2, kept=(KeptGeneration(first, 0, ()),))
-    found = await run(fs, scratch, generation=1)
+    found = await run(fs, scratch, wanted=Wanted(1))
     assert (found.ref.generation, found.newest.generation, found.restored.files) == (1, 2, 2)
     assert found.verdict is Verdict.PROVEN
 

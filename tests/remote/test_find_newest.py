@@ -8,12 +8,13 @@ import pytest
 import trio
 
 from qsfs.backend.memory import MemoryBackend
-from qsfs.errors import BackendUnavailable, Corrupt, NotFound, QuorumUnavailable, SplitHeads
+from qsfs.errors import BackendUnavailable, ConfigError, Corrupt, NotFound, QuorumUnavailable, SplitHeads
 from qsfs.format.fleet import Fleet
 from qsfs.format.head import HeadRef, KeptGeneration, Owner, head_key
 from qsfs.remote.identity import Stranger
 from qsfs.remote.kept import kept_of_first, kept_with
 from qsfs.remote.members import Candidate
+from qsfs.remote.newest import describe_head
 from qsfs.remote.survey import Found, Timing, fetch_head, find_newest
 from tests.remote.harness import FSID, TIMING, Machine, World, make_head, make_world, plant
 
@@ -139,10 +140,44 @@ async def test_two_lines_stop_a_restore_until_a_person_names_one(autojump_clock)
     two = plant(world, make_head(world, OLD, 9, counters={"by": 2})).ref
     with pytest.raises(SplitHeads):
         await find(world)
-    for chosen in (one, two):
-        assert (await find(world, chosen=chosen)).ref == chosen
-    with pytest.raises(QuorumUnavailable, match="cannot be read any more"):
-        await find(world, chosen=HeadRef(OLD, 9, bytes(32)))
+    for chosen, other in ((one, two), (two, one)):
+        found = await find(world, chosen=chosen.digest.hex()[:8])
+        assert (found.ref, found.rejected, found.judgement.splits) == (chosen, {other}, ())
+        assert f"Not chosen: {describe_head(other)}, which is left behind." in found.sentences()
+    with pytest.raises(NotFound, match=f"{one.digest.hex()[:8]}.*--generation names an older"):
+        await find(world, chosen=HeadRef(OLD, 9, bytes(32)).digest.hex())
+    with pytest.raises(QuorumUnavailable, match="not every backend answered"):
+        await find(world, 3, chosen=HeadRef(OLD, 9, bytes(32)).digest.hex())
+    with pytest.raises(ConfigError, match=f"{two.digest.hex()}.*give more of it"):
+        await find(world, chosen="")
+
+
+async def test_what_a_person_chooses_against_takes_all_heads_of_its_line_along(autojump_clock):
+    """The rejected line has more heads than its last, which was listed, and may be the longer one."""
+    world = await make_world(3)
+    root = plant(world, make_head(world, OLD, 9)).ref
+    mine = plant(world, make_head(world, OLD, 10, root)).ref
+    theirs = plant(world, make_head(world, OLD, 10, root, counters={"by": 2})).ref
+    last = plant(world, make_head(world, OLD, 11, theirs, counters={"by": 2})).ref
+    with pytest.raises(SplitHeads) as caught:
+        await find(world)
+    assert caught.value.digests == (last.digest.hex(), mine.digest.hex()), "the ends of the lines, the newest first"
+    found = await find(world, chosen=mine.digest.hex())
+    assert (found.ref, found.rejected) == (mine, {theirs, last})
+    found = await find(world, chosen=last.digest.hex())
+    assert (found.ref, found.rejected) == (last, {mine})
+
+
+async def test_what_needs_no_single_head_gets_the_last_of_each_line(autojump_clock):
+    world = await make_world(3)
+    one = make_head(world, OLD, 9)
+    two = make_head(world, OLD, 9, counters={"by": 2})
+    for head in (one, two):
+        plant(world, head)
+    found = await find(world, any_line=True)
+    assert found.head in (one, two) and [found.head, *found.lines] in ([one, two], [two, one])
+    assert "two copies of one machine" in found.sentences()[-1]
+    assert (await find(world, any_line=True, chosen=found.ref.digest.hex())).lines == ()
 
 
 async def test_a_head_that_left_memory_is_read_from_any_backend_that_still_has_it(autojump_clock):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import trio
 
@@ -12,7 +14,10 @@ from qsfs.errors import (
     NotFound,
     QsfsError,
     QuorumUnavailable,
+    SplitHeads,
 )
+from qsfs.format.fleet import Fleet
+from qsfs.format.head import seal_head
 from qsfs.format.key_changes import add_slot, remove_slot, rotate_master, rotate_slot
 from qsfs.format.passphrase import KdfCost, Passphrase
 from qsfs.format.superblock import SUPERBLOCK_KEY, encode_superblock, open_superblock, replace_slots
@@ -377,6 +382,48 @@ async def test_what_a_passphrase_opens_is_proven_on_every_backend(servers):
     assert "generation 1 of epoch 1" in proof.sentences[1]
     with pytest.raises(KeyFileError):
         await prove_secret(servers.candidates(), Passphrase("something else"), servers.clock, TIMING)
+
+
+def another_line(servers, state, **changes) -> None:
+    """What a copy of the machine that wrote the newest head sent in its place."""
+    head = state.newest.head
+    sealed = seal_head(replace(head, time_ns=head.time_ns + 1, **changes), state.found.keys, servers.clock)
+    for store in servers.control:
+        store.put(sealed.key, sealed.value)
+
+
+async def test_key_commands_need_nobody_to_choose_between_two_lines_of_heads(servers):
+    """A slot may have to be closed at once; what holds, holds whichever line is chosen, and it is told of."""
+    state = await read_key_state(servers.candidates(), OLD, servers.clock, TIMING)
+    another_line(servers, state)
+    await servers.add(NEW)
+    await servers.remove(1, NEW)
+    assert (await servers.refill(NEW)).holders == 5
+    proof = await prove_secret(servers.candidates(), NEW, servers.clock, TIMING)
+    assert proof.opens == 5 and "two copies of one machine" in proof.sentences[-1]
+
+
+async def test_a_change_of_keys_holds_with_a_quorum_of_the_fleets_of_both_lines(servers):
+    """One line has left two backends: of the three that it counts one is not enough, though three of five are."""
+    state = await read_key_state(servers.candidates(), OLD, servers.clock, TIMING)
+    [fleet] = state.newest.head.fleets
+    fewer = Fleet(fleet.number + 1, fleet.entries[2:])
+    another_line(servers, state, fleets=(fewer,))
+    candidates = servers.candidates()
+    servers.down(3, 4)
+    with pytest.raises(QuorumUnavailable, match=f"fleet {fewer.number}: 1 of the 2"):
+        await change_key_slots(
+            candidates, OLD, lambda s, k, n: add_slot(s, k, NEW, servers.clock, CHEAP), servers.clock, TIMING
+        )
+
+
+async def test_two_lines_that_call_different_backends_by_one_number_stop_key_commands(servers):
+    state = await read_key_state(servers.candidates(), OLD, servers.clock, TIMING)
+    [fleet] = state.newest.head.fleets
+    other = replace(fleet.entries[0], identity=b"o" * 16)
+    another_line(servers, state, fleets=(Fleet(fleet.number + 1, (other, *fleet.entries[1:])),))
+    with pytest.raises(SplitHeads):
+        await servers.add(NEW)
 
 
 async def test_too_few_backends_prove_nothing(servers):

@@ -48,6 +48,17 @@ def test_a_copy_that_published_next_to_a_head_of_ours_is_noticed():
         check_mount(healthy(5, ref(6)), ref(6), frozenset({ref(6, 1)}))
 
 
+def test_a_machine_whose_copy_sent_a_head_is_told_how_to_go_on_with_either():
+    """Whichever of the two heads is the larger: each machine's own state can go on, and be given up."""
+    for mine, theirs in ((ref(6), ref(6, 1)), (ref(6, 1), ref(6)), (ref(6), ref(7, 1))):
+        newest = max(mine, theirs)
+        with pytest.raises(StaleCache) as caught:
+            check_mount(healthy(5, mine), newest, frozenset({ref(5), min(mine, theirs)}), [min(mine, theirs)])
+        told = str(caught.value)
+        assert f"`qsfs takeover --head {mine.digest.hex()[:8]}` goes on here" in told
+        assert f"`qsfs restore --set-aside --head {theirs.digest.hex()[:8]}`" in told
+
+
 def test_what_a_copy_sent_before_our_last_published_head_is_past():
     assert check_mount(healthy(5), ref(5), frozenset({ref(4, 1), ref(3)})) is Standing.CURRENT
 

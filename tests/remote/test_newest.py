@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from qsfs.errors import SplitHeads
+from qsfs.errors import ConfigError, NotFound, SplitHeads
 from qsfs.format.head import HeadRef, Owner
 from qsfs.remote.control import HeadFacts, Reading
-from qsfs.remote.newest import Descent, Facts, Line, judge, largest_owner, newest_head, uncounted
+from qsfs.remote.newest import Descent, Facts, Line, dead_heads, judge, largest_owner, newest_head, uncounted
 from qsfs.remote.quorum import FenceQuorum, FleetQuorum
+from qsfs.remote.survey import Survey
 
 A, B = Owner(1, b"a" * 16), Owner(2, b"b" * 16)
 
@@ -112,6 +113,55 @@ def test_what_may_have_been_published_by_another_line_stops():
     """Head 7 names head 4 as the last published: whether head 5 is its ancestor cannot be seen."""
     heads = Heads().add(ref(7), ref(6), ref(4))
     assert judged(heads, ref(7), ref(5)).splits == (ref(5),)
+
+
+def test_what_a_copy_sent_beside_a_published_head_is_dead_and_stops_nobody():
+    """11b was sent next to 11a, which was published, so 11b never can be: also where a snapshot pins 11a."""
+    pinned = line(10, 11, 12, 13, 14).add(ref(11, 1), ref(10), ref(10))
+    pinned.add(ref(14), ref(13), ref(11), ref(12), ref(13))
+    recent = line(10, 11).add(ref(11, 1), ref(10), ref(10)).add(ref(12), ref(11), ref(10), ref(11))
+    for heads, newest in ((pinned, ref(14)), (recent, ref(12))):
+        judgement = judged(heads, newest, ref(11), ref(11, 1))
+        assert judgement.dead == (ref(11, 1),) and judgement.others == {ref(11)} and not judgement.ends
+        judgement.require_one_line()
+
+
+def test_where_no_head_tells_which_line_was_published_a_person_chooses():
+    """12a and 12b name 11 as published; either may have been since, and 13b as well."""
+    heads = line(10, 11).add(ref(12), ref(11), ref(10), ref(11)).add(ref(12, 1), ref(11), ref(10), ref(11))
+    assert judged(heads, ref(12, 1), ref(11), ref(12)).splits == (ref(12),)
+    heads.add(ref(13, 1), ref(12, 1), ref(10), ref(11))
+    judgement = judged(heads, ref(13, 1), ref(11), ref(12), ref(12, 1))
+    assert not judgement.dead and judgement.splits == (ref(12),)
+    assert [(end.ref, end.published, end.holders) for end in judgement.ends] == [(ref(13, 1), 11, 2), (ref(12), 11, 1)]
+
+
+def test_a_line_that_is_dead_is_not_the_newest_however_long_it_is():
+    """13b names 12b as published, so nothing of 12a, 13a and 14a was; of what descends from 12b all may be."""
+    heads = line(10, 11).add(ref(12), ref(11), ref(10), ref(11)).add(ref(13), ref(12), ref(10), ref(11))
+    heads.add(ref(14), ref(13), ref(10), ref(11)).add(ref(12, 1), ref(11), ref(10), ref(11))
+    heads.add(ref(13, 1), ref(12, 1), ref(11), ref(12, 1))
+    readings = [reading(1, ref(11), ref(12), ref(13), ref(14)), reading(2, ref(12, 1), ref(13, 1))]
+    assert dead_heads(readings, heads.get) == {ref(12), ref(13), ref(14)}
+    assert Survey(dict(enumerate(readings))).without(frozenset(), heads.get).newest == ref(13, 1)
+    del heads[ref(13)]
+    assert dead_heads(readings, heads.get) == {ref(12)}, "what 14 descends from is not known any more"
+
+
+def test_who_must_choose_is_told_how_the_heads_differ_and_the_commands():
+    heads = line(1, 2, 3).add(ref(2, 1), ref(1))
+    heads[ref(3)] = HeadFacts(ref(3), 86_400_000_000_000, ref(2), frozenset({ref(1)}))
+    judgement = judge([reading(1, ref(3), ref(2, 1))], ref(3), [], heads.get, "alpha")
+    told = judgement.describe_split()
+    assert "of 'alpha'" in told and "DIGEST is 03000300 or 02010201." in told
+    assert "(digest 03000300), cut at 1970-01-02 00:00:00 UTC, on 1 of the backends that answered, with " in told
+    assert "with generation 1 of its owner published before; (2) generation 2" in told
+    assert "`qsfs takeover --head DIGEST`" in told and "`qsfs restore --set-aside --head DIGEST`" in told
+    assert judgement.choose("0201") == ref(2, 1)
+    with pytest.raises(ConfigError, match="may mean several"):
+        judgement.choose("0")
+    with pytest.raises(NotFound):
+        judgement.choose(ref(2).digest.hex())
 
 
 def test_what_the_reading_withstands_counts_only_backends_that_hide_nothing():

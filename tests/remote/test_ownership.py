@@ -10,14 +10,15 @@ import trio
 from qsfs import failpoints
 from qsfs.errors import Fenced, FormatMismatch, NotFound, QuorumUnavailable, SplitHeads, StaleCache
 from qsfs.format import seal as seal_module
-from qsfs.format.head import Head, Owner, parse_head_key
+from qsfs.format.head import Head, HeadRef, Owner, parse_head_key
 from qsfs.format.owner import OwnerRecord, owner_key, parse_owner_key, seal_owner_record
 from qsfs.remote.base import LocalHead
 from qsfs.remote.mount_check import LocalState, accept_for_mount
 from qsfs.remote.newest import Judgement, describe_head
-from qsfs.remote.ownership import OwnUnfinished
+from qsfs.remote.ownership import Ownership, OwnUnfinished
 from qsfs.remote.publish import Published
-from tests.remote.harness import FSID, Machine, World, keys_of, make_head, make_world, plant
+from qsfs.remote.survey import find_newest
+from tests.remote.harness import FSID, TIMING, Machine, World, keys_of, make_head, make_world, plant
 
 OLD = Owner(3, b"o" * 16)
 
@@ -300,6 +301,31 @@ async def test_a_takeover_stops_at_two_lines_of_heads(autojump_clock, nursery):
     with pytest.raises(SplitHeads):
         await Machine(world).own(nursery, accept=accept_for_mount(lambda: local, takeover=True))
     assert not any(parse_owner_key(key) for key in written(world))
+
+
+async def test_a_takeover_goes_on_from_the_head_that_a_person_chose_and_a_third_stops_it(autojump_clock, nursery):
+    """Rejected is only what the person saw, be it the larger, or rotten meanwhile.  Afterwards nothing asks."""
+    world = await make_world(3)
+    root = plant(world, make_head(world, OLD, 6)).ref
+    chosen = plant(world, make_head(world, OLD, 7, root))
+    other = plant(world, make_head(world, OLD, 8, root, counters={"by": 2}))
+    third = plant(world, make_head(world, OLD, 7, root, counters={"by": 3}))
+    world.control_of(1).rot(other.key, lambda value: value[:-1] + b"?")
+    accept = accept_for_mount(lambda: LocalState(chosen.ref, False), takeover=True)
+
+    async def take_over(*rejected: HeadRef) -> Ownership:
+        return await Machine(world).own(nursery, accept=accept, rejected=frozenset(rejected))
+
+    with pytest.raises(SplitHeads):
+        await take_over()
+    with pytest.raises(SplitHeads) as caught:
+        await take_over(other.ref)
+    assert set(caught.value.digests) == {ref.digest.hex() for ref in (chosen.ref, third.ref)}
+    ownership = await take_over(other.ref, third.ref)
+    assert ownership.found_ref == chosen.ref and ownership.first.predecessor == chosen.ref
+    machine = Machine(world, "restorer")
+    found = await find_newest(machine.members, machine.records, world.code, machine.clock, TIMING)
+    assert found.ref == ownership.first_ref
 
 
 async def test_a_takeover_goes_on_from_the_head_that_was_restored_though_nobody_who_has_it_answers(

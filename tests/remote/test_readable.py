@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
 import trio
 
 from qsfs.daemon.sightings import Sightings
-from qsfs.errors import DataLost, GenerationExpired, MayHaveExpired, NotFound, QuorumUnavailable, Unavailable
+from qsfs.errors import (
+    DataLost,
+    GenerationExpired,
+    MayHaveExpired,
+    NotFound,
+    QuorumUnavailable,
+    SplitHeads,
+    Unavailable,
+)
 from qsfs.format.head import Head, HeadRef, KeptGeneration, Owner, head_key, parse_head_key, seal_head
 from qsfs.format.keys import KeyRing, MasterKey
 from qsfs.remote.control import Reading, Records
@@ -20,7 +29,7 @@ from qsfs.remote.source import find_source
 from qsfs.remote.survey import Timing
 from qsfs.store.eviction import Evictor
 from qsfs.store.schema import PAGE, InodeFlag, Table, u64
-from tests.remote.harness import make_head
+from tests.remote.harness import make_head, plant
 from tests.remote.small_fs import LIMITS, OWNER, SECRET, SmallFs, noise
 
 TIMING = Timing(attempt=2.0, retry=0.01, retry_most=0.02, grace=0.2)
@@ -148,6 +157,24 @@ async def test_looking_finds_the_published_head_and_what_it_keeps(fs):
         member.control.down = True
     with pytest.raises(QuorumUnavailable, match="no head was read"):
         await look(fs.members, Records(fs.keys), fs.world.code, fs.clock, TIMING, deadline_seconds=5)
+
+
+async def test_a_reader_of_a_chosen_head_goes_on_looking_past_those_it_was_chosen_against(fs):
+    """It learns when its generation expires; a head that nobody chose against stops it as any other reader."""
+    await make_two(fs)
+    chosen, head = fs.sealed.ref, fs.head
+    other = plant(fs.world, dataclasses.replace(head, time_ns=head.time_ns + 1)).ref
+
+    async def see() -> Published:
+        rejected = {other}
+        return await look(fs.members, Records(fs.keys), fs.world.code, fs.clock, TIMING, rejected=rejected)
+
+    with pytest.raises(SplitHeads):
+        await look(fs.members, Records(fs.keys), fs.world.code, fs.clock, TIMING)
+    assert (await see()).ref == chosen
+    plant(fs.world, dataclasses.replace(head, time_ns=head.time_ns + 2))
+    with pytest.raises(SplitHeads):
+        await see()
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from qsfs.format.superblock import SUPERBLOCK_KEY
 from qsfs.remote import aside as aside_module
 from qsfs.remote import restore as restore_module
 from qsfs.remote.aside import drop_second_names, set_aside
-from qsfs.remote.base import BASE_KEY, RETURNS_KEY, local_head
+from qsfs.remote.base import BASE_KEY, RETURNS_KEY, local_head, rejected_heads
 from qsfs.remote.generation import GENERATION
 from qsfs.remote.readable import Wanted
 from qsfs.remote.rebuild import AsideFile
@@ -525,10 +525,12 @@ async def test_an_older_generation_is_restored_by_choice_only(fs, scratch):
     old = fs.sealed.ref
     fs.write("later", b"x")
     fs.commit()
-    fs.publish(generation=2)
+    fs.publish(generation=2, kept=(KeptGeneration(old, 5, ()),))
     new = await fs.restore(scratch / "newest")
     assert new.base.generation == 2 and new.tally.files == 3
-    chosen = await fs.restore(scratch / "chosen", chosen=old)
+    with pytest.raises(NotFound, match="--generation names an older generation"):
+        await fs.restore(scratch / "chosen", wanted=Wanted(head=old.digest.hex()))
+    chosen = await fs.restore(scratch / "chosen", wanted=Wanted(generation=1))
     assert chosen.base == old and chosen.tally.files == 2
 
 
@@ -560,11 +562,14 @@ async def test_an_older_generation_is_restored_where_the_newest_cannot_be_read(f
 async def test_split_heads_stop_and_list_both(fs, scratch):
     await a_small_tree(fs)
     fs.publish(generation=2)
-    plant(fs.world, dataclasses.replace(fs.head, time_ns=fs.head.time_ns + 1))
+    other = plant(fs.world, dataclasses.replace(fs.head, time_ns=fs.head.time_ns + 1))
     with pytest.raises(SplitHeads, match=r"generation 2 .*generation 2 "):
         await fs.restore(scratch / "new")
-    report = await fs.restore(scratch / "new", chosen=fs.sealed.ref)
+    report = await fs.restore(scratch / "new", wanted=Wanted(head=fs.sealed.ref.digest.hex()[:8]))
     assert report.base == fs.sealed.ref
+    new = SmallFs(fs.world, scratch / "new")
+    assert rejected_heads(new.store) == {other.ref}, "a takeover need not ask again"
+    new.close()
 
 
 async def test_metadata_that_do_not_come_leave_nothing_behind(fs, scratch):

@@ -17,6 +17,7 @@ from qsfs.format.shard import open_shard, shard_key
 from qsfs.remote.base import BASE_KEY, local_head
 from qsfs.remote.fetch import Fetcher
 from qsfs.remote.image import packs_of
+from qsfs.remote.readable import Wanted
 from qsfs.remote.reader import PackReader
 from qsfs.store.schema import PackRow, Table
 from tests.remote.flush_machine import restore
@@ -29,10 +30,9 @@ if TYPE_CHECKING:
 
 async def at_the_end(history: Stage, name: str = "restorer") -> None:
     """All of it; `name` is that of the machine that restores."""
-    one_line(history)
     found = await restored(history, name)
-    if found is None:
-        return
+    base: HeadRef = found.restored_ref  # type: ignore[attr-defined]
+    one_line(history, history.ledger.left_behind(base))
     packs_hold(history, found)
     kept_generations(history, found)
     snapshots_are_there(history, found)
@@ -40,53 +40,68 @@ async def at_the_end(history: Stage, name: str = "restorer") -> None:
     await found.ended.wait()
 
 
-def one_line(history: Stage) -> None:
-    """Of any two published heads one descends from the other: never two writers, and none is lost."""
+def one_line(history: Stage, left: set[HeadRef]) -> None:
+    """Of any two published heads one descends from the other: never two writers, and none is lost.
+
+    But for those that an operator has `left` by choosing another line.
+    """
     ledger = history.ledger
     newest: HeadRef | None = None
-    for _, ref in sorted(ledger.published, key=lambda event: (event[1].owner, event[1].generation)):
+    for ref in sorted({ref for _, ref in ledger.published} - left, key=lambda ref: (ref.owner, ref.generation)):
         if newest is not None:
             assert newest in ledger.ancestors(ref), f"published head {newest} is lost to {ref}"
         newest = ref
 
 
-async def restored(history: Stage, name: str) -> Life | None:
+async def restored(history: Stage, name: str) -> Life:
     """A restore by a machine that knows nothing gives the state at the cut of a head that no published one follows.
 
-    Without as many backends as may be lost.  Returns the machine, its store open; None if two copies of one machine
-    have left two lines of heads, which the restore says.
+    Without as many backends as may be lost.  Where two copies of one machine have left two lines of heads, the restore
+    says so, and an operator chooses one.  Returns the machine, its store open.
     """
     cluster, chance, ledger = history.cluster, history.chance, history.ledger
     most = min(-(-cluster.m // 2), cluster.quorum.may_be_stale)
     others = [number for number in cluster.numbers if number not in cluster.liars]
     lost = frozenset([*cluster.liars, *chance.sample(others, most - len(cluster.liars))])
     lost = frozenset(chance.sample(sorted(lost), chance.randint(0, len(lost))))
-    life = await _restored(history, name, lost)
-    if life is None and not ledger.twins:
-        # A backend that went back may look like a second line; without those that lie there is one.
-        life = await _restored(history, f"{name}-again", cluster.liars)
-        assert life is not None, "two lines of heads, and no machine was ever copied"
-    return life
+    found = await _restored(history, name, lost)
+    if isinstance(found, SplitHeads):
+        ledger.counts["split"] += 1
+        if not ledger.twins:
+            # A backend that went back may look like a second line; without those that lie there is one.
+            found = await _restored(history, f"{name}-again", cluster.liars)
+            assert isinstance(found, Life), "two lines of heads, and no machine was ever copied"
+            return found
+        digest = chance.choice(found.digests)
+        chosen = ledger.choose(digest, found.digests)
+        found = await _restored(history, f"{name}-chose", lost, digest)
+        assert isinstance(found, Life), f"chose {digest}, and is asked again: {found}"
+        assert found.restored_ref == chosen  # type: ignore[attr-defined]
+        ledger.counts["chosen"] += 1
+    return found
 
 
-async def _restored(history: Stage, name: str, lost: frozenset[int]) -> Life | None:
+async def _restored(history: Stage, name: str, lost: frozenset[int], head: str | None = None) -> Life | SplitHeads:
     cluster, chance, ledger = history.cluster, history.chance, history.ledger
     machine = Machine(cluster, name, history.root, chance.getrandbits(40))
     machine.opened = history.opened
     life = Life(machine, cut_off=lost)
     history.trace.note(f"restored without {sorted(lost)}")
-    split = done = False
+    split: SplitHeads | None = None
+    done = False
 
     async def work(life: Life) -> None:
         nonlocal split, done
         try:
-            report = await restore_file_system(life.config, machine.clock, lambda line: None, secret=SECRET)
+            report = await restore_file_system(
+                life.config, machine.clock, lambda line: None, wanted=Wanted(head=head), secret=SECRET
+            )
         except SplitHeads as error:
             assert ledger.twins or cluster.liars, f"false alarm: {error}"
-            split = True
+            split = error
             return
         assert report.withstands >= 0 or cluster.liars
-        latest = max(ref for _, ref in ledger.published)
+        latest = max({ref for _, ref in ledger.published} - ledger.left_behind(report.base))
         assert latest in ledger.ancestors(report.base), f"restored {report.base}, and {latest} was published"
         store = life.open()
         held = ledger.version_of[report.base]
@@ -97,6 +112,7 @@ async def _restored(history: Stage, name: str, lost: frozenset[int]) -> Life | N
         base = local_head(store, BASE_KEY, cluster.world.keys)
         assert base is not None
         life.restored = base.head  # type: ignore[attr-defined]
+        life.restored_ref = base.sealed.ref  # type: ignore[attr-defined]
         done = True
         await trio.sleep_forever()
 
@@ -104,9 +120,8 @@ async def _restored(history: Stage, name: str, lost: frozenset[int]) -> Life | N
     with trio.fail_after(3600):
         while not done and not life.ended.is_set():
             await trio.sleep(1)
-    if split:
-        ledger.counts["split"] += 1
-        return None
+    if split is not None:
+        return split
     assert done, f"the restore failed: {life.error!r}"
     return life
 
@@ -208,5 +223,8 @@ def snapshots_are_there(history: Stage, life: Life) -> None:
     """What was reported as a snapshot, and not deleted since, is kept under its name."""
     head: Head = life.restored  # type: ignore[attr-defined]
     kept = {name: entry.head for entry in head.kept for name in entry.pins}
+    left = history.ledger.left_behind(life.restored_ref)  # type: ignore[attr-defined]
     for name, ref in history.ledger.snapshots.items():
+        if ref in left:
+            continue
         assert kept.get(name) == ref, f"snapshot {name} is not kept: {kept}"

@@ -28,7 +28,8 @@ class Ledger:
     """Versions, heads, and what machines were told is safe.
 
     `snapshots` are those that were reported and that nobody asked to delete; `doubtful` may be there or not.
-    `twins`: a machine was copied, so two lines of heads may come to be.
+    `twins`: a machine was copied, so two lines of heads may come to be.  `choices`: the head that an operator chose of
+    several lines, and the others that were listed.
     """
 
     versions: dict[int, Version] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class Ledger:
     snapshots: dict[str, HeadRef] = field(default_factory=dict)
     doubtful: set[str] = field(default_factory=set)
     twins: int = 0
+    choices: list[tuple[HeadRef, frozenset[HeadRef]]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, parent: int | None, files: Files) -> int:
@@ -74,6 +76,23 @@ class Ledger:
         self.acknowledged.append((ref, version))
         held = self.version_of[ref]
         assert self.descends(held, version), f"head {ref} holds version {held}, and was to hold {version}"
+
+    def choose(self, digest: str, digests: tuple[str, ...]) -> HeadRef:
+        """An operator chose the head with this digest of those listed."""
+        listed = {ref for ref in self.heads if ref.digest.hex() in digests}
+        assert len(listed) == len(digests), f"heads were listed that nobody sent: {digests}"
+        [chosen] = [ref for ref in listed if ref.digest.hex() == digest]
+        self.choices.append((chosen, frozenset(listed - {chosen})))
+        return chosen
+
+    def left_behind(self, newest: HeadRef) -> set[HeadRef]:
+        """The heads that an operator left, by a choice that `newest` descends from."""
+        line = self.ancestors(newest)
+        found: set[HeadRef] = set()
+        for chosen, others in self.choices:
+            if chosen in line:
+                found |= {ref for other in others for ref in self.ancestors(other)}
+        return found - line
 
     def ancestors(self, ref: HeadRef) -> set[HeadRef]:
         """All heads that `ref` descends from, itself included."""

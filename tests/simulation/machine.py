@@ -225,7 +225,7 @@ class Life:
 
 class Machine:
     """A directory and what runs on it.  `durable` is the newest version that its disk is known to hold; while a
-    rollback is under way it may hold `or_else` in its place."""
+    rollback is under way it may hold `or_else` in its place.  `head`: the digest that its takeover is given, if any."""
 
     def __init__(self, cluster: Cluster, name: str, root: Path, seed: int) -> None:
         self.cluster = cluster
@@ -237,6 +237,7 @@ class Machine:
         self.durable = 1
         self.or_else: int | None = None
         self.takes_over = False
+        self.head: str | None = None
         self.group_seconds = 5.0
         self.second_look_seconds = 20.0
         self.error: QsfsError | None = None
@@ -276,6 +277,7 @@ class Machine:
         twin.clock._random = copy.deepcopy(self.clock._random)
         twin.or_else = self.or_else
         twin.durable, twin.opened, twin.takes_over = self.durable, self.opened, self.takes_over
+        twin.head = self.head
         twin.flush, twin.group_seconds = self.flush, self.group_seconds
         copy_directory(self.directory, twin.directory)
         return twin

@@ -19,7 +19,7 @@ from qsfs import failpoints
 from qsfs.daemon import restoring, rollback, takeover
 from qsfs.daemon.rollback import Order, roll_back
 from qsfs.daemon.takeover import take_over
-from qsfs.errors import NotFound, QsfsError
+from qsfs.errors import NotFound, QsfsError, SplitHeads
 from qsfs.format.head import Head, HeadRef, KeptGeneration
 from qsfs.remote.packing import Sealer
 from qsfs.remote.publish import NotYet, Published, Publisher
@@ -95,8 +95,8 @@ class Stage:
 
     async def _taking_over(self, life: Life) -> None:
         machine = life.machine
-        await take_over(life.config, machine.clock, self._said(life), secret=SECRET)
-        machine.takes_over = False
+        await take_over(life.config, machine.clock, self._said(life), secret=SECRET, head=machine.head)
+        machine.takes_over, machine.head = False, None
         self.ledger.counts["taken over"] += 1
 
     async def wait_for(self, machine: Machine, seconds: float) -> None:
@@ -226,7 +226,22 @@ class Stage:
         await self.in_life(life, snapshot, seconds)
 
     async def take_over(self, machine: Machine, seconds: float, cut_off: frozenset[int] = frozenset()) -> None:
-        """Restores on a machine whose disk is empty, owns and mounts; waits for that at most so long."""
+        """Restores on a machine whose disk is empty, owns and mounts; waits for that at most so long.
+
+        Where two copies of a machine have sent heads, the operator stops all machines and chooses one of the heads.
+        """
+        machine.head = None
+        await self._begin_takeover(machine, seconds, cut_off)
+        while isinstance(machine.error, SplitHeads):
+            digests = machine.error.digests
+            await self.stop_all()
+            machine.head = self.chance.choice(digests)
+            self.ledger.choose(machine.head, digests)
+            self.ledger.counts["chosen for a takeover"] += 1
+            self.trace.note(f"{machine.name} goes on from {machine.head[:8]} of {[digest[:8] for digest in digests]}")
+            await self._begin_takeover(machine, seconds, cut_off)
+
+    async def _begin_takeover(self, machine: Machine, seconds: float, cut_off: frozenset[int]) -> None:
         machine.error = None
         machine.forget()
         machine.durable = 1

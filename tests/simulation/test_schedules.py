@@ -51,6 +51,38 @@ def test_a_copy_of_the_machine_deletes_nothing_of_the_one_that_owns(scratch: Pat
     live(scratch, story)
 
 
+def test_two_copies_that_sent_heads_end_in_a_choice_and_a_mount_that_writes(scratch: Path, expect_log) -> None:
+    """Both boot at once, draw the same owner, and send heads at once: each stops; whichever is chosen goes on whole."""
+    expect_log("a copy of this machine is running")
+
+    async def story(stage: Directed) -> None:
+        life = await stage.up(stage.first)
+        await stage.write(life, "f", 8, "a")
+        await stage.publish(life)
+        life.cut_power()
+        await life.ended.wait()
+        twin = stage.clone(stage.first)
+        stage.mount(stage.first)
+        stage.mount(twin)
+        lives = [await stage.up(stage.first), await stage.up(twin)]
+        for one, letter in zip(lives, "bc", strict=True):
+            await stage.write(one, "f", 8, letter)
+        for one in lives:
+            await stage.sync(one, 0.0)
+        await trio.sleep(60)
+        assert all(one.fenced is not None for one in lives)
+        third = stage.new_machine()
+        await stage.take_over(third, 600)
+        other = await stage.up(third)
+        assert stage.ledger.counts["chosen for a takeover"] == 1, "nobody was asked, or more than once"
+        await stage.write(other, "g", 8, "d")
+        await stage.publish(other)
+        [(chosen, _)] = stage.ledger.choices
+        assert chosen in stage.ledger.ancestors(stage.ledger.published[-1][1])
+
+    live(scratch, story)
+
+
 def test_an_owner_that_stood_still_deletes_nothing_after_a_takeover(scratch: Path, expect_log) -> None:
     """A stands still for hours with permission to delete; B takes over and pins; A goes on: what B keeps stays.
 
