@@ -180,7 +180,7 @@ def _exposure(found: dict[str, Any]) -> list[str]:
     else:
         out.append("exposure: none (local 0 B, written 0 B, full 0 B): all of it is in full packs")
     if not found["packs_known"]:
-        out.append("full: not all packs of before this mount have been looked at yet; more of them may not be full")
+        out.append("full: not known yet; not all packs of before this mount have been looked at")
     if flush is not None:
         published = flush["published_ns"]
         since = None if published is None else found["time"] - published / 1e9

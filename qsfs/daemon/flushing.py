@@ -288,7 +288,8 @@ class Flushing:
             found["flush"] = self.flusher.status()
             found["copies"] = None if self.copies is None else self.copies.status()
         else:
-            found["exposure"] = self._exposure.report(None if self._base is None else self._base.time_ns)
+            base_ns = None if self._base is None else self._base.time_ns
+            found["exposure"] = self._exposure.report(base_ns, packs_known=False)
         if self._fleet is not None:
             assessment = assess(self._fleet, self._opened.superblock.code)
             entries = {entry.number for entry in self._fleet.entries}

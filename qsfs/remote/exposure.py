@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from qsfs.clock import Clock
+from qsfs.remote.exposure_age import ExposureAge
 from qsfs.remote.ledger import Ledger
 from qsfs.store.environment import Environment
 from qsfs.store.group import Group
@@ -51,7 +52,10 @@ def unpublished_bytes(environment: Environment, clock: Clock, start: bytes) -> t
 
 
 class Exposure:
-    """Counts what is not safe yet.  `recorded` gives the bytes that turned clean since this mount began."""
+    """Counts what is not safe yet.  `recorded` gives the bytes that turned clean since this mount began.
+
+    `age` is to be told of generations.
+    """
 
     def __init__(self, store: Store, ledger: Ledger, clock: Clock, recorded: Callable[[], int]) -> None:
         self._store = store
@@ -60,7 +64,7 @@ class Exposure:
         self._recorded = recorded
         self._from_before: int | None = None
         self._published = 0
-        self._safe_ns = 0
+        self.age = ExposureAge(clock)
 
     async def begin(self) -> None:
         """Reads once what an earlier mount uploaded and no published head names."""
@@ -75,7 +79,7 @@ class Exposure:
             )
             total += size
         self._from_before = total
-        self.look()
+        self.age.look(self.coverable_bytes, None)
 
     @property
     def uploaded(self) -> int:
@@ -120,32 +124,33 @@ class Exposure:
             rows += layers.view.count(Table.CHANGED)
         return rows
 
-    def look(self) -> int:
-        """Bytes, of data and of changed rows, that are lost with this machine; remembers when there were none."""
-        exposed = self.data_bytes + self.rows * ROW_BYTES
-        if not exposed:
-            self._safe_ns = self._clock.time_ns()
-        return exposed
+    @property
+    def coverable_bytes(self) -> int:
+        """Bytes, of data and of changed rows, that are lost with this machine and that a cut may hold."""
+        return self.data_bytes + self.rows * ROW_BYTES - self.uncovered_bytes
 
-    def report(self, base_ns: int | None) -> dict[str, dict[str, Any]]:
-        """Bytes and seconds by class; `base_ns` is the time of the last published cut."""
-        now_ns = self._clock.time_ns()
-        exposed = self.look()
-        since_ns = max(base_ns or 0, self._safe_ns)
-        age = (now_ns - since_ns) / 1e9 if exposed and since_ns else 0.0
-        incomplete = self._ledger.incomplete
-        oldest_ns = min((written for _, written in incomplete.values()), default=now_ns)
-        return {
-            "local": {
-                "bytes": self.local_bytes + sum(map(_namespace_rows, self._groups)) * ROW_BYTES,
-                "age": self._store.undurable_seconds() or 0.0,
-            },
-            "written": {"bytes": exposed, "age": age, "rows": self.rows},
-            "full": {
-                "bytes": exposed + self._ledger.incomplete_bytes,
-                "age": max(age, (now_ns - oldest_ns) / 1e9),
-            },
+    def report(self, base_ns: int | None, *, packs_known: bool) -> dict[str, dict[str, Any]]:
+        """Bytes and seconds by class; `base_ns` is the time of the last published cut.
+
+        No class has less, or younger, than the one before it.  `full` is missing until all packs are known.
+        """
+        local = self.local_bytes + sum(map(_namespace_rows, self._groups)) * ROW_BYTES
+        # Of bookkeeping alone nothing is lost; a file that was cut off since its last sync has no bytes.
+        loses = local or self._store.promised_since() is not None
+        local_age = self._store.undurable_seconds() or 0.0 if loses else 0.0
+        exposed, age = self.age.look(self.coverable_bytes, base_ns)
+        written = max(local, exposed + self.uncovered_bytes)
+        written_age = max(local_age, age)
+        found: dict[str, dict[str, Any]] = {
+            "local": {"bytes": local, "age": local_age},
+            "written": {"bytes": written, "age": written_age, "rows": self.rows},
         }
+        if packs_known:
+            found["full"] = {
+                "bytes": written + self._ledger.incomplete_bytes,
+                "age": max(written_age, self._ledger.incomplete_seconds),
+            }
+        return found
 
 
 def _namespace_rows(group: Group) -> int:

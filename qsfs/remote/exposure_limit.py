@@ -12,6 +12,7 @@ from collections.abc import Callable
 from qsfs.clock import Clock
 from qsfs.config import FlushConfig
 from qsfs.remote.exposure import Exposure
+from qsfs.remote.exposure_age import ExposureAge
 from qsfs.values import format_duration, format_size
 
 _log = logging.getLogger(__name__)
@@ -28,24 +29,19 @@ class ExposureLimit:
     """Judges exposure of the class `written` against limits, 0 for none.  For the event loop's thread.
 
     What no cut can hold, writes of atomic-sync files before their sync, is not counted: give `look` the rest.
-    Ages are by running time: the wall clock may step.
     """
 
-    def __init__(self, seconds: float, size: int, clock: Clock) -> None:
+    def __init__(self, seconds: float, size: int, age: ExposureAge, clock: Clock) -> None:
         self.seconds = seconds
         self.size = size
         self.problem = ""
+        self._age = age
         self._clock = clock
         # Until one was made.
         self._cut_seconds = seconds / 4
         self._rate = 0.0
         self._last = (clock.monotonic(), 0)
-        self._exposed = 0
-        self._begun = (0.0, 0)
-        self._cut_at = 0.0
-        self._floor = 0
-        # Everything accepted before then is safe; None: not known yet.
-        self._safe_at: float | None = None
+        self._began = 0.0
         self._told = False
 
     @property
@@ -55,47 +51,28 @@ class ExposureLimit:
 
     def begin(self) -> None:
         """A generation begins."""
-        self._cut_at = self._clock.monotonic()
-        self._begun = (self._cut_at, self._exposed)
+        self._began = self._clock.monotonic()
+        self._age.begin()
 
     def cut(self) -> None:
-        """Its cut is taken now: what was accepted before is in it."""
-        self._cut_at = self._clock.monotonic()
+        """Its cut is taken now."""
+        self._age.cut()
 
     def ended(self, *, new: bool) -> None:
-        """It ended: with a published head, or (not `new`) because there was nothing that a cut could hold.
-
-        Then what is exposed nevertheless, such as files that are open and have no name, is not counted.
-        """
-        began, exposed = self._begun
-        if not new:
-            self._floor = exposed
-            self._became_safe(began)
-            return
-        self._floor = 0
-        self._became_safe(self._cut_at)
-        seconds = self._clock.monotonic() - began
-        # What took long is believed at once, and forgotten slowly.
-        self._cut_seconds = max(seconds, self._cut_seconds + _FORGETTING * (seconds - self._cut_seconds))
-
-    def _became_safe(self, at: float) -> None:
-        self._safe_at = at if self._safe_at is None else max(self._safe_at, at)
+        """It ended, as `ExposureAge.ended`."""
+        self._age.ended(new=new)
+        if new:
+            seconds = self._clock.monotonic() - self._began
+            # What took long is believed at once, and forgotten slowly.
+            self._cut_seconds = max(seconds, self._cut_seconds + _FORGETTING * (seconds - self._cut_seconds))
 
     def look(self, exposed: int, base_ns: int, why: str) -> bool:
-        """Whether a cut should begin now, with `exposed` bytes.
+        """Whether a cut should begin now, with `exposed` bytes; `base_ns` as for `ExposureAge.look`.
 
-        `base_ns`, the time of the last published cut, counts only where none was seen and nothing was safe yet.
         Sets `problem` while a limit is exceeded, `why` telling what is in the way, and logs its begin and end.
         """
-        now = self._clock.monotonic()
-        self._learn(now, exposed)
-        self._floor = min(self._floor, exposed)
-        exposed -= self._floor
-        if not exposed:
-            self._became_safe(now)
-        elif self._safe_at is None:
-            self._safe_at = now - max(0.0, (self._clock.time_ns() - base_ns) / 1e9)
-        age = 0.0 if self._safe_at is None else now - self._safe_at
+        self._learn(self._clock.monotonic(), exposed)
+        exposed, age = self._age.look(exposed, base_ns)
         self._judge(exposed, age, why)
         ahead = _MARGIN * self._cut_seconds + LOOK_SECONDS
         # Not before a quarter: where the limit cannot be kept, cuts do not follow one another without end.
@@ -105,7 +82,6 @@ class ExposureLimit:
         return bool(exposed) and (old or much)
 
     def _learn(self, now: float, exposed: int) -> None:
-        self._exposed = exposed
         # Over less one write would pass for a flood.
         if now - self._last[0] >= LOOK_SECONDS / 2:
             rate = max(0.0, (exposed - self._last[1]) / (now - self._last[0]))
@@ -137,7 +113,7 @@ class ExposureLimit:
 
 
 class ExposureWatch:
-    """The limits of one mount that flushes.
+    """The limits of one mount that flushes, and how old what is exposed gets.
 
     `base_ns` gives the time of the last published cut, `why` what flushing waits for.
     """
@@ -151,7 +127,7 @@ class ExposureWatch:
         base_ns: Callable[[], int],
         why: Callable[[], list[str]],
     ) -> None:
-        self.limit = ExposureLimit(config.exposure_seconds, config.exposure_bytes, clock)
+        self.limit = ExposureLimit(config.exposure_seconds, config.exposure_bytes, exposure.age, clock)
         self._exposure = exposure
         self._base_ns = base_ns
         self._why = why
@@ -165,6 +141,7 @@ class ExposureWatch:
     def begin(self, base: object) -> None:
         """A generation begins, after that of `base`."""
         self._base = base
+        self._exposure.age.look(self._exposure.coverable_bytes, self._base_ns())
         self.limit.begin()
 
     def cut(self) -> None:
@@ -177,11 +154,9 @@ class ExposureWatch:
 
     def presses(self) -> bool:
         """Whether exposure comes near its limit, if it has one; alarms where it is beyond."""
-        if not self.limit.limited:
-            return False
-        exposed = self._exposure.look() - self._exposure.uncovered_bytes
-        return self.limit.look(exposed, self._base_ns(), "; ".join(self._why()))
+        why = "; ".join(self._why()) if self.limit.limited else ""
+        return self.limit.look(self._exposure.coverable_bytes, self._base_ns(), why)
 
     async def look(self) -> None:
-        """Alarms while a generation is waited for."""
+        """Looks while a generation is waited for."""
         self.presses()

@@ -126,7 +126,7 @@ class Flusher:
         self._fenced: QsfsError | None = None
         self.exposure = exposure or Exposure(context.store, context.ledger, context.clock, lambda: self.uploaded_ahead)
         self._pressure = Pressure(
-            context, self._precopier, self.exposure, short=lambda: self.short_of_room,
+            context, self._precopier, short=lambda: self.short_of_room,
             busy=lambda: self.phase == "uploading ahead",
         )  # fmt: skip
         self._limits = ExposureWatch(
@@ -453,7 +453,7 @@ class Flusher:
             self._on_fenced(error)
 
     def status(self) -> dict[str, Any]:
-        """What flushing does, waits for, and has not made safe yet.  Bytes; ages in seconds."""
+        """What flushing does, waits for, and has not made safe yet.  Bytes; ages in seconds; None: not known yet."""
         context, generations = self.context, self.generations
         ledger = context.ledger
         base = generations.base.head if generations is not None else None
@@ -461,13 +461,15 @@ class Flusher:
             "phase": self.phase,
             "generation": base.generation if base is not None else None,
             "published_ns": base.time_ns if base is not None else None,
-            "exposure": self.exposure.report(base.time_ns if base is not None else None),
+            "exposure": self.exposure.report(
+                base.time_ns if base is not None else None, packs_known=self.knows_packs
+            ),
             "exposure_problem": self._limits.limit.problem,
             "waiting": self._waits(),
             "pressure": self._precopier.pressed,
             "writers_slowed": self._slowdown.active,
-            "packs_not_full": len(ledger.incomplete),
-            "packs_not_looked_at": len(ledger.looks),
+            "packs_not_full": len(ledger.incomplete) if self.knows_packs else None,
+            "packs_not_looked_at": len(ledger.looks) if self.knows_packs else None,
             "next_look_seconds": ledger.next_look_seconds,
             "shards_found_missing": self._upkeep.found_missing,
             "lost": self._upkeep.lost(),

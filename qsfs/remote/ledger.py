@@ -60,7 +60,7 @@ def read_rows(environment: Environment, clock: Clock, start: bytes) -> RowsRead:
 class Ledger:
     """Packs that are not settled, by number.
 
-    `incomplete` maps those that are not full to (live bytes, when they were written, wall time);
+    `incomplete` maps those that are not full to (live bytes, when they were written, running time);
     `looks` those that were not looked at again to when that is due (running time).  `emptied` are data
     packs that had no live bytes when the rows were read, `thin` those that had fewer than half of their size, `small`
     those whose shards are small: who acts on these takes them out.  `lost` are those of which too few shards have a
@@ -68,7 +68,7 @@ class Ledger:
     """
 
     def __init__(self, clock: Clock, second_look_seconds: float) -> None:
-        self.incomplete: dict[int, tuple[int, int]] = {}
+        self.incomplete: dict[int, tuple[int, float]] = {}
         self.looks: dict[int, float] = {}
         self.metadata: dict[bytes, int] = {}
         self.lost: set[int] = set()
@@ -85,10 +85,14 @@ class Ledger:
             self.metadata[row.pack_id] = number
         elif row.shard_size < SMALL_SHARD:
             self.small.add(number)
+        # Over a restart only the wall clock knows; what it says once stays, if it steps later.
+        now = self._clock.monotonic()
+        age = max(0.0, (self._clock.time_ns() - row.written_at_ns) / 1e9)
         if row.state & PackState.FULL:
             self.incomplete.pop(number, None)
         else:
-            self.incomplete[number] = (row.live or row.body_length, row.written_at_ns)
+            _, written_at = self.incomplete.get(number, (0, now - age))
+            self.incomplete[number] = (row.live or row.body_length, written_at)
         if row.readable:
             self.lost.discard(number)
             self.lost_metadata.discard(number)
@@ -99,8 +103,7 @@ class Ledger:
         else:
             # The wait goes on over a restart, by the wall clock: a cache that is full of what is due would stand
             # still meanwhile.
-            age = (self._clock.time_ns() - row.written_at_ns) / 1e9
-            self.looks[number] = self._clock.monotonic() + self._delay - min(max(age, 0.0), self._delay)
+            self.looks[number] = now + self._delay - min(age, self._delay)
 
     def take(self, read: RowsRead) -> None:
         """Takes over what was read of rows that nothing has been noted of since."""
@@ -157,3 +160,9 @@ class Ledger:
     def incomplete_bytes(self) -> int:
         """Live bytes in packs that are not full."""
         return sum(live for live, _ in self.incomplete.values())
+
+    @property
+    def incomplete_seconds(self) -> float:
+        """How long ago the oldest pack that is not full was written; 0.0 without any."""
+        now = self._clock.monotonic()
+        return max((now - written_at for _, written_at in self.incomplete.values()), default=0.0)

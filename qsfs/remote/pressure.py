@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 
 from qsfs.remote.context import FlushContext
-from qsfs.remote.exposure import Exposure
 from qsfs.remote.ledger import Ledger
 from qsfs.remote.precopy import PreCopier
 from qsfs.store.schema import BLOCK_SIZE, Table
@@ -49,12 +48,10 @@ class Pressure:
         self,
         context: FlushContext,
         precopier: PreCopier,
-        exposure: Exposure,
         *,
         short: Callable[[], bool],
         busy: Callable[[], bool],
     ) -> None:
-        self._exposure = exposure
         self._context = context
         self._precopier = precopier
         self._short = short
@@ -64,7 +61,6 @@ class Pressure:
     async def see_to_room(self) -> None:
         """Has pre-copy make room where that is short, and says what that costs.  Raises `CacheError`."""
         short = self._short()
-        self._exposure.look()
         if short and self._dirty_estimate >= self._worth_freeing:
             self._precopier.press("the cache is short of room", orphans_too=True)
         elif not self._busy():

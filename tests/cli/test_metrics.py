@@ -75,6 +75,10 @@ def test_what_is_not_known_yet_is_left_out():
     names = {name for name, _ in samples(metrics(found))}
     assert not names & {"qsfs_exposure_bytes", "qsfs_generation", "qsfs_owner", "qsfs_reads_waiting", "qsfs_backend_up"}
     assert "qsfs_cache_used_bytes" in names
+    known = {name: {"bytes": 0, "age": 0.0} for name in ("local", "written")}
+    found = samples(metrics(whole(packs_known=False, flush=flush(exposure=known, packs_not_full=None))))
+    assert ("qsfs_exposure_bytes", 'class="written"') in found and ("qsfs_exposure_bytes", 'class="full"') not in found
+    assert ("qsfs_exposure_seconds", 'class="full"') not in found and ("qsfs_packs_not_full", "") not in found
 
 
 def test_a_read_only_mount_that_looks_for_its_generation_has_metrics_too():

@@ -148,7 +148,7 @@ def test_nothing_passes_for_full_before_it_was_looked_at():
     shown = lines(status(packs_known=False))
     assert shown[2:4] == [
         "exposure: local 0 B, written 0 B",
-        "full: not all packs of before this mount have been looked at yet; more of them may not be full",
+        "full: not known yet; not all packs of before this mount have been looked at",
     ]
     assert not [line for line in shown if "all of it is in full packs" in line]
 

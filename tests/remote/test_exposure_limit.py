@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from qsfs.clock import FixedClock
+from qsfs.remote.exposure_age import ExposureAge
 from qsfs.remote.exposure_limit import ExposureLimit
 from qsfs.remote.flush import Flusher
 from qsfs.store.schema import PAGE
@@ -107,7 +108,7 @@ class HandClock(FixedClock):
 def test_after_a_cut_that_found_nothing_the_rest_counts_no_more(limits):
     """An open file without a name stays dirty: that must not have one cut follow the other.  New bytes count."""
     clock = HandClock(1)
-    limit = ExposureLimit(*limits, clock)
+    limit = ExposureLimit(*limits, ExposureAge(clock), clock)
     base = clock.time_ns() - int(80e9)
     assert limit.look(5000, base, "")
     limit.begin()
@@ -125,7 +126,7 @@ def test_a_wall_clock_that_steps_makes_nothing_older_or_younger(expect_log, step
     """Back, it would hide what gets old; ahead, it would be an alarm and cuts without end."""
     expect_log("no published head has what was written")
     clock = HandClock(1)
-    limit = ExposureLimit(100.0, 0, clock)
+    limit = ExposureLimit(100.0, 0, ExposureAge(clock), clock)
     base = clock.time_ns()
     assert not limit.look(5000, base, "")
     clock.stepped = step
@@ -152,7 +153,7 @@ def test_a_base_from_the_future_is_one_of_now(expect_log, ahead):
     """Another machine's clock, or this one's before it was set."""
     expect_log("no published head has what was written")
     clock = HandClock(1)
-    limit = ExposureLimit(100.0, 0, clock)
+    limit = ExposureLimit(100.0, 0, ExposureAge(clock), clock)
     base = clock.time_ns() + int(ahead * 1e9)
     assert not limit.look(5000, base, "")
     clock.now += 80
@@ -165,7 +166,7 @@ def test_a_base_from_the_future_is_one_of_now(expect_log, ahead):
 def test_no_rate_is_learnt_from_two_looks_that_follow_at_once():
     """A write between two looks a millisecond apart is no flood that goes on."""
     clock = HandClock(1)
-    limit = ExposureLimit(0.0, 100_000, clock)
+    limit = ExposureLimit(0.0, 100_000, ExposureAge(clock), clock)
     for _ in range(10):
         clock.now += 0.25
         assert not limit.look(1000, 0, "")
