@@ -81,6 +81,8 @@ def lines(found: dict[str, Any], *, all_backends: bool = False) -> list[str]:
 
 
 def _alarms(found: dict[str, Any]) -> list[str]:
+    from qsfs.cli.sync import not_full
+
     out = []
     if found["waiting_for"]:
         out.append(f"WAITING for {found['waiting_for']}")
@@ -102,6 +104,7 @@ def _alarms(found: dict[str, Any]) -> list[str]:
         if flush.get("exposure_problem"):
             out.append(f"EXPOSED: {flush['exposure_problem']}")
         out += [f"FLUSHING WAITS: {what}" for what in flush["waiting"]]
+        out += [f"A SYNC WAITS for {not_full(wait)}" for wait in found.get("full_waits", ())]
         if flush["pressure"]:
             out.append(f"flushing hurries: {flush['pressure']}")
         if flush.get("writers_slowed"):

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     config = Config.load(args.config)
     within = None if args.timeout is None else max(args.timeout, _LEAST_HAND_OVER_SECONDS)
     control.require_running(config.cache.directory)
-    with waits_told(config.cache.directory):
+    with waits_told(config.cache.directory, full=args.durability == "full"):
         require_handed_over(config.filesystem.mountpoint, within)
         wanted = {"class": args.durability, "seconds": args.timeout}
         result = control.ask(
@@ -108,15 +108,26 @@ def missing(result: dict[str, Any]) -> list[str]:
     return out
 
 
+def not_full(wait: dict[str, Any]) -> str:
+    """What a sync waits for that wants full packs."""
+    from qsfs.values import counted, format_size
+
+    return f"{counted(wait['packs'], 'pack')} with {format_size(wait['bytes'])} not full yet: {wait['why']}"
+
+
 @contextlib.contextmanager
-def waits_told(cache: Path) -> Iterator[None]:
-    """Tells on standard error what flushing waits for, whenever that changes, for the time of the block."""
+def waits_told(cache: Path, *, full: bool = False) -> Iterator[None]:
+    """Tells on standard error what flushing waits for, whenever that changes, for the time of the block.
+
+    With `full` also why packs are not full that a sync waits for, and each time half of them are.
+    """
     from qsfs.daemon import control
 
     ended = threading.Event()
 
     def tell() -> None:
         told: list[str] = []
+        short: dict[str, Any] = {"packs": 0, "why": ""}
         while not ended.wait(_TELL_SECONDS):
             try:
                 found = control.ask(cache, "status", timeout=_TELL_SECONDS)
@@ -127,6 +138,12 @@ def waits_told(cache: Path) -> Iterator[None]:
                 told = waits
                 for what in waits:
                     print(f"waiting: {what}", file=sys.stderr, flush=True)
+            most = max(found.get("full_waits", ()), key=lambda wait: int(wait["packs"]), default=None)
+            if not full or most is None or ended.is_set():
+                continue
+            if most["why"] != short["why"] or not short["packs"] / 2 < most["packs"] <= short["packs"]:
+                short = most
+                print(f"waiting: {not_full(most)}", file=sys.stderr, flush=True)
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()

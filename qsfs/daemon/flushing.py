@@ -45,7 +45,7 @@ class Flushing:
     """Owns and flushes for one mount.  `flusher` is None until this mount owns the file system.
 
     `fenced` is why it may not (any more), `failure` what went wrong with flushing otherwise.  `hurried` tells
-    whether somebody waits for the next head.
+    whether somebody waits for the next head.  `full_waits` is what each sync waits for that wants full packs.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Flushing:
         self.waiting = ""
         self.failure = ""
         self.hurried: Callable[[], bool] = lambda: False
+        self.full_waits: dict[int, dict[str, Any]] = {}
         self._cause: QsfsError | None = None
         self._base: Head | None = None
         self._config = config
@@ -281,6 +282,7 @@ class Flushing:
             "owner": self.flusher is not None and self.fenced is None,
             "failure": self.failure,
             "snapshots": [[snapshot.name, snapshot.time_ns] for snapshot in self.snapshots],
+            "full_waits": list(self.full_waits.values()),
             "packs_known": self.flusher is not None and self.flusher.knows_packs,
             "backends": backends_of(self.members, now_ns),
         }

@@ -230,6 +230,11 @@ def test_what_waits_and_what_failed_is_said():
     assert expected in lines(status(requests=requests))
 
 
+def test_a_sync_that_waits_for_full_packs_is_said():
+    wait = {"packs": 3, "bytes": 1 << 20, "why": "backend a: down"}
+    assert "A SYNC WAITS for 3 packs with 1.0 MiB not full yet: backend a: down" in lines(status(full_waits=[wait]))
+
+
 def test_a_start_that_waits_shows_what_is_known():
     found = status(phase="starting", waiting_for="a quorum of backends: 24 backends: Connection refused")
     del found["flush"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,55 @@ def test_what_is_waited_for_is_told_once_until_it_changes(monkeypatch, capsys):
         "waiting: 1 of 3 shards stored",
         "waiting: 2 of 3 shards stored",
     ]
+
+
+def test_a_sync_for_full_packs_tells_why_they_are_not_and_how_far_it_is(monkeypatch, capsys):
+    """When the reason changes, and whenever half of them are full; not to who waits for less."""
+
+    def status(packs: int, why: str) -> dict[str, Any]:
+        return {"waiting_for": "", "full_waits": [{"packs": packs, "bytes": packs << 20, "why": why}]}
+
+    answers = [
+        status(1000, "backend a: down"), status(1000, "backend a: down"), status(1000, "being made"),
+        status(900, "being made"), status(499, "being made"), status(400, "being made"),
+        {"waiting_for": "", "full_waits": []},
+    ]  # fmt: skip
+    told = [
+        "waiting: 1,000 packs with 1000.0 MiB not full yet: backend a: down",
+        "waiting: 1,000 packs with 1000.0 MiB not full yet: being made",
+        "waiting: 499 packs with 499.0 MiB not full yet: being made",
+    ]
+    monkeypatch.setattr(sync, "_TELL_SECONDS", 0.001)
+    for full, lines in ((True, told), (False, [])):
+        left, asked = list(answers), threading.Event()
+
+        def ask(cache: Path, command: str, *, timeout: float, left: list[Any] = left, asked: Any = asked) -> Any:
+            if len(left) == 1:
+                asked.set()
+                return left[0]
+            return left.pop(0)
+
+        monkeypatch.setattr(control, "ask", ask)
+        with sync.waits_told(Path("/c"), full=full):
+            assert asked.wait(60)
+        assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_only_a_sync_for_full_packs_tells_of_them(monkeypatch, qsfs, tmp_path):
+    qsfs("init", tmp_path)
+    wanted = []
+
+    @contextlib.contextmanager
+    def told(cache: Path, *, full: bool = False) -> Iterator[None]:
+        wanted.append(full)
+        yield
+
+    monkeypatch.setattr(sync, "waits_told", told)
+    monkeypatch.setattr(control, "ask", lambda *_, **__: {"generation": 7, "class": "full"})
+    monkeypatch.setattr(control, "require_running", lambda cache: None)
+    for durability in ((), ("--class", "written"), ("--class", "full")):
+        qsfs("-c", tmp_path, "sync", *durability)
+    assert wanted == [False, False, True]
 
 
 def test_a_class_that_is_not_reached_in_time_is_exit_17_with_what_is_missing(monkeypatch, qsfs, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -14,8 +16,8 @@ from qsfs.errors import BackendFull, Fenced, Unavailable
 from qsfs.format.shard import parse_shard_key
 from qsfs.remote.flush import Flusher
 from tests.remote.flush_machine import FlushMachine, restore
-from tests.remote.flushing import flushing, page, until
-from tests.remote.harness import World
+from tests.remote.flushing import VirtualClock, flushing, page, until
+from tests.remote.harness import World, make_world
 
 
 class Here:
@@ -174,6 +176,7 @@ class Owned:
     def __init__(self, flusher: Flusher) -> None:
         self.flusher = flusher
         self.members = flusher.context.uploader.members
+        self.full_waits: dict[int, dict[str, Any]] = {}
 
     async def owned(self) -> Flusher:
         return self.flusher
@@ -211,6 +214,44 @@ async def test_sync_tells_which_class_was_reached_and_what_is_missing(machine: F
         found = await sync_to(owned, committer, "full", None)  # type: ignore[arg-type]
         assert (found["class"], found["reached"]) == ("full", True)
         assert not flusher.context.ledger.incomplete
+
+
+async def test_a_sync_that_waits_for_full_packs_is_told_with_what_keeps_them(tmp_path: Path, clock):
+    """Where a pack has a shard on every backend, one that is away, or has no room, holds it up for ever."""
+    world = await make_world(4, k=2, m=2)
+    machine = FlushMachine(world, tmp_path / "cache")
+    machine.clock = VirtualClock(clock)
+    async with flushing(machine, cut_seconds=86400) as flusher, trio.open_nursery() as nursery:
+        owned, committer, away = Owned(flusher), machine.context.committer, machine.backends[3]
+        results: list[dict[str, Any]] = []
+
+        async def sync() -> None:
+            results.append(await sync_to(owned, committer, "full", None))  # type: ignore[arg-type]
+
+        away.down = True
+        machine.write(machine.create("a"), 0, page("x") * 16)
+        nursery.start_soon(sync)
+        await until(lambda: flusher.context.ledger.incomplete)
+        await trio.sleep(60)
+        (wait,) = owned.full_waits.values()
+        incomplete = flusher.context.ledger.incomplete
+        assert (wait["packs"], wait["bytes"]) == (len(incomplete), sum(live for live, _ in incomplete.values()))
+        name = next(member.name for member in owned.members if member.number == 4)
+        assert wait["why"].startswith(f"backend {name}: ") and "refused" in wait["why"]
+
+        def refuse(call: str, key: bytes) -> None:
+            if call == "set" and parse_shard_key(key) is not None:
+                raise BackendFull("no room")
+
+        away.down, away.gate = False, refuse
+        await until(lambda: "full" in wait["why"])
+        for _ in range(100):
+            await trio.sleep(1)
+            assert wait["why"].startswith(f"backend {name}: "), "it passes for one with room for a while"
+        assert not results and flusher.status()["waiting"] == [], "publishing waits for nothing"
+        away.gate = lambda call, key: None
+        await until(lambda: results)
+        assert results[0]["class"] == "full" and not owned.full_waits
 
 
 async def test_a_fence_ends_a_sync_that_waits_for_full(machine: FlushMachine, clock, expect_log):
