@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import trio
@@ -71,6 +72,7 @@ class Gathering:
         self._running: dict[tuple[int, int], _Get] = {}
         self._sources: dict[int, int] = {}
         self._dropped: dict[int, int] = {}
+        self._hunt: Iterator[tuple[int, int]] = iter(())
         self._poked = trio.Event()
         self._decoding = False
 
@@ -202,9 +204,9 @@ class Gathering:
     def _start_some(self, choices: Iterator[tuple[int, int]], count: int) -> int:
         started = 0
         for number, member in choices:
+            started += self._start(number, member)
             if started >= count:
                 break
-            started += self._start(number, member)
         return started
 
     def _placed(self, besides: set[int]) -> Iterator[tuple[int, int]]:
@@ -217,16 +219,28 @@ class Gathering:
         return ((number, place) for _, number, place in sorted(choices))
 
     def _elsewhere(self, besides: set[int]) -> Iterator[tuple[int, int]]:
-        """Every missing shard at every backend that was not asked for it: the placement was only a hint."""
-        choices = []
-        for member in self._reader.members:
-            rank = self._rank(member)
+        """Every missing shard at every backend that was not asked for it: the placement was only a hint.
+
+        The hunt goes on where it stopped, since with a large code all there is to ask takes long to look through.
+        What it has passed over may be worth asking by now, so only one from the start shows that nothing is left.
+        """
+        from_start = False
+        while True:
+            for number, place in self._hunt:
+                if number not in besides and number not in self.found and self._askable(number, place) is not None:
+                    yield number, place
+            if from_start:
+                return
+            from_start = True
+            self._hunt = self._everywhere()
+
+    def _everywhere(self) -> Iterator[tuple[int, int]]:
+        """All shards at all backends, the fastest healthy backends first."""
+        for _, equal in groupby(sorted(self._reader.members, key=self._rank), key=self._rank):
+            places = sorted(member.number for member in equal)
             for number in range(len(self.pack.placement)):
-                if number in besides or number in self.found:
-                    continue
-                if self._askable(number, member.number) is not None:
-                    choices.append((rank, number, member.number))
-        return ((number, place) for _, number, place in sorted(choices))
+                for place in places:
+                    yield number, place
 
     def _askable(self, number: int, place: int) -> Member | None:
         member = self._reader.members.by_number(place)
@@ -364,6 +378,7 @@ class Gathering:
         """Forgets what these backends answered (None: all), so that they are asked again."""
         for key in [key for key in self._answers if members is None or key[1] in members]:
             del self._answers[key]
+        self._hunt = iter(())
         self.poke()
 
     @property

@@ -199,19 +199,19 @@ class _Attempt:
             deadline=self.deadline,
             enough=lambda so_far: self._enough(self._living(so_far), fleets),
         )
-        read = self._living(read)
-        readings = tuple(read.readings.values())
-        quorums = self._quorums(read, fleets)
-        reasons = {reading.number: uncounted(reading, read.newest) for reading in readings}
+        living = self._living(read)
+        readings, newest = tuple(living.readings.values()), living.newest
+        quorums = self._quorums(newest, fleets)
+        reasons = {reading.number: uncounted(reading, newest) for reading in readings}
         counted = {number for number, reason in reasons.items() if reason is None}
         enough = reached(quorums, counted)
-        if read.newest is None and (enough or (not quorums and len(counted) == len(self.members) > 0)):
+        if newest is None and (enough or (not quorums and len(counted) == len(self.members) > 0)):
             raise NotFound(
                 f"no head of file system {self.records.fsid.hex()} on the backends that answered: there is "
                 "nothing to own; check the addresses, and that the key is the right one"
             )
         # Below a quorum the newest head found may be an old one: nothing is concluded from it.
-        if read.newest is None or not enough:
+        if newest is None or not enough:
             why = [describe_shortage(quorums, counted) or "no head was found", read.reasons()]
             why.append(summary(reason for reason in reasons.values() if reason is not None))
             raise QuorumUnavailable(f"cannot own now: {'; '.join(filter(None, why))}")
@@ -277,11 +277,11 @@ class _Attempt:
             raise error
         return unclear(reading, owner=owner, written=(), published=None)
 
-    def _quorums(self, read: Survey, fleets: tuple[Fleet, ...]) -> tuple[FleetQuorum, ...]:
-        held = None if read.newest is None else self.records.held(read.newest)
+    def _quorums(self, newest: HeadRef | None, fleets: tuple[Fleet, ...]) -> tuple[FleetQuorum, ...]:
+        held = None if newest is None else self.records.held(newest)
         return fleet_quorums(fleets if held is None else held.fleets, self.code)
 
     def _enough(self, read: Survey, fleets: tuple[Fleet, ...]) -> bool:
-        quorums = self._quorums(read, fleets)
-        counted = {r.number for r in read.readings.values() if uncounted(r, read.newest) is None}
-        return reached(quorums, counted)
+        newest = read.newest
+        counted = {r.number for r in read.readings.values() if uncounted(r, newest) is None}
+        return reached(self._quorums(newest, fleets), counted)
