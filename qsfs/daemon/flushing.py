@@ -296,7 +296,7 @@ class Flushing:
             assessment = assess(self._fleet, self._opened.superblock.code)
             entries = {entry.number for entry in self._fleet.entries}
             answering = sum(m.number in entries and m.identified and m.state is not State.DOWN for m in self.members)
-            found["sentences"] = list(assessment.sentences())
+            found["sentences"] = [*assessment.sentences(), assessment.may_be_down()]
             found["warnings"] = [
                 *assessment.outage(len(entries) - answering),
                 *assessment.warnings(),

@@ -158,12 +158,14 @@ class FleetAssessment:
 
     def may_be_down(self) -> str:
         """What may be down for reading, for flushing, and for a restore that proves what it found."""
-        code, quorum = self.code, self.quorum
+        code, proof, flushing = self.code, self.quorum.needed - 1, self.down_while_publishing
+        written = code.write_quorum - code.k
+        lacking = f"not even 0, as {counted(-flushing, 'backend')} that would take shards are lacking"
         return (
-            f"May be down: for reading, {code.m} (for what is only written, {code.write_quorum - code.k}); for "
-            f"flushing, {max(0, self.down_while_publishing)}; for a restore that proves its generation to be the "
-            f"newest, {min(code.m, quorum.needed - 1)}, and for writing on there, "
-            f"{min(code.m, max(0, self.down_while_publishing))}."
+            f"May be down: for reading, {code.m} (for what is only written, {written}); for flushing, "
+            f"{lacking if flushing < 0 else flushing}; for a restore that proves its generation to be the newest, "
+            f"{min(code.m, proof)} (if that is only written, {min(written, proof)}), and for writing on there, "
+            f"{'not even 0' if flushing < 0 else min(code.m, flushing)}."
         )
 
     def outage(self, down: int) -> tuple[str, ...]:
