@@ -271,7 +271,6 @@ class Flusher:
             if marks > EARLY_DELTA_MARKS and generations.pre_delta is None:
                 self.phase = "uploading rows ahead"
                 await self._ahead.rows(generations)
-            uploaded = self.exposure.uploaded
             view, before = self._upkeep.before_cut(), generations.base.head
             most_bytes = min(self._pace.most_bytes, context.spool.room() * 3 // 4)
             order = generations.next_order(most_bytes, forced=self._head_due)
@@ -280,6 +279,7 @@ class Flusher:
             self.phase = "committing"
             self._limits.cut()
             async with self._precopier.held(0.0 if context.uploader.hurried() else _HOLD_SECONDS):
+                uploaded = self.exposure.uploaded
                 await context.committer.commit()
                 self.phase = "sealing"
                 begin = context.clock.monotonic()
@@ -330,7 +330,12 @@ class Flusher:
         store = self.context.store
         if store.dirty or store.layers.committing is not None:
             return True
-        return await self.context.in_thread(self._has_changed)
+        uploaded = self.exposure.uploaded
+        if await self.context.in_thread(self._has_changed):
+            return True
+        # Also of what was recorded while the last cut was being committed.
+        self.exposure.published(uploaded)
+        return False
 
     def _has_changed(self) -> bool:
         with CommittedState(self.context.store.environment, self.context.clock) as state:

@@ -144,6 +144,49 @@ async def test_a_cut_waits_for_packs_that_are_on_their_way_and_does_not_send_the
         assert restore(world).files == {"a": content}
 
 
+async def test_what_was_uploaded_while_a_cut_waited_for_it_is_exposed_no_more_once_its_head_is_published(
+    machine: FlushMachine, clock
+):
+    """A mount that is idle afterwards shows nothing that is not safe."""
+    async with flushing(machine, quiet_seconds=1.0, cut_seconds=3600) as flusher:
+        begun: list[str] = []
+
+        def delay(call: str) -> float:
+            # Longer than the test takes to look again.
+            if call == "set":
+                begun.append(call)
+            return 1.4 if call == "set" else 0.0
+
+        for backend in machine.backends:
+            backend.delay = delay
+        machine.write(machine.create("a"), 0, page("x") * 16)
+        await machine.committer.commit()
+        await until(lambda: begun)
+        assert not flusher.uploaded_ahead
+        await flusher.sync()
+        assert flusher.uploaded_ahead
+        assert flusher.status()["exposure"]["written"]["bytes"] == 0
+
+
+async def test_what_was_recorded_while_a_cut_was_committed_is_exposed_no_more_when_nothing_is_new(
+    machine: FlushMachine, clock
+):
+    """The cut has it in; how much was uploaded then is not known any more when its head is published."""
+    async with flushing(machine, quiet_seconds=1.0, cut_seconds=60) as flusher:
+        machine.write(machine.create("a"), 0, page("x") * 48)
+        await machine.committer.commit()
+        await until(lambda: flusher.uploaded_ahead)
+        recorded, flusher._precopier.bytes_recorded = flusher.uploaded_ahead, 0
+
+        def record(_: int) -> None:
+            flusher._precopier.bytes_recorded = recorded
+
+        machine.committer.before_seal = record
+        await flusher.sync()
+        assert flusher.status()["exposure"]["written"]["bytes"] == recorded
+        await until(lambda: not flusher.status()["exposure"]["written"]["bytes"])
+
+
 async def test_what_an_earlier_mount_uploaded_ahead_is_exposed_until_a_head_names_it(
     machine: FlushMachine, clock
 ):
