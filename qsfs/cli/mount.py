@@ -133,7 +133,7 @@ def _serve(config: Config, args: argparse.Namespace, secret: Secret | None) -> i
             SystemClock(),
             offline=args.offline,
             secret=secret,
-            ready=lambda: report.send(ready=True),
+            ready=lambda offline: report.send(ready=True, offline=offline),
             waiting=lambda what: report.send(waiting=what),
         )
     except BaseException as error:
@@ -202,7 +202,7 @@ def start(config: Config, words: list[str], secret: Secret | None, *, as_json: b
             elif "error" in answer:
                 raise error_of(answer["error"], answer["message"])
             else:
-                return _report_mounted(config, process.pid, as_json, answer.get("shown"))
+                return _report_mounted(config, process.pid, as_json, answer)
     process.wait()
     raise QsfsError(
         f"the daemon ended with {process.returncode} before it was mounted; "
@@ -210,15 +210,18 @@ def start(config: Config, words: list[str], secret: Secret | None, *, as_json: b
     )
 
 
-def _report_mounted(config: Config, pid: int, as_json: bool, shown: dict[str, Any] | None) -> int:
+def _report_mounted(config: Config, pid: int, as_json: bool, answer: dict[str, Any]) -> int:
     from qsfs.cli.output import print_json
     from qsfs.cli.reading import generation_line
 
+    shown, offline = answer.get("shown"), answer.get("offline", "")
     if as_json:
-        read_only = {} if shown is None else {"read_only": shown}
-        print_json({"mountpoint": str(config.filesystem.mountpoint), "process": pid, **read_only})
+        more = {"offline": offline} if shown is None else {"read_only": shown}
+        print_json({"mountpoint": str(config.filesystem.mountpoint), "process": pid, **more})
     elif shown is not None:
         print(f"mounted read-only on {config.filesystem.mountpoint} (process {pid}): {generation_line(shown)}")
     else:
         print(f"mounted on {config.filesystem.mountpoint} (process {pid})")
+        if offline:
+            print(f"warning: {offline}", file=sys.stderr)
     return 0

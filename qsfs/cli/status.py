@@ -86,6 +86,8 @@ def _alarms(found: dict[str, Any]) -> list[str]:
     out = []
     if found["waiting_for"]:
         out.append(f"WAITING for {found['waiting_for']}")
+    if found.get("offline"):
+        out.append(f"OFFLINE: {found['offline']}")
     if not found["writable"] and "read_only" not in found:
         out.append(f"READ-ONLY: {found['reason']}")
     if found.get("failure"):

@@ -46,6 +46,7 @@ class Flushing:
 
     `fenced` is why it may not (any more), `failure` what went wrong with flushing otherwise.  `hurried` tells
     whether somebody waits for the next head.  `full_waits` is what each sync waits for that wants full packs.
+    `offline` is what follows from an offline mount that owns nothing yet ("": it is none, or it owns, or never will).
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Flushing:
         self.copies: CopiesUpkeep | None = None
         self.fenced: QsfsError | None = None
         self.waiting = ""
+        self.offline = ""
         self.failure = ""
         self.hurried: Callable[[], bool] = lambda: False
         self.full_waits: dict[int, dict[str, Any]] = {}
@@ -102,7 +104,8 @@ class Flushing:
             return
         local = local_state(self._store, self._spool, self._opened)
         check_offline(local)
-        _log.warning("%s", offline_warning(local))
+        self.offline = offline_warning(local)
+        _log.warning("%s", self.offline)
         nursery.start_soon(self._own_later, nursery)
 
     async def _own_later(self, nursery: trio.Nursery) -> None:
@@ -115,6 +118,8 @@ class Flushing:
             self.failure = f"this mount does not own the file system and uploads nothing: {error}"
             self._ready.set()
             _log.error("%s; it goes on with what is local", self.failure)
+        finally:
+            self.offline = ""
 
     async def _own(self, nursery: trio.Nursery) -> None:
         opened, store = self._opened, self._store
@@ -281,6 +286,7 @@ class Flushing:
         found: dict[str, Any] = {
             "owner": self.flusher is not None and self.fenced is None,
             "failure": self.failure,
+            "offline": self.offline,
             "snapshots": [[snapshot.name, snapshot.time_ns] for snapshot in self.snapshots],
             "full_waits": list(self.full_waits.values()),
             "packs_known": self.flusher is not None and self.flusher.knows_packs,

@@ -80,12 +80,13 @@ class Service:
         *,
         offline: bool = False,
         secret: Secret | None = None,
-        ready: Callable[[], None] = lambda: None,
+        ready: Callable[[str], None] = lambda _: None,
         waiting: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`secret` opens it (default: the configured one).
 
-        `ready` is called once the mount answers requests, `waiting` with what the start waits for.
+        `ready` is called once the mount answers requests, with what follows from its being offline ("": it is not),
+        `waiting` with what the start waits for.
         """
         self.config = config
         self.clock = clock
@@ -323,7 +324,7 @@ class Service:
         tune_interpreter()
         notify(f"READY=1\nSTATUS=mounted on {self.config.filesystem.mountpoint}")
         _log.info("mounted on %s", self.config.filesystem.mountpoint)
-        self._ready()
+        self._ready(self.flushing.offline)
 
     async def _finish(self) -> None:
         """After the unmount: publishes until the deadline, and commits in any case.
@@ -443,7 +444,7 @@ def run(
     *,
     offline: bool,
     secret: Secret | None = None,
-    ready: Callable[[], None],
+    ready: Callable[[str], None],
     waiting: Callable[[str], None],
 ) -> None:
     """Runs a mount to its end in this process."""

@@ -157,12 +157,10 @@ def check_offline(local: LocalState) -> None:
 
 
 def offline_warning(local: LocalState) -> str:
-    """What an offline mount says: what a takeover elsewhere meanwhile would cost."""
+    """What an offline mount says, and shows until it owns: what a takeover elsewhere meanwhile would cost."""
     base = "nothing" if local.base is None else describe_head(local.base)
     return (
-        "mounted offline: nothing is uploaded until a quorum of backends answers. The backends know this "
-        f"machine up to {base}. "
-        "If another machine takes over before then, everything written here since is on this disk only, "
-        "and this mount "
-        "turns read-only when it notices"
+        "mounted offline: nothing is uploaded until a quorum of backends answers. They know this machine up to "
+        f"{base}. If another machine takes over before then, what was written here since is on this disk only: this "
+        "mount turns read-only when it notices, and files can be copied out of it"
     )

@@ -212,7 +212,7 @@ class _Attempt:
             )
         # Below a quorum the newest head found may be an old one: nothing is concluded from it.
         if newest is None or not enough:
-            why = [describe_shortage(quorums, counted) or "no head was found", read.reasons()]
+            why = [describe_shortage(quorums, counted) or "no head was found", living.reasons()]
             why.append(summary(reason for reason in reasons.values() if reason is not None))
             raise QuorumUnavailable(f"cannot own now: {'; '.join(filter(None, why))}")
         return await self._judged(readings)

@@ -243,3 +243,10 @@ def test_a_start_that_waits_shows_what_is_known():
     shown = lines(found)
     assert shown[1] == "WAITING for a quorum of backends: 24 backends: Connection refused"
     assert "not the owner: nothing is uploaded" in shown
+
+
+def test_an_offline_mount_says_so_before_anything_else():
+    """What a takeover elsewhere would cost must not be missed."""
+    told = lines(status(offline="mounted offline: nothing is uploaded", writable=True, warnings=["one group"]))
+    assert told[1:3] == ["OFFLINE: mounted offline: nothing is uploaded", "warning: one group"]
+    assert not any("OFFLINE" in line for line in lines(status(offline="")))
