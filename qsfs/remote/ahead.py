@@ -19,12 +19,15 @@ _LITTLE_PACKS = 4
 
 
 class Ahead:
-    """Uploads so much, in place of the cut, that the cut becomes small enough."""
+    """Uploads so much, in place of the cut, that the cut becomes small enough.
 
-    def __init__(self, context: FlushContext, precopier: PreCopier, slowdown: Slowdown) -> None:
+    `slowdown` holds applications back where that does not come to an end; who takes the cut ends it.
+    """
+
+    def __init__(self, context: FlushContext, precopier: PreCopier, slow_writers_seconds: float) -> None:
         self._context = context
         self._precopier = precopier
-        self._slowdown = slowdown
+        self.slowdown = Slowdown(context, slow_writers_seconds)
 
     async def pages(self, most_bytes: int) -> None:
         """Has pre-copy take everything until so little is dirty that a cut of `most_bytes` can be made.
@@ -49,7 +52,7 @@ class Ahead:
             # Nothing leaves in an outage, which may take days.
             pause = _POLL_SECONDS if recorded > before else min(_LAST_POLL_SECONDS, 2 * pause)
             gained, before = recorded - before, recorded
-            self._slowdown.uploaded(gained, little)
+            self.slowdown.uploaded(gained, little)
             last, blocks = blocks, self._dirty_blocks
             goal = little if gained >= little and blocks < last else enough
             if await context.in_thread(lambda: self._dirty_bytes(goal)) <= goal:  # noqa: B023 (awaited at once)

@@ -32,7 +32,6 @@ from qsfs.remote.pressure import Pressure
 from qsfs.remote.renewal import Renewer
 from qsfs.remote.rewrite import MARKED_BYTES
 from qsfs.remote.shards import ShardReader
-from qsfs.remote.slowdown import Slowdown
 from qsfs.remote.upkeep import Upkeep, every_second
 from qsfs.store.schema import Table
 from qsfs.store.snapshot import CommittedState
@@ -96,8 +95,7 @@ class Flusher:
             context, reader, config.snapshot_ratio, lambda: self._upkeep.salvage.metadata
         )
         self._precopier = PreCopier(context, self._in_cut, config.quiet_seconds)
-        self._slowdown = Slowdown(context, config.slow_writers_seconds)
-        self._ahead = Ahead(context, self._precopier, self._slowdown)
+        self._ahead = Ahead(context, self._precopier, config.slow_writers_seconds)
         self.pinning = Pinning(self)
         self._named = NamedPacks(context.spool, context.sealer.keys, lambda: self._generations.base)
         self._upkeep = Upkeep(
@@ -161,7 +159,7 @@ class Flusher:
                     begun = True
                     task_status.started()
             finally:
-                self._slowdown.end()
+                self._ahead.slowdown.end()
                 self.phase = "fenced" if self._fenced is not None else "stopped"
                 self._tell()
         if not begun:
@@ -285,7 +283,7 @@ class Flusher:
                 begin = context.clock.monotonic()
                 cut = await generations.seal(order)
             if not isinstance(cut, NoCut):
-                self._slowdown.end()
+                self._ahead.slowdown.end()
                 self._pace.sealed(cut.bytes, context.clock.monotonic() - begin)
                 self.pinning.cut_sealed(asked)
                 await self._knows_packs.wait()
@@ -301,7 +299,7 @@ class Flusher:
                 self._upkeep.published(view, base.sealed.ref, base.head, before)
                 break
             if cut is NoCut.UNCHANGED:
-                self._slowdown.end()
+                self._ahead.slowdown.end()
                 break
             if cut is NoCut.MOVING:
                 self.phase = "moving"
@@ -472,7 +470,7 @@ class Flusher:
             "exposure_problem": self._limits.limit.problem,
             "waiting": self._waits(),
             "pressure": self._precopier.pressed,
-            "writers_slowed": self._slowdown.active,
+            "writers_slowed": self._ahead.slowdown.active,
             "packs_not_full": len(ledger.incomplete) if self.knows_packs else None,
             "packs_not_looked_at": len(ledger.looks) if self.knows_packs else None,
             "next_look_seconds": ledger.next_look_seconds,
