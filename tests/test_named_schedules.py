@@ -49,6 +49,7 @@ NAMED: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "a rollback leaves no journal to replay": (
         (JOURNAL, "test_every_mount_renews_the_journals_number"),
+        (SYSTEM, "test_a_rollback_meets_appends_that_no_commit_has"),
         ("simulation/test_points.py", "test_a_death_at_any_step_costs_nothing_that_was_promised"),
     ),
     # truncation, background work, fetch
@@ -102,7 +103,7 @@ NAMED: dict[str, tuple[tuple[str, str], ...]] = {
         (FLUSH, "test_a_generation_number_is_never_used_twice"),
     ),
     "packs that only the local tables name stay": (
-        (FLUSH, "test_a_pre_copied_page_is_named_by_the_local_tables_alone"),
+        ("remote/test_schedules_collect.py", "test_a_pre_copied_page_is_named_by_the_local_tables_alone"),
     ),
     "exposure counts published heads": (
         ("remote/test_flush_flusher.py", "test_what_an_earlier_mount_uploaded_ahead_is_exposed_until_a_head_names_it"),
@@ -131,10 +132,12 @@ NAMED: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "a restart owns anew": ((OWNERSHIP, "test_a_restart_is_another_owner_and_no_head_overwrites_another"),),
     "the last two published generations are kept": (
+        (SYSTEM, "test_heads_that_were_given_up_cost_no_published_generation_its_packs"),
         (OWNERSHIP, "test_heads_sent_and_given_up_do_not_push_published_ones_out_of_the_kept_list"),
         ("remote/test_superseded.py", "test_heads_that_were_given_up_stay_until_a_newer_one_is_published"),
     ),
     "taking over ends with a head": (
+        (SYSTEM, "test_a_head_that_lands_after_a_takeover_is_no_newest_one"),
         (OWNERSHIP, "test_taking_over_ends_with_a_head_of_the_new_owner"),
         (OWNERSHIP, "test_a_mount_whose_first_head_is_not_published_does_not_own"),
     ),
@@ -158,8 +161,8 @@ NAMED: dict[str, tuple[tuple[str, str], ...]] = {
         (OWNERSHIP, "test_the_newest_fleet_is_that_of_the_newest_head_not_the_highest_number"),
     ),
     "shards of named packs are never deleted": (
-        (SYSTEM, "test_an_owner_that_stood_still_deletes_nothing_after_a_takeover"),
-        (SYSTEM, "test_a_shard_that_moved_stays_as_long_as_its_pack_is_named"),
+        (SYSTEM, "test_an_owner_that_stood_still_deletes_nothing_that_the_next_one_keeps"),
+        (SYSTEM, "test_a_copy_that_came_late_stays_as_long_as_its_pack_is_named"),
     ),
     "publishing clears only marks of the cut": (
         (FLUSH, "test_publishing_clears_only_the_marks_that_the_cut_contained"),

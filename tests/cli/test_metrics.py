@@ -19,7 +19,9 @@ def whole(**fields):
         version="1",
         memory_bytes=7,
         fetched_bytes=0,
-        flush=flush(spool_bytes=5, exposure_problem="", writers_slowed=False, start={"recorded_pages": 4, "packed_bytes": 8}),
+        flush=flush(
+            spool_bytes=5, exposure_problem="", writers_slowed=False, start={"recorded_pages": 4, "packed_bytes": 8}
+        ),
         requests={"by_kind": {"read": 2, "write": 3}, "unexpected_errors": 0, "waiting": 0},
         fsync_waits={"waiting": 2, "oldest_seconds": 1.5, "ended": 1, "why": "x"},
     )

@@ -164,26 +164,6 @@ async def test_publishing_clears_only_the_marks_that_the_cut_contained(
         assert restore(world).xattrs["a"] == {b"user.late": b"1"}
 
 
-async def test_a_pre_copied_page_is_named_by_the_local_tables_alone(
-    world: World, machine: FlushMachine, autojump_clock
-):
-    """Its pack is no garbage, however long no head names it; a head names it later."""
-    async with machine.mounted():
-        a = machine.create("a")
-        machine.write(a, 0, page("x") * 16)
-        await machine.committer.commit()
-        await machine.precopy()
-        await machine.committer.commit()
-        machine.evict(a)
-        machine.clock.advance(30 * 86400)
-        collector = AbandonedCollector(machine.context)
-        assert await collector.collect(frozenset(), frozenset(), machine.epoch)
-        assert collector.deleted == 0
-        assert machine.content(a) == page("x") * 16
-        assert await machine.cut()
-    assert restore(world).files["a"] == page("x") * 16
-
-
 async def test_a_crash_before_the_head_is_sent_abandons_the_cut_without_harm(
     world: World, machine: FlushMachine, autojump_clock
 ):

@@ -179,8 +179,12 @@ def packs_hold(history: Stage, life: Life) -> None:
 
 def kept_generations(history: Stage, life: Life) -> None:
     """Each generation that the newest head keeps restores exactly."""
+    kept_restore(history, life.restored)  # type: ignore[attr-defined]
+
+
+def kept_restore(history: Stage, head: Head) -> None:
+    """Each generation that a head keeps restores exactly."""
     world = history.cluster.world
-    head: Head = life.restored  # type: ignore[attr-defined]
     published = {ref for _, ref in history.ledger.published}
     for entry in head.kept:
         key = head_key(world.keys.fsid, entry.head)

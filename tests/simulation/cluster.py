@@ -79,8 +79,8 @@ def _template(k: int, m: int, count: int, shared: bool) -> tuple[World, dict[str
         return world, {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-async def _at_once(call: Call) -> None:
-    """What tests put in the way of calls; here nothing."""
+async def at_once(number: int, call: Call) -> None:
+    """What tests put in the way of calls to the backend with this number; here nothing."""
 
 
 def prepare() -> None:
@@ -118,7 +118,7 @@ class Cluster:
         self.faulty = set(self.liars)
         self.faults = {number: Faults(seed=seed * 100 + number) for number in self.numbers}
         self.saw_head: Callable[[Any, Head, HeadRef], None] = lambda host, head, ref: None
-        self.before: Callable[[Call], Awaitable[None]] = _at_once
+        self.before: Callable[[int, Call], Awaitable[None]] = at_once
         self.deleted: set[bytes] = set()
         self.deleted_by: dict[str, set[bytes]] = {}
         self.pace = chance.choice((0.0, 0.01, 0.3))
@@ -308,7 +308,7 @@ class _Wire:
                 head = open_head(call.key, bytes(call.value or b""), cluster.world.keys)
                 cluster.saw_head(host, head, named.ref)
         cluster.trace.event(f"{host.name} {self._number} {call.kind} {call.key[-12:].hex()}")
-        await cluster.before(call)
+        await cluster.before(self._number, call)
         if call.kind == "delete" and (shard := parse_shard_key(call.key)) is not None:
             cluster.deleted.add(shard.pack_id)
             cluster.deleted_by.setdefault(host.name, set()).add(shard.pack_id)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from unittest import mock
 
 import trio
 
 from qsfs.backend.wrapper import Call
+from qsfs.format.extent import ExtentEntry, PackKind
+from qsfs.remote.reader import PackReader
+from qsfs.remote.stored import StoredPack
+from qsfs.store.schema import PackRow, Table
 from tests.simulation import checks, engine
 from tests.simulation.cluster import prepare
 from tests.simulation.engine import Trace
@@ -67,38 +72,66 @@ class Directed(Stage):
         await life.committer.commit()
 
     async def read_while(
-        self, life: Life, name: str, pages: int, meanwhile: Callable[[], Awaitable[None]], *, comes: bool = True
+        self,
+        life: Life,
+        name: str,
+        pages: int,
+        meanwhile: Callable[[], Awaitable[None]],
+        *,
+        comes: bool = True,
+        asked: bool = True,
     ) -> None:
         """Reads a file from the backends; `meanwhile` happens before anything of it has arrived.
 
-        Then it `comes`, or the read ends with an error.
+        By then backends have been `asked`, or the fetch only knows which extent it wants: who else reads the pack
+        waits for the same answers, so only in the latter case it can be deleted meanwhile.
+        Then the data `comes`, or the read ends with an error.
         """
-        asked, go_on, done = trio.Event(), trio.Event(), trio.Event()
+        begun, go_on, done = trio.Event(), trio.Event(), trio.Event()
 
-        async def hold(call: Call) -> None:
-            if _HELD.get() and call.kind == "get":
-                asked.set()
+        async def hold() -> None:
+            if _HELD.get():
+                begun.set()
                 await go_on.wait()
+
+        async def hold_get(number: int, call: Call) -> None:
+            if asked and call.kind == "get":
+                await hold()
+
+        extent = PackReader.extent
+
+        async def hold_extent(reader: PackReader, pack: StoredPack, entry: ExtentEntry) -> bytes:
+            if not asked:
+                await hold()
+            return await extent(reader, pack, entry)
 
         async def read() -> None:
             _HELD.set(True)
             assert await self.applications.read(life, name, 0, pages * 4096) is comes
             done.set()
 
-        self.cluster.before = hold
-        with engine.on(life):
-            life.nursery.start_soon(read)
-        await asked.wait()
-        await meanwhile()
-        assert not done.is_set()
-        go_on.set()
-        with trio.fail_after(300):
-            await done.wait()
+        self.cluster.before = hold_get
+        with mock.patch.object(PackReader, "extent", hold_extent):
+            with engine.on(life):
+                life.nursery.start_soon(read)
+            await begun.wait()
+            await meanwhile()
+            assert not done.is_set()
+            go_on.set()
+            with trio.fail_after(300):
+                await done.wait()
 
     async def end(self) -> None:
         """All machines lose power; then what must hold of any history."""
         await self.stop_all()
         await checks.at_the_end(self)
+
+
+def live_packs(life: Life) -> set[bytes]:
+    """The ids of the packs in which anything lives."""
+    assert life.store is not None
+    rows = (PackRow.decode(value) for _, value in life.store.scan(Table.PACKS, b"", None))
+    return {row.pack_id for row in rows if row.kind == PackKind.DATA and row.live}
 
 
 def live(root: Path, story: Story, allowed_log: str = "", code: tuple[int, int, int] = (2, 1, 5)) -> None:

@@ -62,14 +62,25 @@ class Ledger:
         """A head is on its way; `cut` is the version of the committed state that it may be a cut of."""
         if ref in self.heads:
             return
-        self.heads[ref] = head
-        image = (head.snapshot, head.deltas)
-        for known, other in reversed(self.heads.items()):
-            if known != ref and (other.snapshot, other.deltas) == image:
-                self.version_of[ref] = self.version_of[known]
-                return
-        assert cut is not None, f"head {ref} is of no commit that is known"
-        self.version_of[ref] = cut
+        known = self.held_by(head)
+        held = cut if known is None else known
+        assert held is not None, f"head {ref} is of no commit that is known"
+        self.heads[ref], self.version_of[ref] = head, held
+
+    def held_by(self, head: Head) -> int | None:
+        """The version of a head that names the same image as one that is known."""
+        for ref, other in reversed(self.heads.items()):
+            if (other.snapshot, other.deltas) == (head.snapshot, head.deltas):
+                return self.version_of[ref]
+        return None
+
+    def publish(self, machine: str, head: Head, ref: HeadRef) -> None:
+        """A machine counted its head as published; it keeps the newest published one that it descends from."""
+        before = self.ancestors(ref) - {ref}
+        last = max((other for _, other in self.published if other in before), default=None)
+        kept = {generation.head for generation in head.kept}
+        assert last is None or last in kept, f"published head {ref} does not keep {last}"
+        self.published.append((machine, ref))
 
     def acknowledge(self, ref: HeadRef, version: int) -> None:
         """A machine was told that the head `ref` is published and holds `version`."""

@@ -224,8 +224,9 @@ class Life:
 
 
 class Machine:
-    """A directory and what runs on it.  `durable` is the newest version that its disk is known to hold; while a
-    rollback is under way it may hold `or_else` in its place.  `head`: the digest that its takeover is given, if any."""
+    """A directory and what runs on it.  `durable` is the newest version that its disk is known to hold,
+    or a later one; `exactly` is the very version that it holds where nobody can have written since.
+    `head`: the digest that its takeover is given, if any."""
 
     def __init__(self, cluster: Cluster, name: str, root: Path, seed: int) -> None:
         self.cluster = cluster
@@ -235,7 +236,7 @@ class Machine:
         self.lives = self.copies = 0
         self.life: Life | None = None
         self.durable = 1
-        self.or_else: int | None = None
+        self.exactly: int | None = None
         self.takes_over = False
         self.head: str | None = None
         self.group_seconds = 5.0
@@ -275,7 +276,7 @@ class Machine:
         twin = Machine(self.cluster, name, self.root, 0)
         twin.clock = copy.copy(self.clock)
         twin.clock._random = copy.deepcopy(self.clock._random)
-        twin.or_else = self.or_else
+        twin.exactly = self.exactly
         twin.durable, twin.opened, twin.takes_over = self.durable, self.opened, self.takes_over
         twin.head = self.head
         twin.flush, twin.group_seconds = self.flush, self.group_seconds

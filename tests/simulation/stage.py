@@ -21,8 +21,10 @@ from qsfs.daemon.rollback import Order, roll_back
 from qsfs.daemon.takeover import take_over
 from qsfs.errors import NotFound, QsfsError, SplitHeads
 from qsfs.format.head import Head, HeadRef, KeptGeneration
+from qsfs.remote.aside import DATA, DIRECTORY
 from qsfs.remote.packing import Sealer
 from qsfs.remote.publish import NotYet, Published, Publisher
+from qsfs.remote.rollback import Rollback
 from qsfs.store.limits import Limits
 from qsfs.store.schema import PAGE
 from tests.remote.small_fs import SECRET
@@ -65,6 +67,7 @@ class Stage:
             stack.enter_context(mock.patch.object(Limits, "of", lambda *_: LIMITS))
             stack.enter_context(mock.patch.object(Sealer, "pack_bytes", PACK_PAGES * PAGE))
             stack.enter_context(mock.patch.object(Publisher, "publish", self._watched(Publisher.publish)))
+            stack.enter_context(mock.patch.object(Rollback, "_replace", self._replacing(Rollback._replace)))
             stack.callback(failpoints.disarm_all)
             yield
 
@@ -95,8 +98,9 @@ class Stage:
 
     async def _taking_over(self, life: Life) -> None:
         machine = life.machine
-        await take_over(life.config, machine.clock, self._said(life), secret=SECRET, head=machine.head)
+        taken = await take_over(life.config, machine.clock, self._said(life), secret=SECRET, head=machine.head)
         machine.takes_over, machine.head = False, None
+        machine.exactly = self.ledger.version_of[taken.ref]
         self.ledger.counts["taken over"] += 1
 
     async def wait_for(self, machine: Machine, seconds: float) -> None:
@@ -106,15 +110,16 @@ class Stage:
                 await life.news.wait()
 
     def opened(self, life: Life) -> int:
-        """A store was opened: it holds what was durable, or what was about to be."""
+        """A store was opened: it holds what was durable or later, and after a rollback or restore that alone."""
         version = life.marked()
         machine = life.machine
         assert version in self.ledger.versions, f"{life.name}: version {version} was never written"
         life.version = version
-        assert version == machine.or_else or self.ledger.descends(version, machine.durable), (
+        assert machine.exactly in (None, version), f"{life.name}: version {version}, not {machine.exactly}"
+        assert self.ledger.descends(version, machine.durable), (
             f"{life.name}: version {version} does not hold {machine.durable}, which was durable"
         )
-        machine.durable, machine.or_else = version, None
+        machine.durable, machine.exactly = version, None
         self.applications.check_local(life)
         return version
 
@@ -137,7 +142,7 @@ class Stage:
             if isinstance(result, Published):
                 host = HOST.get()
                 assert isinstance(host, Life)
-                history.ledger.published.append((host.name, result.ref))
+                history.ledger.publish(host.name, head, result.ref)
                 history.trace.note(
                     f"{host.name} published generation {result.ref.generation} of epoch {result.ref.owner.epoch}, "
                     f"version {history.ledger.version_of[result.ref]}"
@@ -195,21 +200,8 @@ class Stage:
 
         await self.in_life(life, sync, seconds)
 
-    async def fsync(self, life: Life, seconds: float | None = None) -> None:
-        """Makes everything durable locally, by the journal or a commit."""
-        version = life.version
-        names = self.ledger.versions[version].files
-        numbers = tuple(self.applications.inode(life, name).number for name in names)
-
-        async def fsync() -> None:
-            await life.committer._journal(numbers)
-            life.machine.durable = max(life.machine.durable, version)
-            self.trace.note(f"{life.name} fsynced version {version}")
-
-        await self.in_life(life, fsync, seconds)
-
     async def snapshot(self, life: Life, name: str, seconds: float | None = None) -> None:
-        """Makes a snapshot, and remembers it once it was reported."""
+        """Pins what there is, and remembers what that promised."""
         version = life.version
         self.ledger.doubtful.add(name)
 
@@ -224,6 +216,19 @@ class Stage:
             self.ledger.snapshots[name] = request.head
 
         await self.in_life(life, snapshot, seconds)
+
+    async def fsync(self, life: Life, seconds: float | None = None) -> None:
+        """Makes everything durable locally, by the journal or a commit."""
+        version = life.version
+        names = self.ledger.versions[version].files
+        numbers = tuple(self.applications.inode(life, name).number for name in names)
+
+        async def fsync() -> None:
+            await life.committer._journal(numbers)
+            life.machine.durable = max(life.machine.durable, version)
+            self.trace.note(f"{life.name} fsynced version {version}")
+
+        await self.in_life(life, fsync, seconds)
 
     async def take_over(self, machine: Machine, seconds: float, cut_off: frozenset[int] = frozenset()) -> None:
         """Restores on a machine whose disk is empty, owns and mounts; waits for that at most so long.
@@ -244,7 +249,7 @@ class Stage:
     async def _begin_takeover(self, machine: Machine, seconds: float, cut_off: frozenset[int]) -> None:
         machine.error = None
         machine.forget()
-        machine.durable = 1
+        machine.durable, machine.exactly = 1, None
         machine.takes_over = True
         self.trace.note(f"{machine.name} takes over")
         self.mount(machine, cut_off)
@@ -259,20 +264,33 @@ class Stage:
         version = self.ledger.version_of[target.head]
 
         async def work(life: Life) -> None:
-            order = Order(which, True, lambda plan: self._may_change(machine, version))
+            order = Order(which, True, lambda plan: None)
             report = await roll_back(life.config, machine.clock, order, self._said(life), secret=SECRET)
             self.trace.note(f"{life.name} rolled back to version {version}")
             self.ledger.acknowledge(report.base, version)
             self.ledger.counts["rolled back"] += 1
-            machine.durable, machine.or_else = version, None
+            assert machine.exactly == version
 
         self.trace.note(f"{machine.name} rolls back to generation {target.head.generation}")
         Life(machine).start(self.nursery, work, Life.mount)
         await self.wait_for(machine, seconds)
 
-    def _may_change(self, machine: Machine, version: int) -> None:
-        """Until a rollback has ended the disk may hold the old state or the new."""
-        machine.or_else = version
+    def _replacing(self, replace: Callable[..., None]) -> object:
+        """From the moment that another store has taken the place of the old one the disk holds that state alone."""
+        ledger = self.ledger
+
+        def watched(self: Rollback, rebuild: object, new: Head, *arguments: object) -> None:
+            host = HOST.get()
+            assert isinstance(host, Life)
+            try:
+                replace(self, rebuild, new, *arguments)
+            finally:
+                if not (self.directory / DIRECTORY / DATA).exists():
+                    version = ledger.held_by(new)
+                    assert version is not None
+                    host.machine.durable = host.machine.exactly = version
+
+        return watched
 
     def _said(self, life: Life) -> Callable[[str], None]:
         return lambda line: self.trace.event(f"{life.name}: {line}")

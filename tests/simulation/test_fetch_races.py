@@ -9,7 +9,8 @@ from pathlib import Path
 
 import trio
 
-from tests.simulation.directed import Directed, live
+from tests.remote.test_strays import packs_on
+from tests.simulation.directed import Directed, live, live_packs
 from tests.simulation.machine import Life
 
 PAGES = 8
@@ -78,24 +79,54 @@ def test_fetch_against_pre_copy(scratch: Path) -> None:
     race(scratch, meanwhile)
 
 
-async def _let_packs_die(stage: Directed, life: Life) -> None:
-    for letter in "abcdef":
-        await stage.write(life, "f", PAGES, letter)
+async def _until_deleted(stage: Directed, life: Life, packs: set[bytes]) -> None:
+    """Rewrites the file and collects until this machine has deleted the packs."""
+    for turn in range(20):
+        if packs <= stage.cluster.deleted_by.get(life.name, set()):
+            return
+        await stage.write(life, "f", PAGES, "abcdefg"[turn % 7])
         await stage.publish(life)
-    await life.flushing.collect(dry_run=False)
+        await life.flushing.collect(dry_run=False)
+        await trio.sleep(2)
+    raise AssertionError("packs that nothing names are not deleted")
 
 
-def test_fetch_against_collect(scratch: Path) -> None:
-    """The pack of a fetch under way dies: it goes once the fetch is over, and what was written since is read."""
+def test_fetch_against_collect(scratch: Path, expect_log) -> None:
+    """The pack of a fetch under way dies and is deleted: the read gives what was written since, also once that is
+    only remote."""
+    expect_log("absent; it is read from others")
 
     async def story(stage: Directed) -> None:
         life = await stage.up(stage.first)
         await stage.remote_file(life, "f", PAGES)
-        await stage.read_while(life, "f", PAGES, lambda: _let_packs_die(stage, life))
-        await trio.sleep(120)
-        await _let_packs_die(stage, life)
-        await trio.sleep(60)
-        assert stage.cluster.deleted
+        packs = live_packs(life)
+        assert packs
+        await stage.read_while(life, "f", PAGES, lambda: _until_deleted(stage, life, packs), asked=False)
+        assert not any(packs & packs_on(store) for store in stage.cluster.world.data)
+        await stage.evict(life)
+        assert await stage.applications.read(life, "f", 0, PAGES * 4096)
+
+    live(scratch, story)
+
+
+def test_fetch_against_collect_of_a_part(scratch: Path) -> None:
+    """Of what is fetched a page was not written since: its pack stays until that is evicted and written too."""
+
+    async def story(stage: Directed) -> None:
+        life = await stage.up(stage.first)
+        await stage.remote_file(life, "f", PAGES)
+        packs = live_packs(life)
+
+        async def meanwhile() -> None:
+            for letter in "abcdef":
+                await stage.write(life, "f", PAGES - 1, letter)
+                await stage.publish(life)
+                await life.flushing.collect(dry_run=False)
+                await trio.sleep(2)
+            assert stage.cluster.deleted and packs.isdisjoint(stage.cluster.deleted)
+
+        await stage.read_while(life, "f", PAGES, meanwhile)
+        await _until_deleted(stage, life, packs)
         await stage.evict(life)
         assert await stage.applications.read(life, "f", 0, PAGES * 4096)
 
@@ -109,15 +140,12 @@ def test_fetch_against_collect_by_another_owner(scratch: Path, expect_log) -> No
     async def story(stage: Directed) -> None:
         life = await stage.up(stage.first)
         await stage.remote_file(life, "f", PAGES)
+        packs = live_packs(life)
         second = stage.new_machine()
 
         async def meanwhile() -> None:
             await stage.take_over(second, 600)
-            other = await stage.up(second)
-            await _let_packs_die(stage, other)
-            await trio.sleep(20)
-            await _let_packs_die(stage, other)
-            assert stage.cluster.deleted_by[other.name]
+            await _until_deleted(stage, await stage.up(second), packs)
 
         await stage.read_while(life, "f", PAGES, meanwhile, comes=False)
         life.cut_power()

@@ -7,12 +7,22 @@ from pathlib import Path
 
 import trio
 
+from qsfs import failpoints
+from qsfs.backend.wrapper import Call
 from qsfs.daemon import copies_upkeep
-from qsfs.errors import Fenced
-from qsfs.format.head import parse_head_key
+from qsfs.errors import BackendUnavailable, Fenced
+from qsfs.format.extent import PackKind
+from qsfs.format.head import head_key, parse_head_key
 from qsfs.format.owner import owner_key, parse_owner_key
-from tests.simulation.directed import Directed, live
-from tests.simulation.engine import thaw
+from qsfs.format.shard import parse_shard_key, shard_key
+from qsfs.remote.image import packs_of
+from qsfs.store.journal import decode_frames, journal_paths
+from qsfs.store.schema import PackRow, Table
+from qsfs.store.store import JOURNAL_KEY
+from tests.simulation import checks
+from tests.simulation.cluster import at_once
+from tests.simulation.directed import Directed, live, live_packs
+from tests.simulation.engine import HOST, thaw
 from tests.simulation.machine import Life
 
 
@@ -21,6 +31,7 @@ async def _dead_packs(stage: Directed, life: Life, rounds: int = 5) -> None:
     for letter in "abcdefgh"[:rounds]:
         await stage.write(life, "f", 8, letter)
         await stage.publish(life)
+        await trio.sleep(2)
 
 
 async def _collect(life: Life) -> None:
@@ -83,8 +94,8 @@ def test_two_copies_that_sent_heads_end_in_a_choice_and_a_mount_that_writes(scra
     live(scratch, story)
 
 
-def test_an_owner_that_stood_still_deletes_nothing_after_a_takeover(scratch: Path, expect_log) -> None:
-    """A stands still for hours with permission to delete; B takes over and pins; A goes on: what B keeps stays.
+def test_an_owner_that_stood_still_deletes_nothing_that_the_next_one_keeps(scratch: Path, expect_log) -> None:
+    """A stands still for an hour as it begins to delete; B takes over and pins; A goes on: what B keeps stays.
 
     What A had uploaded and named in no head are strays to B, whose retention time is over by then.
     """
@@ -93,36 +104,255 @@ def test_an_owner_that_stood_still_deletes_nothing_after_a_takeover(scratch: Pat
 
     async def story(stage: Directed) -> None:
         life = await stage.up(stage.first)
+        asked: list[bytes] = []
+
+        async def stand_still(number: int, call: Call) -> None:
+            if HOST.get() is life and call.kind == "delete" and parse_shard_key(call.key) is not None:
+                if not asked:
+                    life.frozen = True
+                asked.append(call.key)
+                # It was sent, so it arrives, whether the sender still waits for the answer or not.
+                with trio.CancelScope(shield=True):
+                    await trio.lowlevel.checkpoint()
+                stage.cluster.world.data[number - 1].remove(call.key)
+
+        stage.cluster.before = stand_still
+        await stage.write(life, "f", 8, "o")
+        await stage.snapshot(life, "old", 600)
+        for letter in "abcdefgh":
+            if not life.frozen:
+                await stage.write(life, "f", 8, letter)
+                await stage.sync(life, 20)
+                await trio.sleep(2)
+        assert life.frozen, "the schedule did not happen"
+        assert life.flushing.flusher is not None
+        graveyard = life.flushing.flusher._upkeep.dead.graveyard
+        permitted = {dead.pack_id for dead in graveyard.permitted(99)}
+        assert permitted
+        second = stage.new_machine()
+        await stage.take_over(second, 600)
+        other = await stage.up(second)
+        await stage.snapshot(other, "found", 600)
+        await stage.write(other, "g", 8, "b")
+        await stage.publish(other)
+        kept = stage.ledger.heads[stage.ledger.published[-1][1]].kept
+        assert [generation.pins for generation in kept if generation.pins] == [("old",), ("found",)]
+        await trio.sleep(3600)
+        assert not stage.cluster.deleted_by.get(life.name)
+        thaw(life)
+        await stage.write(life, "f", 8, "z")
+        await trio.sleep(120)
+        assert life.fenced is not None
+        assert stage.cluster.deleted_by[life.name], "the old owner did not go on with what it was at"
+        assert stage.cluster.deleted_by[life.name] <= permitted
+
+    live(scratch, story)
+
+
+def test_a_copy_that_came_late_stays_as_long_as_its_pack_is_named(scratch: Path, expect_log) -> None:
+    """A shard that arrived and was not acknowledged was stored elsewhere too; A stands still, B takes over.
+
+    The surplus copy becomes the one that is needed: nobody has deleted it, whatever A did when it went on.
+    """
+    expect_log("has taken over")
+    expect_log("acknowledged it and has lost it", optional=True)
+
+    async def story(stage: Directed) -> None:
+        life = await stage.up(stage.first)
+        stage.cluster.faults[1].fail_after = 1.0
+        stage.cluster.faulty.add(1)
+        for name in ("keep", "it", "all"):
+            await stage.write(life, name, 8, "k")
+            await stage.publish(life)
+        stage.cluster.heal()
+        surplus = _surplus(stage, life, 1)
+        assert surplus, "the schedule did not happen"
         await _dead_packs(stage, life)
         life.frozen = True
         second = stage.new_machine()
         await stage.take_over(second, 600)
         other = await stage.up(second)
-        await stage.write(other, "g", 8, "b")
-        await stage.publish(other)
-        await trio.sleep(4 * 3600)
+        await _dead_packs(stage, other)
         thaw(life)
-        await stage.write(life, "f", 8, "z")
+        await _collect(life)
+        await _collect(other)
+        await trio.sleep(120)
+        assert life.fenced is not None
+        for key, servers in surplus.items():
+            assert stage.cluster.world.data[0].peek(key) is not None
+            # Of four shards that are two, one of them the surplus copy.
+            for server in servers:
+                stage.cluster.faults[server].down = True
+                stage.cluster.faulty.add(server)
+            await stage.evict(other)
+            for name in ("keep", "it", "all"):
+                assert await stage.applications.read(other, name, 0, 8 * 4096)
+            stage.cluster.heal()
+            await trio.sleep(60)
+
+    live(scratch, story, code=(2, 2, 6))
+
+
+def _surplus(stage: Directed, life: Life, server: int) -> dict[bytes, list[int]]:
+    """Shards of files' packs that a server has and that count elsewhere: the servers to lose so that it is needed."""
+    assert life.store is not None
+    found = {}
+    for _, value in life.store.scan(Table.PACKS, b"", None):
+        row = PackRow.decode(value)
+        for number, place in enumerate(row.placement):
+            key = shard_key(stage.cluster.world.keys.fsid, row.owner_epoch, row.pack_id, number)
+            if row.kind == PackKind.DATA and row.live and place != server and stage.cluster.server(server).peek(key):
+                others = [other for other in row.placement if other not in (place, server)]
+                found[key] = [place, *others[: len(row.placement) - 2]]
+    return found
+
+
+def test_heads_that_were_given_up_cost_no_published_generation_its_packs(scratch: Path, expect_log) -> None:
+    """h1 is published, h2 and h3 are sent to one backend each and given up with a crash; then packs are collected."""
+    expect_log("acknowledged it and has lost it", optional=True)
+
+    async def story(stage: Directed) -> None:
+        cluster, ledger = stage.cluster, stage.ledger
+        life = await stage.up(stage.first)
+        for letter in "ab":
+            await stage.write(life, "f", 8, letter)
+            await stage.publish(life)
+        published = ledger.published[-1][1]
+        image = (ledger.heads[published].snapshot, ledger.heads[published].deltas)
+        needed = live_packs(life)
+        given_up = []
+        for reached in (1, 2):
+
+            async def only_one(number: int, call: Call) -> None:
+                if call.kind == "set" and parse_head_key(call.key) is not None and number != reached:  # noqa: B023
+                    raise BackendUnavailable(f"backend {number}: the head does not arrive")
+
+            cluster.before = only_one
+            await stage.write(life, "f", 8, str(reached))
+            await stage.sync(life, 120)
+            given_up.append(max(ledger.heads))
+            assert given_up[-1] not in {ref for _, ref in ledger.published}
+            life.cut_power()
+            await life.ended.wait()
+            cluster.before = at_once
+            stage.mount(stage.first, frozenset({reached}))
+            life = await stage.up(stage.first)
+            first = ledger.heads[ledger.published[-1][1]]
+            assert (first.snapshot, first.deltas) == image, "the head was found again"
+        assert len(set(given_up)) == 2
+        life.cut_off = frozenset()
+        await stage.write(life, "f", 8, "x")
+        await stage.publish(life)
+        await _collect(life)
+        await trio.sleep(60)
+        newest = ledger.heads[ledger.published[-1][1]]
+        kept = [generation.head for generation in newest.kept]
+        assert any((ledger.heads[ref].snapshot, ledger.heads[ref].deltas) == image for ref in kept)
+        assert set(given_up).isdisjoint(kept)
+        assert needed.isdisjoint(cluster.deleted)
+        checks.kept_restore(stage, newest)
+        for letter in "pqr":
+            await stage.write(life, "f", 8, letter)
+            await stage.publish(life)
+            await _collect(life)
+            await trio.sleep(60)
+        assert needed <= cluster.deleted, "and once nothing keeps them they go"
+
+    live(scratch, story)
+
+
+def test_a_head_that_lands_after_a_takeover_is_no_newest_one(scratch: Path, expect_log) -> None:
+    """B owns while A's head is on its way; B collects, also what that head needs; then it lands everywhere."""
+    expect_log("has taken over")
+
+    async def story(stage: Directed) -> None:
+        cluster, ledger = stage.cluster, stage.ledger
+        life = await stage.up(stage.first)
+        await stage.write(life, "f", 8, "a")
+        await stage.publish(life)
+        go_on = trio.Event()
+
+        async def hold_heads(number: int, call: Call) -> None:
+            if HOST.get() is life and call.kind == "set" and parse_head_key(call.key) is not None:
+                await go_on.wait()
+
+        cluster.before = hold_heads
+        await stage.write(life, "f", 8, "late")
+        await stage.sync(life, 10)
+        late = max(ledger.heads)
+        assert late > ledger.published[-1][1]
+        packs = {pack.ref.pack_id for pack, _ in packs_of(ledger.heads[late])}
+        packs -= {pack.ref.pack_id for pack, _ in packs_of(ledger.heads[ledger.published[-1][1]])}
+        assert packs
+        life.frozen = True
+        second = stage.new_machine()
+        await stage.take_over(second, 600)
+        other = await stage.up(second)
+        for round in range(40):
+            if packs <= cluster.deleted:
+                break
+            await stage.write(other, "f", 8, "bcdefgh"[round % 7])
+            await stage.publish(other)
+            await _collect(other)
+            await trio.sleep(60)
+        assert packs <= cluster.deleted_by[other.name], "the new owner keeps what the late head needs"
+        key = head_key(cluster.world.keys.fsid, late)
+        assert not any(cluster.world.control_of(number).peek(key) for number in cluster.numbers)
+        go_on.set()
+        thaw(life)
+        await trio.sleep(5)
+        entries = [entry.number for entry in cluster.world.fleet.entries]
+        assert all(cluster.world.control_of(number).peek(key) for number in entries), "the head did not land"
+        await checks.at_the_end(stage, "restorer-beside-it")
         await trio.sleep(120)
         assert life.fenced is not None
 
     live(scratch, story)
 
 
-def test_a_shard_that_moved_stays_as_long_as_its_pack_is_named(scratch: Path) -> None:
-    """A pack is completed elsewhere while a backend is away; the shard that came late there is deleted by nobody."""
+def test_a_rollback_meets_appends_that_no_commit_has(scratch: Path) -> None:
+    """An older generation has a smaller write number, and the old journal is there again: nothing of it is replayed.
+
+    The power goes right after the new store took its place, and the disk has the removed journal files still.
+    """
 
     async def story(stage: Directed) -> None:
-        life = await stage.up(stage.first)
-        stage.cluster.faults[1].slow = 50.0
-        stage.cluster.faulty.add(1)
-        await stage.write(life, "keep", 8, "k")
-        await stage.publish(life)
-        stage.cluster.heal()
-        await trio.sleep(120)
-        await _dead_packs(stage, life)
-        await _collect(life)
-        await trio.sleep(60)
+        machine = stage.first
+        life = await stage.up(machine)
+        for letter in "ab":
+            await stage.write(life, "f", 8, letter)
+            await stage.publish(life)
+        await life.committer.commit()
+        await stage.applications.create(life, "journaled")
+        await stage.fsync(life, 60)
+        assert life.store is not None and life.flushing.flusher is not None
+        number, committed = life.store.local(JOURNAL_KEY), life.store.layers.committed_write_number
+        assert number is not None
+        journals: dict[str, bytes] = {}
+
+        def keep() -> None:
+            for path in journal_paths(machine.directory):
+                journals[path.name] = path.read_bytes()
+
+        def lose_power() -> None:
+            for name, content in journals.items():
+                (machine.directory / name).write_bytes(content)
+            host = HOST.get()
+            assert isinstance(host, Life)
+            host.die()
+
+        failpoints.arm("rollback.built", keep)
+        failpoints.arm("restore.renamed", lose_power)
+        assert life.flushing.flusher.generations is not None
+        target = life.flushing.flusher.generations.base.head.kept[0]
+        version = stage.ledger.version_of[target.head]
+        await stage.roll_back(life, target, 600)
+        failpoints.disarm_all()
+        frames = [frame for content in journals.values() for frame in decode_frames(content, number)]
+        assert frames, "the appends were gone before the store was replaced"
+        assert committed < life.store.write_number
+        again = await stage.up(machine)
+        assert again.version == version
 
     live(scratch, story)
 
