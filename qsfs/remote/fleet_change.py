@@ -133,7 +133,8 @@ class FleetChange:
             newest.sealed,
             [kept.head for kept in generations.kept],
         )
-        await prepare_new(members, carried, self._keys, self._clock)
+        shown = {number: one.configured.identity for number, one in enumerate(joining, first)}
+        await prepare_new(members, carried, shown, self._keys, self._clock)
         return members
 
     def _reserve(self, count: int, carried: Sequence[int]) -> int:

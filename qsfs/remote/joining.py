@@ -7,7 +7,7 @@ is a backend of no fleet: whoever finds it, after a crash at any step, takes it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,13 +16,13 @@ import trio
 from qsfs import failpoints
 from qsfs.backend.contract import Backend
 from qsfs.clock import Clock
-from qsfs.errors import AlreadyFormatted, BackendError, BackendRefused, Corrupt
+from qsfs.errors import AlreadyFormatted, BackendError, BackendRefused, Corrupt, NotFound
 from qsfs.format.head import HeadRef, Owner, SealedHead, head_key, open_head
 from qsfs.format.identity import identity_key, tombstone_key
 from qsfs.format.keys import KeyRing
 from qsfs.format.owner import open_owner_record, owner_key, parse_owner_key
 from qsfs.remote.format_trial import Trial, everywhere, try_backends
-from qsfs.remote.identity import identify, write_identity
+from qsfs.remote.identity import identify, read_identity, write_identity
 from qsfs.remote.members import Member, Members
 from qsfs.remote.superblock_write import Standing, spread_superblock
 
@@ -95,8 +95,14 @@ async def try_new(members: Sequence[Member], keys: KeyRing, clock: Clock) -> Tri
     return trial
 
 
-async def prepare_new(members: Sequence[Member], carried: Carried, keys: KeyRing, clock: Clock) -> None:
-    """Makes backends ready that `try_new` has tried.  All of them must answer; the identity comes last."""
+async def prepare_new(
+    members: Sequence[Member], carried: Carried, shown: Mapping[int, bytes], keys: KeyRing, clock: Clock
+) -> None:
+    """Makes backends ready that `try_new` has tried.  All of them must answer; the identity comes last.
+
+    `shown` is the identity that each carried when the change was planned (empty: none), by the number of its entry.
+    One that carries another by now was given it by another owner, whose fleet may name it: `BackendRefused`.
+    """
     by_space = {id(member.control): member for member in members}
 
     async def clear(control: Backend) -> None:
@@ -114,6 +120,7 @@ async def prepare_new(members: Sequence[Member], carried: Carried, keys: KeyRing
 
     async def mark(control: Backend) -> None:
         member = by_space[id(control)]
+        await _require_shown(member, shown[member.number], keys)
         await write_identity(member.entry, member.data, member.control, keys, clock)
 
     await everywhere(controls, mark, SECONDS)
@@ -130,6 +137,18 @@ async def prepare_new(members: Sequence[Member], carried: Carried, keys: KeyRing
         if number not in spread.others or spread.others[number][0] is not Standing.NEWER:
             raise BackendRefused(reason)
     failpoints.hit("join.prepared")
+
+
+async def _require_shown(member: Member, shown: bytes, keys: KeyRing) -> None:
+    try:
+        found = (await read_identity(member.data, keys)).identity
+    except NotFound:
+        found = b""
+    if found != shown:
+        raise BackendRefused(
+            f"backend {member.name}: was given another identity since it was looked at, by another mount that changed "
+            "the fleet; it is left as it is: look with 'qsfs fleet list' who owns the file system now"
+        )
 
 
 def _spaces(members: Sequence[Member]) -> list[Backend]:

@@ -21,6 +21,7 @@ from qsfs.backend.wrapper import Call, WrappedBackend
 from qsfs.daemon.connect import SUPERBLOCK_ROW, Links
 from qsfs.errors import BackendUnavailable
 from qsfs.format.head import Head, HeadRef, open_head, parse_head_key
+from qsfs.format.identity import identity_key, open_identity
 from qsfs.format.shard import parse_shard_key
 from qsfs.format.superblock import SUPERBLOCK_KEY
 from qsfs.remote.members import Candidate
@@ -94,7 +95,8 @@ class Cluster:
     """The backends of one history.
 
     `liars` may lose, forget and distort what they acknowledged, as many as nothing may be lost for; any backend
-    may be slow, cut off or full for a while.  `deleted` are the packs of which somebody deleted shards.
+    may be slow, cut off or full for a while.  `identities` are those that the newest published head names; `deleted`
+    are the packs of which somebody deleted shards.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Cluster:
         self.faults = {number: Faults(seed=seed * 100 + number) for number in self.numbers}
         self.saw_head: Callable[[Any, Head, HeadRef], None] = lambda host, head, ref: None
         self.before: Callable[[int, Call], Awaitable[None]] = at_once
+        self.identities: set[bytes] = set()
         self.deleted: set[bytes] = set()
         self.deleted_by: dict[str, set[bytes]] = {}
         self.pace = chance.choice((0.0, 0.01, 0.3))
@@ -189,8 +192,8 @@ class Cluster:
         seen = _Seen()
         return WrappedBackend(
             backend,
-            _Wire(self, host, number, _Injector(self.faults[number], store.name, seen, breaks=False)),
-            lambda: _Wire(self, host, number, _Injector(self.faults[number], store.name, seen, breaks=True)),
+            _Wire(self, host, number, store, _Injector(self.faults[number], store.name, seen, breaks=False)),
+            lambda: _Wire(self, host, number, store, _Injector(self.faults[number], store.name, seen, breaks=True)),
         )
 
     def _latency(self, call: str, size: int) -> float:
@@ -291,10 +294,11 @@ class Cluster:
 class _Wire:
     """What lies between one machine and one backend."""
 
-    def __init__(self, cluster: Cluster, host: Any, number: int, injector: _Injector) -> None:
+    def __init__(self, cluster: Cluster, host: Any, number: int, store: MemoryStore, injector: _Injector) -> None:
         self._cluster = cluster
         self._host = host
         self._number = number
+        self._store = store
         self._injector = injector
 
     async def around(self, call: Call, run: Callable[[], Awaitable[T]]) -> T:
@@ -312,6 +316,24 @@ class _Wire:
         if call.kind == "delete" and (shard := parse_shard_key(call.key)) is not None:
             cluster.deleted.add(shard.pack_id)
             cluster.deleted_by.setdefault(host.name, set()).add(shard.pack_id)
+        if call.kind == "set":
+            self._refuse_overwriting(call)
         if self._number in cluster.faulty:
             return await self._injector.around(call, run)
         return await run()
+
+    def _refuse_overwriting(self, call: Call) -> None:
+        """What one machine has stored no other overwrites: but for the superblock each value has a key of its own.
+
+        A backend that no fleet names, after a change of it was cut short, gets another identity.
+        """
+        cluster, stored = self._cluster, self._store.peek(call.key)
+        if stored is None or stored == bytes(call.value or b"") or call.key == SUPERBLOCK_KEY:
+            return
+        if self._number in cluster.liars:
+            return
+        keys = cluster.world.keys
+        named = call.key != identity_key(keys.fsid) or (
+            open_identity(call.key, stored, keys).identity in cluster.identities
+        )
+        assert not named, f"{self._host.name} overwrites {call.key!r} on backend {self._number}"

@@ -13,6 +13,7 @@ from qsfs.daemon import copies_upkeep
 from qsfs.errors import BackendUnavailable, Fenced
 from qsfs.format.extent import PackKind
 from qsfs.format.head import head_key, parse_head_key
+from qsfs.format.identity import identity_key, open_identity
 from qsfs.format.owner import owner_key, parse_owner_key
 from qsfs.format.shard import parse_shard_key, shard_key
 from qsfs.remote.image import packs_of
@@ -23,6 +24,7 @@ from tests.simulation import checks
 from tests.simulation.cluster import at_once
 from tests.simulation.directed import Directed, live, live_packs
 from tests.simulation.engine import HOST, thaw
+from tests.simulation.fleets import Configuration
 from tests.simulation.machine import Life
 
 
@@ -427,6 +429,53 @@ def test_backends_that_are_emptied_one_after_the_other_lose_no_head_and_no_owner
         await stage.write(life, "f", 8, "z")
         await stage.sync(life, 120)
         assert life.fenced is not None and other.fenced is None
+
+    live(scratch, story)
+
+
+def test_a_backend_that_the_new_owner_took_in_stays_what_it_is(scratch: Path, expect_log) -> None:
+    """A stands still right before it gives a new server its identity; B takes over and takes the server in; A goes on.
+
+    With A's identity the server would be a stranger to B, and every shard on it out of reach.
+    """
+    expect_log("has taken over")
+
+    async def story(stage: Directed) -> None:
+        cluster = stage.cluster
+        life = await stage.up(stage.first)
+        await stage.write(life, "f", 8, "a")
+        await stage.publish(life)
+        configuration = Configuration(cluster)
+        configuration.listed += sorted(cluster.spares)
+        applied: list[Life] = []
+
+        async def apply(life: Life) -> None:
+            await configuration.apply(life)
+            applied.append(life)
+
+        def stand_still() -> None:
+            life.frozen = life.frozen or HOST.get() is life
+
+        failpoints.arm("join.records", stand_still)
+        await stage.in_life(life, lambda: apply(life), 60)
+        assert life.frozen, "the schedule did not happen"
+        second = stage.new_machine()
+        await stage.take_over(second, 600)
+        other = await stage.up(second)
+        await stage.in_life(other, lambda: apply(other), 600)
+        assert applied == [other]
+        for name in "ghi":
+            await stage.write(other, name, 8, "b")
+            await stage.publish(other)
+        thaw(life)
+        await stage.write(life, "f", 8, "z")
+        await trio.sleep(120)
+        assert life.fenced is not None and applied == [other]
+        keys = cluster.world.keys
+        key = identity_key(keys.fsid)
+        (fleet,) = stage.ledger.heads[stage.ledger.published[-1][1]].fleets
+        for entry in fleet.entries:
+            assert open_identity(key, cluster.server(entry.number).peek(key) or b"", keys).identity == entry.identity
 
     live(scratch, story)
 
