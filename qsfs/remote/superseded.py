@@ -12,6 +12,7 @@ from collections.abc import Collection, Container
 
 import trio
 
+from qsfs import failpoints
 from qsfs.errors import BackendError
 from qsfs.format.head import Head, HeadRef, Owner, head_key
 from qsfs.format.owner import owner_key
@@ -63,6 +64,7 @@ async def delete_superseded(
         try:
             for key in keys:
                 await member.control.delete(key)
+                failpoints.hit("publish.superseded")
                 if member.index is not None:
                     member.index.keys.discard(key)
         except BackendError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import trio
 
+from qsfs import failpoints
 from qsfs.format.head import HeadRef, KeptGeneration, Owner, parse_head_key
 from qsfs.format.owner import OwnerRecord, parse_owner_key, seal_owner_record
 from qsfs.remote.control import Listing
@@ -63,6 +64,28 @@ async def test_the_backends_list_no_more_than_is_kept(autojump_clock, nursery):
         assert result.ref == heads[-1]
         for member in machine.members:
             assert member.index is None or len(member.index.keys) <= 5
+
+
+async def test_between_any_two_deletions_the_published_head_is_wherever_something_goes(autojump_clock, nursery):
+    """Who dies there has lost nothing: what is left of the older ones is deleted after a later head."""
+    world = await make_world(3)
+    machine = await owner_of(world, nursery)
+    assert machine.ownership is not None
+    published = [machine.ownership.first_ref]
+    seen = 0
+
+    def look() -> None:
+        nonlocal seen
+        seen += 1
+        assert all(published[-1] in held(world, number)[1] for number in (1, 2, 3))
+
+    failpoints.arm("publish.superseded", look)
+    for _ in range(4):
+        result = await machine.publish()
+        assert isinstance(result, Published)
+        published.append(result.ref)
+        await trio.sleep(machine.timing.grace)
+    assert seen >= 3 * 3
 
 
 async def owner_of(world: World, nursery: trio.Nursery) -> Machine:
