@@ -33,6 +33,7 @@ from qsfs.store.store import FSID_KEY, NEXT_INODE
 from tests.remote.harness import World, make_world
 from tests.remote.small_fs import SmallFs, add_superblock
 from tests.simulation.engine import Trace
+from tests.simulation.sealing import recorded
 from tests.support.scratch import scratch_directory
 
 T = TypeVar("T")
@@ -49,6 +50,8 @@ LIMITS = Limits(
     full_bytes=18 << 20,
 )
 MARKER = b"user.version"
+MARK = b"which no backend may ever learn"
+"""Part of what is written, and of the names of files."""
 HEADS = "qsfs-heads"
 FAULTS = ("down", "full", "flap", "slow", "hang", "fail", "fail_after", "lose", "old", "flip", "truncate")
 CODES = ((2, 1, 4), (2, 1, 5), (2, 2, 6), (3, 2, 7))
@@ -56,8 +59,8 @@ CODES = ((2, 1, 4), (2, 1, 5), (2, 2, 6), (3, 2, 7))
 
 
 @functools.cache
-def _template(k: int, m: int, count: int, shared: bool) -> tuple[World, dict[str, bytes]]:
-    """A formatted, empty file system: its backends, and the files of the local store of who formatted it."""
+def _template(k: int, m: int, count: int, shared: bool) -> tuple[World, dict[str, bytes], dict[bytes, bytes]]:
+    """A formatted, empty file system: its backends, the files of the local store of who formatted it, and its seals."""
 
     async def make(directory: Path) -> World:
         world = await make_world(count, k=k, m=m, seed=1, shared=shared)
@@ -75,9 +78,9 @@ def _template(k: int, m: int, count: int, shared: bool) -> tuple[World, dict[str
         fs.close()
         return world
 
-    with scratch_directory("format") as directory:
+    with scratch_directory("format") as directory, recorded() as seals:
         world = trio.run(make, directory, clock=MockClock())
-        return world, {path.name: path.read_bytes() for path in directory.iterdir()}
+        return world, {path.name: path.read_bytes() for path in directory.iterdir()}, seals.uses
 
 
 async def at_once(number: int, call: Call) -> None:
@@ -96,7 +99,7 @@ class Cluster:
 
     `liars` may lose, forget and distort what they acknowledged, as many as nothing may be lost for; any backend
     may be slow, cut off or full for a while.  `identities` are those that the newest published head names; `deleted`
-    are the packs of which somebody deleted shards.
+    are the packs of which somebody deleted shards.  `sealed` is what the format sealed under which key and nonce.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class Cluster:
         self.trace = trace
         self.k, self.m, count = code or chance.choice(CODES)
         shared = chance.random() < 0.3
-        template, self._files = _template(self.k, self.m, count, shared)
+        template, self._files, self.sealed = _template(self.k, self.m, count, shared)
         self.world = self._copy(template)
         self.server_of = {entry.number: entry.number for entry in self.world.fleet.entries}
         self.spare = 2
@@ -316,6 +319,7 @@ class _Wire:
         if call.kind == "delete" and (shard := parse_shard_key(call.key)) is not None:
             cluster.deleted.add(shard.pack_id)
             cluster.deleted_by.setdefault(host.name, set()).add(shard.pack_id)
+        assert MARK not in call.key and MARK not in bytes(call.value or b""), f"{host.name} sends it in the clear"
         if call.kind == "set":
             self._refuse_overwriting(call)
         if self._number in cluster.faulty:

@@ -11,7 +11,7 @@ from qsfs.errors import QsfsError
 from qsfs.filesystem.needs import Need, NeedPages
 from qsfs.filesystem.posix import Credentials
 from qsfs.store.schema import PAGE, ROOT_INODE, Inode
-from tests.simulation.cluster import MARKER
+from tests.simulation.cluster import MARK, MARKER
 from tests.simulation.ledger import Files, Ledger
 from tests.simulation.machine import Life
 
@@ -38,7 +38,7 @@ class Applications:
         chance = self._chance
         if not files or (len(files) < MOST_FILES and chance.random() < 0.2):
             self._names += 1
-            await self.create(life, f"f{self._names}")
+            await self.create(life, f"f{self._names} {MARK.decode()}")
             return
         name = chance.choice(sorted(files))
         size = len(files[name])
@@ -55,7 +55,7 @@ class Applications:
         elif kind == "unlink":
             await self.unlink(life, name)
         else:
-            other = chance.choice([*sorted(files), f"g{chance.randrange(9)}"])
+            other = chance.choice([*sorted(files), f"g{chance.randrange(9)} {MARK.decode()}"])
             await self._do(life, lambda: self._rename(life, name, other))
 
     async def _do(self, life: Life, step: Callable[[], Files]) -> None:
@@ -105,7 +105,7 @@ class Applications:
     async def _write(self, life: Life, name: str, offset: int) -> None:
         chance = self._chance
         length = chance.choice((1, 100, PAGE, PAGE, 3 * PAGE, 12 * PAGE))
-        data = chance.randbytes(64) * (length // 64 + 1)
+        data = (chance.randbytes(64) + MARK) * (length // 64 + 1)
         await self.write(life, name, offset, data[:length])
 
     async def write(self, life: Life, name: str, offset: int, data: bytes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -29,9 +29,10 @@ class Seals:
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[Seals]:
-    """Records what is sealed in the block."""
+def recorded(before: Mapping[bytes, bytes] | None = None) -> Iterator[Seals]:
+    """Records what is sealed in the block; `before` are uses from before that."""
     seals = Seals()
+    seals.uses.update(before or {})
 
     class Recorder:
         def __init__(self, key: bytes) -> None:

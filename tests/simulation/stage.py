@@ -60,7 +60,7 @@ class Stage:
     def wired(self) -> Iterator[None]:
         """Commands find the simulated backends, packs are small; what is sealed, published and logged is watched."""
         with ExitStack() as stack:
-            self.seals = stack.enter_context(recorded())
+            self.seals = stack.enter_context(recorded(self.cluster.sealed))
             stack.enter_context(judged(self.trace, self.allowed_log))
             for module in (takeover, rollback, restoring):
                 stack.enter_context(mock.patch.object(module, "links", _links))

@@ -494,3 +494,32 @@ def test_a_machine_that_is_alone_is_never_refused(scratch: Path) -> None:
         assert stage.first.error is None
 
     live(scratch, story)
+
+
+def test_two_copies_of_a_machine_that_draw_the_same_bytes_seal_nothing_else_with_them(scratch: Path) -> None:
+    """Neither knows of the other, and they write the same at first: a key and nonce that come again seal the same."""
+
+    async def story(stage: Directed) -> None:
+        first = stage.first
+        life = await stage.up(first)
+        life.cut_power()
+        await life.ended.wait()
+        twin = stage.clone(first)
+        world, published = stage.cluster.world, list(stage.ledger.published)
+        images = [(store, store.copy()) for store in (*world.data, *world.control)]
+        for machine, letters in ((first, "same"), (twin, "sane")):
+            # The second finds the backends as the first found them.
+            for store, image in images:
+                store.go_back_to(image)
+            stage.ledger.published[:] = published
+            stage.cluster.deleted.clear()
+            before = stage.seals.repeated
+            life = await stage.up(machine)
+            for letter in letters:
+                await stage.write(life, "f", 8, letter)
+                await stage.publish(life)
+            life.cut_power()
+            await life.ended.wait()
+        assert stage.seals.repeated > before, "they did not draw the same bytes"
+
+    live(scratch, story)
