@@ -21,7 +21,7 @@ from qsfs.backend.wrapper import Call, WrappedBackend
 from qsfs.daemon.connect import SUPERBLOCK_ROW, Links
 from qsfs.errors import BackendUnavailable
 from qsfs.format.head import Head, HeadRef, open_head, parse_head_key
-from qsfs.format.identity import identity_key, open_identity
+from qsfs.format.identity import identity_key
 from qsfs.format.shard import parse_shard_key
 from qsfs.format.superblock import SUPERBLOCK_KEY
 from qsfs.remote.members import Candidate
@@ -98,8 +98,7 @@ class Cluster:
     """The backends of one history.
 
     `liars` may lose, forget and distort what they acknowledged, as many as nothing may be lost for; any backend
-    may be slow, cut off or full for a while.  `identities` are those that the newest published head names; `deleted`
-    are the packs of which somebody deleted shards.  `sealed` is what the format sealed under which key and nonce.
+    may be slow, cut off or full for a while.  `deleted` are the packs of which somebody deleted shards.  `sealed` is what the format sealed under which key and nonce.
     """
 
     def __init__(
@@ -124,7 +123,6 @@ class Cluster:
         self.faults = {number: Faults(seed=seed * 100 + number) for number in self.numbers}
         self.saw_head: Callable[[Any, Head, HeadRef], None] = lambda host, head, ref: None
         self.before: Callable[[int, Call], Awaitable[None]] = at_once
-        self.identities: set[bytes] = set()
         self.deleted: set[bytes] = set()
         self.deleted_by: dict[str, set[bytes]] = {}
         self.pace = chance.choice((0.0, 0.01, 0.3))
@@ -327,17 +325,14 @@ class _Wire:
         return await run()
 
     def _refuse_overwriting(self, call: Call) -> None:
-        """What one machine has stored no other overwrites: but for the superblock each value has a key of its own.
+        """What one machine has stored no other overwrites: each value has a key of its own.
 
-        A backend that no fleet names, after a change of it was cut short, gets another identity.
+        But for the superblock, whose revisions follow one another, and for the identity of a backend that is joining,
+        which is read right before it is written: to stand still in between is all that a machine needs to write late.
         """
         cluster, stored = self._cluster, self._store.peek(call.key)
-        if stored is None or stored == bytes(call.value or b"") or call.key == SUPERBLOCK_KEY:
+        if stored is None or stored == bytes(call.value or b"") or self._number in cluster.liars:
             return
-        if self._number in cluster.liars:
-            return
-        keys = cluster.world.keys
-        named = call.key != identity_key(keys.fsid) or (
-            open_identity(call.key, stored, keys).identity in cluster.identities
+        assert call.key in (SUPERBLOCK_KEY, identity_key(cluster.world.keys.fsid)), (
+            f"{self._host.name} overwrites {call.key!r} on backend {self._number}"
         )
-        assert not named, f"{self._host.name} overwrites {call.key!r} on backend {self._number}"

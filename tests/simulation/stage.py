@@ -143,8 +143,6 @@ class Stage:
                 host = HOST.get()
                 assert isinstance(host, Life)
                 history.ledger.publish(host.name, head, result.ref)
-                newest = history.ledger.heads[max(ref for _, ref in history.ledger.published)]
-                history.cluster.identities = {e.identity for fleet in newest.fleets for e in fleet.entries}
                 history.trace.note(
                     f"{host.name} published generation {result.ref.generation} of epoch {result.ref.owner.epoch}, "
                     f"version {history.ledger.version_of[result.ref]}"
