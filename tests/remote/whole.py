@@ -41,6 +41,7 @@ from qsfs.remote.format_fs import FormatReport
 from qsfs.remote.members import Candidate
 from qsfs.remote.reader import PackReader
 from qsfs.remote.restore import RestoreReport
+from qsfs.remote.spool import Spool
 from qsfs.store.limits import Limits
 from qsfs.store.schema import PAGE, ROOT_INODE, Entry, Table, u64
 from qsfs.store.store import Store
@@ -178,6 +179,7 @@ class WholeMount:
             self.config.flush,
             120.0,
             self.store,
+            Spool(self.store.directory / "spool", self.store.limits.spool_bytes),
             self.committer,
             opened,
             members,

@@ -98,7 +98,8 @@ class Cluster:
     """The backends of one history.
 
     `liars` may lose, forget and distort what they acknowledged, as many as nothing may be lost for; any backend
-    may be slow, cut off or full for a while.  `deleted` are the packs of which somebody deleted shards.  `sealed` is what the format sealed under which key and nonce.
+    may be slow, cut off or full for a while.  `deleted` are the packs of which somebody deleted shards.
+    `sealed` is what the format sealed under which key and nonce.
     """
 
     def __init__(
