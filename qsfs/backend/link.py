@@ -35,6 +35,8 @@ _NONE = b"-1"
 _SENT_APART = 4096
 _TOO_LONG = "the reply is longer than any that was asked for"
 _MALFORMED = "the reply is malformed"
+_LATE = "no answer in time"
+_GIVEN_UP = "the connection was given up"
 
 
 class LinkBroken(Exception):
@@ -66,37 +68,48 @@ class Target:
 class Link:
     """A connection, for one caller at a time; only `close` may be called while another call runs.
 
-    A call that is cancelled closes it.  Nothing here keeps time: the caller does.
+    A call that is cancelled closes it.  Only connecting keeps time; for calls the caller does.
     `outdated`: whoever uses it shall not use it again.
     """
 
     def __init__(self, target: Target) -> None:
         self._target = target
         self._wire: _Wire | None = None
+        self._closed = False
         self.outdated = False
 
-    async def connect(self, threads: trio.CapacityLimiter) -> None:
+    async def connect(self, threads: trio.CapacityLimiter, seconds: float) -> None:
         """Connects, authenticates and selects the namespace; raises `LinkBroken` or `Refusal`.
 
-        A name is looked up in one of `threads`, since nothing can cut that short.
+        A name is looked up in one of `threads`, since nothing can cut that short.  The look-up, each of the addresses
+        found, and what is said then may take `seconds` each.
         """
         target = self._target
         try:
-            self._wire = await _connected(target.host, target.port, threads)
+            self._wire = await _connected(target.host, target.port, threads, seconds)
         except OSError as failure:
             raise LinkBroken(_reason(failure)) from failure
         try:
-            if target.admin_password:
-                await self._become_admin(target.admin_password)
-            if target.namespace and target.password:
-                await self.call("SELECT", target.namespace, "SECURE", await self._digest(target.password))
-            elif target.namespace:
-                await self.call("SELECT", target.namespace)
-            if target.namespace:
-                self._refuse_sequential(await self.call("NSINFO", target.namespace))
+            if self._closed:
+                raise LinkBroken(_GIVEN_UP)
+            with trio.move_on_after(seconds):
+                await self._enter()
+                return
+            raise LinkBroken(_LATE)
         except BaseException:
             self.close()
             raise
+
+    async def _enter(self) -> None:
+        target = self._target
+        if target.admin_password:
+            await self._become_admin(target.admin_password)
+        if target.namespace and target.password:
+            await self.call("SELECT", target.namespace, "SECURE", await self._digest(target.password))
+        elif target.namespace:
+            await self.call("SELECT", target.namespace)
+        if target.namespace:
+            self._refuse_sequential(await self.call("NSINFO", target.namespace))
 
     async def call(self, *arguments: Argument) -> Reply:
         """One request and its reply."""
@@ -121,7 +134,8 @@ class Link:
         return self._wire is None or self._wire.has_news()
 
     def close(self) -> None:
-        """Closes the connection; a call under way fails."""
+        """Closes the connection; a call under way fails, and so does connecting."""
+        self._closed = True
         if self._wire is not None:
             self._wire.close()
             self._wire = None
@@ -216,6 +230,7 @@ class _Wire:
             await self._wait(1)
             self._held += await self._some(most)
         line, self._held = self._held[:end], self._held[end + 2 :]
+        self._spend(len(line))
         return line
 
     async def _value(self, length: int) -> bytes:
@@ -258,24 +273,30 @@ class _Wire:
         await trio.lowlevel.wait_readable(self._socket)
 
 
-async def _connected(host: str, port: int, threads: trio.CapacityLimiter) -> _Wire:
-    """A connection to the first address of `host` that takes one."""
+async def _connected(host: str, port: int, threads: trio.CapacityLimiter, seconds: float) -> _Wire:
+    """A connection to the first address of `host` that takes one within `seconds`."""
     failure = OSError(errno.EADDRNOTAVAIL, "the name has no address")
-    for family, kind, protocol, _, address in await _addresses(host, port, threads):
+    found: Sequence[Any] = ()
+    with trio.move_on_after(seconds) as lookup:
+        found = await _addresses(host, port, threads)
+    if lookup.cancelled_caught:
+        raise OSError(errno.ETIMEDOUT, "the name could not be looked up in time")
+    for family, kind, protocol, _, address in found:
         connecting = socket.socket(family, kind, protocol)
         try:
             connecting.setblocking(False)
             connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connecting.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            await _connect(connecting, address)
+            with trio.move_on_after(seconds):
+                await _connect(connecting, address)
+                return _Wire(connecting)
+            failure = OSError(errno.ETIMEDOUT, _LATE)
         except OSError as error:
-            connecting.close()
             failure = error
         except BaseException:
             connecting.close()
             raise
-        else:
-            return _Wire(connecting)
+        connecting.close()
     raise failure
 
 
@@ -335,5 +356,5 @@ def _length(text: bytes) -> int:
 
 def _reason(failure: Exception) -> str:
     if isinstance(failure, trio.ClosedResourceError):
-        return "the connection was given up"
+        return _GIVEN_UP
     return (isinstance(failure, OSError) and failure.strerror) or str(failure) or type(failure).__name__

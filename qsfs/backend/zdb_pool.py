@@ -153,7 +153,7 @@ class LinkPool:
             )
         link = Link(self._target)
         try:
-            await self._guarded(link, self._in_time(link, threads))
+            await self._guarded(link, link.connect(threads, self._connect_timeout))
             await self._recognise(link)
         except Refusal as refusal:
             error = backend_error(self.name, str(refusal))
@@ -165,12 +165,6 @@ class LinkPool:
         self._failures = 0
         self._last_failure = None
         return link
-
-    async def _in_time(self, link: Link, threads: trio.CapacityLimiter) -> None:
-        with trio.move_on_after(self._connect_timeout):
-            await link.connect(threads)
-            return
-        raise LinkBroken("no answer in time")
 
     async def _recognise(self, link: Link) -> None:
         """Raises `WrongBackend` unless the link leads to what is expected."""

@@ -313,8 +313,9 @@ class Service:
         return inode is not None and bool(inode.flags & InodeFlag.LOCAL_ONLY)
 
     def _end_waits(self) -> None:
-        """Before an unmount: ends reads that wait, and fsyncs that have waited for long."""
+        """Before an unmount: ends reads that wait, fsyncs that have waited for long, and what slows writes."""
         self.fetcher.unblock(None)
+        self.store.allowance.end()
         if self.written is not None:
             self.written.unblock(older_than=LATE_SECONDS)
 

@@ -154,8 +154,8 @@ class Flusher:
                     nursery.start_soon(self._precopier.run)
                     nursery.start_soon(self._cuts, nursery)
                     nursery.start_soon(self._look_after_packs)
-                    nursery.start_soon(every_second, self._pressure.see_to_room, self._room_unseen)
-                    nursery.start_soon(every_second, self._limits.look, self._room_unseen)
+                    for look in (self._pressure.see_to_room, self._limits.look, self._ahead.slowdown.look):
+                        nursery.start_soon(every_second, look, self._room_unseen)
                     begun = True
                     task_status.started()
             finally:
@@ -252,6 +252,7 @@ class Flusher:
                 if str(error) != self.last_error:
                     _log.error("no generation could be made: %s", error)
                 self.last_error = str(error)
+                self._ahead.slowdown.end()
                 await trio.sleep(_RETRY_SECONDS)
             if self.knows_packs:
                 self._renewer.begin(self._generations, nursery)
@@ -299,7 +300,6 @@ class Flusher:
                 self._upkeep.published(view, base.sealed.ref, base.head, before)
                 break
             if cut is NoCut.UNCHANGED:
-                self._ahead.slowdown.end()
                 break
             if cut is NoCut.MOVING:
                 self.phase = "moving"
@@ -313,6 +313,7 @@ class Flusher:
                     self.phase = "uploading rows ahead"
                     await self._ahead.rows(generations)
         self.phase = "running"
+        self._ahead.slowdown.end()
         self._precopier.press("")
         self._finished = serial
         self._tell()

@@ -21,13 +21,15 @@ _MOST_HALVINGS = 10
 class Slowdown:
     """Holds applications back while a cut has waited for longer than `after_seconds` (0: never) for uploads.
 
-    Never while backends take too little for a pack to be written: in an outage applications go on.
+    Never while backends take too little for a pack to be written: in an outage applications go on, and it does not
+    count as waiting.
     """
 
     def __init__(self, context: FlushContext, after_seconds: float) -> None:
         self._context = context
         self._after = after_seconds
-        self._since: float | None = None
+        self._waited = 0.0
+        self._at: float | None = None
         self._said = False
 
     @property
@@ -40,28 +42,37 @@ class Slowdown:
 
         `most`: how many bytes applications may have in store.
         """
-        context, allowance = self._context, self._context.store.allowance
-        now = context.clock.monotonic()
-        if self._since is None:
-            self._since = now
-        outage = bool(context.uploader.waiting) or not context.uploader.enough_backends()
-        if not self._after or outage or now - self._since < self._after:
-            if allowance.limited:
-                allowance.let_go()
+        allowance = self._context.store.allowance
+        now = self._context.clock.monotonic()
+        before, self._at = self._at, now
+        if self._outage:
+            allowance.let_go()
+            return
+        self._waited += now - before if before is not None else 0.0
+        if not self._after or self._waited < self._after:
             return
         if not self._said:
             self._said = True
             _log.warning(
                 "applications have written faster than backends take it for %d s, so no generation could be made; "
                 "until one can, writes are slowed to half of what is uploaded, and less if need be",
-                now - self._since,
+                self._waited,
             )
         allowance.hold_back()
-        halvings = min(_MOST_HALVINGS, int((now - self._since) / self._after))
-        allowance.grant(count >> halvings, most)
+        allowance.grant(count >> min(_MOST_HALVINGS, int(self._waited / self._after)), most)
+
+    async def look(self) -> None:
+        """Lets applications go on if backends take too little, whatever the cut waits for; to be called each second."""
+        if self._at is not None and self._outage:
+            self._at = self._context.clock.monotonic()
+            self._context.store.allowance.let_go()
 
     def end(self) -> None:
-        """A cut could be taken, or none will be."""
-        self._since, self._said = None, False
-        if self._context.store.allowance.limited:
-            self._context.store.allowance.let_go()
+        """A cut could be taken, or failed for another reason, or none will be."""
+        self._waited, self._at, self._said = 0.0, None, False
+        self._context.store.allowance.let_go()
+
+    @property
+    def _outage(self) -> bool:
+        uploader = self._context.uploader
+        return bool(uploader.waiting) or not uploader.enough_backends()

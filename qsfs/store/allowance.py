@@ -12,13 +12,14 @@ def _nothing() -> None:
 class Allowance:
     """Unlimited until `hold_back`; then as many bytes as `grant` gives, until `let_go`.
 
-    Whoever writes asks `used_up` before and calls `spend` after, so that one write may overdraw it.
-    `on_change` is called when there may be something to spend again.
+    After `end` nobody is held back any more.  Whoever writes asks `used_up` before and calls `spend` after, so that
+    one write may overdraw it.  `on_change` is called when there may be something to spend again.
     """
 
     def __init__(self) -> None:
         self.on_change: Callable[[], None] = _nothing
         self._left: int | None = None
+        self._ended = False
 
     @property
     def limited(self) -> bool:
@@ -32,7 +33,7 @@ class Allowance:
 
     def hold_back(self) -> None:
         """From now on only what is granted may be written."""
-        if self._left is None:
+        if self._left is None and not self._ended:
             self._left = 0
 
     def grant(self, count: int, most: int) -> None:
@@ -47,6 +48,12 @@ class Allowance:
             self._left -= count
 
     def let_go(self) -> None:
-        """Ends the holding back."""
-        self._left = None
-        self.on_change()
+        """Ends the holding back, until `hold_back` is called again."""
+        if self._left is not None:
+            self._left = None
+            self.on_change()
+
+    def end(self) -> None:
+        """Ends it for good."""
+        self._ended = True
+        self.let_go()

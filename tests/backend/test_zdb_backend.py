@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from qsfs.backend import link
 from qsfs.backend.open import (
     CONTROL_SUFFIX,
     create_control_namespace,
@@ -277,6 +278,46 @@ async def test_a_value_that_stops_coming_is_given_up_in_time():
             with pytest.raises(BackendUnavailable, match="no answer within"):
                 await backend.get(b"k")
             assert connections == calls
+        await backend.aclose()
+
+
+async def test_lines_without_end_in_a_list_are_given_up():
+    """Each item of a list that a backend claims costs what it takes."""
+
+    async def answer(stream: trio.SocketStream) -> None:
+        for reply in (b"+OK\r\n", b"$0\r\n\r\n"):
+            await stream.receive_some()
+            await stream.send_all(reply)
+        await stream.receive_some()
+        await stream.send_all(b"*3000000\r\n")
+        while True:
+            await stream.send_all((b"+" + bytes(4000) + b"\r\n") * 100)
+
+    async with scripted(answer) as port:
+        backend = client(port)
+        with pytest.raises(BackendUnavailable, match="longer than any"):
+            await backend.scan()
+        await backend.aclose()
+
+
+async def test_the_next_address_of_a_name_is_tried_where_one_does_not_answer(scratch, monkeypatch):
+    """Each has its own time: a name whose first address swallows all packets is reached by the second."""
+    async with in_process(scratch / "z") as ports:
+
+        async def addresses(host: str, port: int, threads: trio.CapacityLimiter) -> list[object]:
+            kind = (socket.AF_INET, socket.SOCK_STREAM, 0, "")
+            return [(*kind, ("192.0.2.1", 9)), (*kind, (HOST, port))]
+
+        async def connect(connecting: socket.socket, address: tuple[str, int]) -> None:
+            if address[0] != HOST:
+                await trio.sleep_forever()
+            await connect_really(connecting, address)
+
+        connect_really = link._connect
+        monkeypatch.setattr(link, "_addresses", addresses)
+        monkeypatch.setattr(link, "_connect", connect)
+        backend = client(ports[0], connect_timeout=0.3)
+        await backend.set(b"k", b"v")
         await backend.aclose()
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import trio
 
+from qsfs.errors import Corrupt
 from qsfs.remote.ahead import Ahead
 from qsfs.remote.flush import Flusher
+from qsfs.remote.slowdown import Slowdown
 from qsfs.store.schema import BLOCK_SIZE, PAGE
 from tests.remote.flush_machine import FlushMachine, restore
 from tests.remote.flushing import VirtualClock, flushing, until
@@ -132,3 +134,59 @@ async def test_a_cut_is_taken_once_what_is_dirty_gets_no_less_and_is_little_enou
         monkeypatch.setattr(Ahead, "_dirty_blocks", 40 * MIB // BLOCK_SIZE)
         await Ahead(machine.context, flusher._precopier, 0.0).pages(256 * MIB)
     assert looks == 1
+
+
+async def test_an_outage_is_no_waiting_and_holds_nobody_back(machine: FlushMachine, clock, expect_log):
+    """Whoever wrote through two hours of it has the whole time to go before being slowed; one that begins lets go."""
+    expect_log("written faster than backends take it for 6")
+    async with flushing(machine):
+        allowance, slowdown = machine.store.allowance, Slowdown(machine.context, 600)
+        uploader = machine.uploader
+
+        async def waits(seconds: float) -> None:
+            end = trio.current_time() + seconds
+            while trio.current_time() < end:
+                slowdown.uploaded(MIB, 4 * MIB)
+                await trio.sleep(10)
+
+        uploader.waiting[b"pack"] = "too few backends"
+        await waits(2 * HOUR)
+        assert not allowance.limited
+        uploader.waiting.clear()
+        await waits(9 * MINUTE)
+        assert not allowance.limited
+        await waits(2 * MINUTE)
+        assert allowance.limited and not allowance.used_up
+        uploader.waiting[b"pack"] = "too few backends"
+        await slowdown.look()
+        assert not allowance.limited
+        uploader.waiting.clear()
+
+
+async def test_who_is_slowed_goes_on_when_no_cut_can_be_made_for_another_reason(
+    machine: FlushMachine, monkeypatch: pytest.MonkeyPatch, clock, expect_log
+):
+    """Nobody would grant anything then; and it may be a write that mends what is wrong."""
+    expect_log("no generation could be made: a page is damaged")
+
+    async def damaged(order: object) -> None:
+        raise Corrupt("a page is damaged")
+
+    async with flushing(machine, cut_seconds=10) as flusher:
+        assert flusher.generations is not None
+        monkeypatch.setattr(flusher.generations, "seal", damaged)
+        machine.store.allowance.hold_back()
+        machine.write(machine.create("a"), 0, bytes(PAGE))
+        await until(lambda: flusher.last_error)
+        assert not machine.store.allowance.limited
+        monkeypatch.undo()
+
+
+async def test_an_unmount_ends_it_for_good(machine: FlushMachine, clock):
+    """What the kernel still holds is handed over at full speed."""
+    async with flushing(machine):
+        allowance = machine.store.allowance
+        allowance.hold_back()
+        allowance.end()
+        allowance.hold_back()
+        assert not allowance.limited

@@ -147,7 +147,7 @@ class Inside:
 
     def __init__(self, servers: Servers, index: int, namespace: str, password: str = "") -> None:
         self._link = Link(Target(HOST, servers.ports[index], namespace, password))
-        trio.run(self._link.connect, trio.CapacityLimiter(1))
+        trio.run(self._link.connect, trio.CapacityLimiter(1), 30.0)
 
     def __enter__(self) -> Inside:
         return self
