@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 
 import trio
 
 from qsfs import failpoints
+from qsfs.backend.limits import rates_of
 from qsfs.errors import CacheError, DataLost, QsfsError
 from qsfs.remote.context import FlushContext
 from qsfs.remote.members import Members, State
@@ -24,44 +25,95 @@ _RETRY_SECONDS = 60.0
 _LOST_RETRY_SECONDS = 3600.0
 """After which a pack is tried again of which too few shards are left: a backend may come back that nobody knew."""
 _LOOKED_AT = 128
+AT_ONCE = 4
+"""Packs that are completed at a time, each in memory: fewer than the shards that a backend takes at a time, so that one
+that was away takes those of new packs too."""
+_LOOK_SECONDS = 0.5
+"""How often it is looked whether more may be completed at a time; the pause after a pack that got no more."""
 
 
 class Completer:
-    """Rebuilds and stores missing shards, one pack at a time.
+    """Rebuilds and stores missing shards, of several packs at a time.
 
     A shard on a backend that is `leaving` counts as missing, until another one has it.  The ledger is told
-    of packs of which too few shards are left.
+    of packs of which too few shards are left, `failed` of errors that are not the backends'.
     """
 
     def __init__(
-        self, context: FlushContext, reader: ShardReader, leaving: Callable[[], Set[int]] = frozenset
+        self,
+        context: FlushContext,
+        reader: ShardReader,
+        leaving: Callable[[], Set[int]] = frozenset,
+        failed: Callable[[QsfsError], None] = lambda _: None,
     ) -> None:
         self.completed = 0
         self.problem = ""
         self._context = context
         self._reader = reader
         self._leaving = leaving
+        self._failed = failed
         self._not_before: dict[int, float] = {}
         self._round: list[int] = []
         self._answering: set[int] = set()
+        self._under_way: set[int] = set()
+        self._begun: set[int] = set()
+        self._ended = trio.Event()
+        self._got_more = True
+        self._rebuilding = trio.Lock()
 
-    async def complete_packs(self, most: int) -> int:
-        """Tries at most `most` packs that can become more than they are; returns how many did.
+    async def complete_packs(self, nursery: trio.Nursery) -> int:
+        """Looks at some packs, and begins in `nursery` with those that can become more than they are.
 
-        Raises nothing of the backends': a pack that cannot be completed now is tried again later.
+        Returns with how many, without waiting for their ends; a pack that cannot be completed now is tried again later.
         """
-        now = self._context.clock.monotonic()
-        self._see_who_answers(now)
-        done = tried = 0
+        self._see_who_answers(self._context.clock.monotonic())
+        begun = 0
         for number in self._next():
-            if self._not_before.get(number, 0.0) > now or not self._can_become_more(number):
+            if not self._is_due(number):
                 continue
-            self._not_before[number] = now + _RETRY_SECONDS
-            done += await self.complete(number)
-            tried += 1
-            if tried >= most:
-                break
-        return done
+            await self._place()
+            if not self._is_due(number):
+                continue
+            self._not_before[number] = self._context.clock.monotonic() + _RETRY_SECONDS
+            self._begun.add(number)
+            nursery.start_soon(self._one, number)
+            begun += 1
+        return begun
+
+    async def _one(self, number: int) -> None:
+        more = False
+        try:
+            more = await self.complete(number)
+        except QsfsError as error:
+            self._failed(error)
+        finally:
+            self._got_more = more
+            self._begun.discard(number)
+            self._ended.set()
+            self._ended = trio.Event()
+
+    async def _place(self) -> None:
+        """Waits until one more may be begun."""
+        if not self._got_more:
+            # Reading for nothing, again and again, would take from those who read for something.
+            await trio.sleep(_LOOK_SECONDS)
+        await trio.lowlevel.checkpoint()
+        while len(self._begun) >= self._at_once:
+            with trio.move_on_after(_LOOK_SECONDS):
+                await self._ended.wait()
+
+    @property
+    def _at_once(self) -> int:
+        """How many may be completed at a time: where others wait for a rate, or for a head, they come first."""
+        uploader = self._context.uploader
+        rates = [rates_of(member.data) for member in uploader.members]
+        busy = uploader.hurried() or any(rate.upload.waits or rate.download.waits for rate in rates)
+        return 1 if busy else AT_ONCE
+
+    def _is_due(self, number: int) -> bool:
+        if number in self._begun or self._not_before.get(number, 0.0) > self._context.clock.monotonic():
+            return False
+        return self._can_become_more(number)
 
     def _see_who_answers(self, now: float) -> None:
         """Who answers again may have brought back what was lost."""
@@ -101,13 +153,15 @@ class Completer:
         return len(answering) == len(members) and all(place < 0 or place in answering for place in placement)
 
     async def complete(self, number: int) -> bool:
-        """Stores what a pack lacks, whatever was tried before; whether it has got any more.
+        """Stores what a pack lacks, whatever was tried before; whether it has got any more.  Not if that is under way.
 
         Raises nothing of the backends'.
         """
         row = pack_row(self._context.store, number)
-        if row is None or row.unnamed_since_ns:
+        # Whoever is late, of two, would leave shards that no row names.
+        if row is None or row.unnamed_since_ns or number in self._under_way:
             return False
+        self._under_way.add(number)
         try:
             pack = StoredPack.of_row(row, self._context.sealer.code.params)
             with trio.move_on_after(PACK_SECONDS) as scope:
@@ -123,6 +177,8 @@ class Completer:
                 self._not_before[number] = self._context.clock.monotonic() + _LOST_RETRY_SECONDS
             self.problem = str(error)
             _log.log(level, "pack %s lacks shards and could not be completed: %s", row.pack_id.hex(), error)
+        finally:
+            self._under_way.discard(number)
         return False
 
     def room_for(self, placement: tuple[int, ...]) -> bool:
@@ -135,13 +191,9 @@ class Completer:
         leaving = self._leaving()
         there = tuple(-1 if place in leaving else place for place in pack.placement)
         missing = [n for n, place in enumerate(there) if place < 0]
-        # The one pack that is read here is held besides: who waits for backends must not hold up uploads.
         # Data shards are themselves; parity follows from all of them.
         needed = missing if max(missing, default=0) < params.k else range(params.k)
-        payloads = await self._reader.shards(pack, needed)
-        async with context.packs:
-            shards = await context.in_turn(lambda: rebuild(context.sealer, pack, payloads, missing))
-            upload = await context.uploader.upload(pack.ref, shards, there)
+        upload = await context.uploader.upload(pack.ref, await self._rebuilt(pack, needed, missing), there)
         # What is still on its way ends by its own deadlines, and counts only once it is recorded.
         scope.deadline = math.inf
         await upload.finished.wait()
@@ -161,6 +213,15 @@ class Completer:
             self._not_before.pop(number, None)
             self.completed += upload.full
         return True
+
+
+    async def _rebuilt(self, pack: StoredPack, needed: Collection[int], missing: Sequence[int]) -> list[bytes]:
+        """The missing shards, from those that are needed; what was read is let go of before they are uploaded."""
+        context = self._context
+        payloads = await self._reader.shards(pack, needed)
+        # Of the places in memory that cuts and pre-copy need none is taken, of the threads one.
+        async with self._rebuilding:
+            return await context.in_turn(lambda: rebuild(context.sealer, pack, payloads, missing))
 
 
 def _answering(members: Members) -> set[int]:

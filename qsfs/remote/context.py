@@ -48,7 +48,7 @@ class Committer(Protocol):
 class FlushContext:
     """Shared by pre-copy, cuts, full snapshots and what completes packs.
 
-    `packs` bounds the packs in memory, `limiter` the worker threads; of those that read what was
+    `packs` bounds the new packs in memory, `limiter` the worker threads; of those that read what was
     written lately, seal and encode, one has the `turn`.  `arriving` are the numbers of recorded packs of which more
     shards are on their way.
     """

@@ -45,7 +45,6 @@ HEAD_SECONDS = 600.0
 _LOST_HEAD_SECONDS = 10.0
 """How often one is that may name no lost metadata any more, as long as each names fewer."""
 _LOOKS_A_ROUND = 32
-_COMPLETIONS_A_ROUND = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ class Upkeep:
         self._lost_named = 0
         self._seen: object = None
         self.salvage = Salvage(context, reader, short_of_room=short_of_room)
-        self._completer = Completer(context, reader, lambda: self.drainer.leaving)
+        self._completer = Completer(context, reader, lambda: self.drainer.leaving, self._failed)
         self.drainer = Drainer(context, self._completer, fleets)
         self._second_look = SecondLook(context)
         self._collector = AbandonedCollector(context)
@@ -246,9 +245,9 @@ class Upkeep:
     async def run(self) -> None:
         """Works until cancelled."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._complete, nursery)
             for work in (
                 self._look,
-                self._complete,
                 self.look_at_metadata,
                 self.salvage.work,
                 self.salvage.rescue,
@@ -274,9 +273,18 @@ class Upkeep:
     async def _look(self) -> None:
         await self._second_look.look(_LOOKS_A_ROUND, written_too=self._short_of_room())
 
-    async def _complete(self) -> None:
-        if self._context.ledger.incomplete and self._context.uploader.enough_backends():
-            await self._completer.complete_packs(_COMPLETIONS_A_ROUND)
+    async def _complete(self, nursery: trio.Nursery) -> None:
+        """Completes packs: without a pause while there are any that can be."""
+        context = self._context
+        while True:
+            begun = 0
+            try:
+                if context.ledger.incomplete and context.uploader.enough_backends():
+                    begun = await self._completer.complete_packs(nursery)
+            except QsfsError as error:
+                self._failed(error)
+            if not begun:
+                await trio.sleep(UPKEEP_SECONDS)
 
     async def _collect(self) -> None:
         known = self._abandoned
