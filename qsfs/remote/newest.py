@@ -41,7 +41,9 @@ def newest_head(readings: Iterable[Reading]) -> HeadRef | None:
 def dead_heads(readings: Iterable[Reading], facts: Facts) -> frozenset[HeadRef]:
     """The heads of the newest owner that another one proves to be of a line on which nothing is published.
 
-    A kept generation of a head's own owner was published by that owner, whichever copy of it kept it.
+    A kept generation of a head's own owner was published by that owner, whichever copy of it kept it.  Where heads
+    prove that two lines published, which takes backends that lost what they acknowledged, none is dead: a person
+    chooses.
     """
     heads = {ref for reading in readings for ref in reading.heads}
     owner = max((ref.owner for ref in heads), default=None)
@@ -51,6 +53,9 @@ def dead_heads(readings: Iterable[Reading], facts: Facts) -> frozenset[HeadRef]:
     if witness is None or published is None:
         return frozenset()
     line = Line(witness, facts)
+    others = (_published(ref, facts) for ref in heads)
+    if any(other is not None and line.descends_from(other) is Descent.NO for other in others):
+        return frozenset()
 
     def dead(ref: HeadRef) -> bool:
         if ref in (witness, published):

@@ -205,14 +205,15 @@ class _Attempt:
         reasons = {reading.number: uncounted(reading, newest) for reading in readings}
         counted = {number for number, reason in reasons.items() if reason is None}
         enough = reached(quorums, counted)
-        if newest is None and (enough or (not quorums and len(counted) == len(self.members) > 0)):
+        if read.newest is None and (enough or (not quorums and len(counted) == len(self.members) > 0)):
             raise NotFound(
                 f"no head of file system {self.records.fsid.hex()} on the backends that answered: there is "
                 "nothing to own; check the addresses, and that the key is the right one"
             )
         # Below a quorum the newest head found may be an old one: nothing is concluded from it.
         if newest is None or not enough:
-            why = [describe_shortage(quorums, counted) or "no head was found", living.reasons()]
+            none = "no head was found" if read.newest is None else "only heads were found that were chosen against"
+            why = [describe_shortage(quorums, counted) or none, living.reasons()]
             why.append(summary(reason for reason in reasons.values() if reason is not None))
             raise QuorumUnavailable(f"cannot own now: {'; '.join(filter(None, why))}")
         return await self._judged(readings)

@@ -179,3 +179,14 @@ def test_what_the_reading_withstands_counts_only_backends_that_hide_nothing():
 def test_below_zero_a_newer_head_may_exist():
     quorum = FleetQuorum(1, frozenset(range(5)), FenceQuorum(5, 3))
     assert judge([reading(0, ref(3)), reading(1, ref(3))], ref(3), [quorum], line(3).get).withstands == -1
+
+
+def test_where_two_lines_published_none_is_dead():
+    """A published 11a and 12a; a backend was rolled back to 10, and B published 11b to 13b: both hold what counts."""
+    heads = line(10, 11).add(ref(12), ref(11), ref(10), ref(11))
+    heads.add(ref(11, 1), ref(10), ref(10)).add(ref(12, 1), ref(11, 1), ref(10), ref(11, 1))
+    heads.add(ref(13, 1), ref(12, 1), ref(10), ref(11, 1), ref(12, 1))
+    judgement = judged(heads, ref(13, 1), ref(11), ref(12), ref(11, 1), ref(12, 1))
+    assert not judgement.dead
+    with pytest.raises(SplitHeads):
+        judgement.require_one_line()
