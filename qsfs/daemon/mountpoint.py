@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from qsfs.errors import DependencyMissing, MountError
@@ -109,11 +111,14 @@ def _users(path: Path) -> list[str]:
     prefix = f"{place}/"
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
-            targets = [str(link.readlink()) for link in links]
-            if any(t == place or t.startswith(prefix) for t in targets):
+        with contextlib.suppress(OSError):
+            if any(t == place or t.startswith(prefix) for t in _opened(process)):
                 found.append(f"{(process / 'comm').read_text().strip()} ({process.name})")
-        except OSError:
-            continue
     return found
+
+
+def _opened(process: Path) -> Iterator[str]:
+    """What a process has open, as far as it has not closed it meanwhile: a busy one always closes something."""
+    for link in (process / "cwd", process / "root", *(process / "fd").iterdir()):
+        with contextlib.suppress(OSError):
+            yield str(link.readlink())
