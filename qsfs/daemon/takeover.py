@@ -68,7 +68,7 @@ async def take_over(
         store = Store(config.cache.directory, limits, clock)
         try:
             if there and head is not None:
-                await _choose(store, secret, head, config, clock)
+                await _choose(store, spool, secret, head, config, clock)
             if store.local(RETURNS_KEY) is None:
                 owned = await _own(config, store, spool, secret, clock, progress)
                 return Taken(owned.first_ref, None)
@@ -80,12 +80,13 @@ async def take_over(
         lock.release()
 
 
-async def _choose(store: Store, secret: Secret, digest: str, config: Config, clock: Clock) -> None:
+async def _choose(
+    store: Store, spool: Spool, secret: Secret, digest: str, config: Config, clock: Clock
+) -> None:
     """Remembers that the head with this digest was chosen against the others that there are now.
 
     Raises as `find_newest`, and `StaleCache` if the local state is not of that head.
     """
-    spool = Spool(store.directory / "spool", store.limits.spool_bytes)
     found = links(config, clock)
     try:
         opened = await open_file_system(store, found, secret, clock)

@@ -281,25 +281,6 @@ async def test_a_value_that_stops_coming_is_given_up_in_time():
         await backend.aclose()
 
 
-async def test_lines_without_end_in_a_list_are_given_up():
-    """Each item of a list that a backend claims costs what it takes."""
-
-    async def answer(stream: trio.SocketStream) -> None:
-        for reply in (b"+OK\r\n", b"$0\r\n\r\n"):
-            await stream.receive_some()
-            await stream.send_all(reply)
-        await stream.receive_some()
-        await stream.send_all(b"*3000000\r\n")
-        while True:
-            await stream.send_all((b"+" + bytes(4000) + b"\r\n") * 100)
-
-    async with scripted(answer) as port:
-        backend = client(port)
-        with pytest.raises(BackendUnavailable, match="longer than any"):
-            await backend.scan()
-        await backend.aclose()
-
-
 async def test_the_next_address_of_a_name_is_tried_where_one_does_not_answer(scratch, monkeypatch):
     """Each has its own time: a name whose first address swallows all packets is reached by the second."""
     async with in_process(scratch / "z") as ports:
@@ -321,21 +302,57 @@ async def test_the_next_address_of_a_name_is_tried_where_one_does_not_answer(scr
         await backend.aclose()
 
 
-async def test_an_endless_reply_is_given_up():
+@pytest.mark.parametrize(
+    ("call", "begin", "piece"),
+    [
+        pytest.param("get", b"$99999999999\r\n", bytes(1 << 20), id="a value"),
+        pytest.param("scan", b"*3000000\r\n", (b"+" + bytes(4000) + b"\r\n") * 100, id="lines of a list"),
+        pytest.param("scan", b"*1\r\n*2000000000\r\n", b":1\r\n" * 1000, id="a list in a list"),
+    ],
+)
+async def test_an_endless_reply_is_given_up(call: str, begin: bytes, piece: bytes):
+    """Whatever is claimed costs the memory that came, and no more than any honest reply."""
+
     async def answer(stream: trio.SocketStream) -> None:
-        for reply in (b"+OK\r\n", b"$0\r\n\r\n"):
-            await stream.receive_some()
-            await stream.send_all(reply)
-        await stream.receive_some()
-        await stream.send_all(b"$99999999999\r\n")
+        await replying(begin)(stream)
         while True:
-            await stream.send_all(bytes(1 << 20))
+            await stream.send_all(piece)
 
     async with scripted(answer) as port:
         backend = client(port)
         with pytest.raises(BackendUnavailable, match="longer than any"):
-            await backend.get(b"k")
+            await getattr(backend, call)(*((b"k",) if call == "get" else ()))
         await backend.aclose()
+
+
+async def test_what_is_closed_while_it_connects_asks_for_nothing(monkeypatch):
+    """No request is sent to a backend once whoever used it has let go of it."""
+    connecting, closed = trio.Event(), trio.Event()
+    received = bytearray()
+
+    async def answer(stream: trio.SocketStream) -> None:
+        received.extend(await stream.receive_some())
+
+    async def connect(under_way: socket.socket, address: object) -> None:
+        connecting.set()
+        await closed.wait()
+        await connect_really(under_way, address)
+
+    connect_really = link._connect
+    monkeypatch.setattr(link, "_connect", connect)
+    async with scripted(answer) as port:
+        backend = client(port)
+
+        async def call() -> None:
+            with pytest.raises(BackendUnavailable, match="given up"):
+                await backend.get(b"k")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await connecting.wait()
+            await backend.aclose()
+            closed.set()
+    assert not received
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,6 @@ async def load(machine: FlushMachine, writer: Writer, seconds: float) -> tuple[H
         await trio.sleep(seconds)
         writer.ended = True
         heads.upload_rate = meter.rate(trio.current_time() - seconds / 2, trio.current_time())
-        print(len(heads.generations), heads.oldest, heads.upload_rate, writer.written)
         with trio.fail_after(HOUR):
             await flusher.sync()
             await until(lambda: not flusher.status()["exposure"]["written"]["bytes"])
